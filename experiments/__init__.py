@@ -1,0 +1,1 @@
+"""Ablations, reports and benchmarks over many runs."""

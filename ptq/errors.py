@@ -1,0 +1,17 @@
+"""The one exception for what a user can mend: printed as a single line, exit status 2, no traceback."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class UserError(Exception):
+    """A mistake that the user can mend. Its text is one line: what was wrong, what was expected, what to do."""
+
+
+def nearest(value: str, choices: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the choice closest to `value`, or the list of choices when none is close."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    if close:
+        return f"; did you mean {close[0]!r}?"
+    return f"; choose one of: {', '.join(choices)}" if choices else ""

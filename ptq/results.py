@@ -1,0 +1,104 @@
+"""What a run leaves: recipe.yaml, metrics.json, layers.csv, environment.json, and the table at the end."""
+
+import csv
+import dataclasses
+import io
+import json
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from rich.table import Table
+
+from ptq.config import Recipe
+from ptq.evaluate import Comparison
+from ptq.files import write_text
+from quantize.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class LayerResult:
+    """One Linear: what it was given, and how far its weights and its output moved.
+
+    `weight_sqnr_db` is the signal-to-quantization-noise ratio of the weights; `output_error` is the norm of the output's
+    change over the output's norm, on rows of the first evaluation batch as they reach it in the quantized model.
+    """
+
+    name: str
+    role: str
+    weight: str
+    weight_bits: float
+    input: str
+    input_bits: float
+    output: str
+    output_bits: float
+    weight_sqnr_db: float
+    output_error: float
+    parameters: int
+
+
+@dataclass(frozen=True)
+class Size:
+    """Bytes of the weights before (baseline's dtype) and after, and bits per quantized weight with scales and zero points."""
+
+    before_bytes: int
+    after_bytes: int
+    bits_per_weight: float
+    quantized_parameters: int
+    parameters: int
+
+
+def describe_spec(spec: QuantSpec | None, bits: int) -> str:
+    """Returns a spec in a few words, such as ``int8 token dynamic symmetric``; for None, the unquantized type of `bits`."""
+    if spec is None:
+        return f"{bits}-bit float"
+    group = f" {spec.group_size}" if spec.group_size else ""
+    when = " dynamic" if spec.dynamic else ""
+    return f"{spec.format}{spec.bits} {spec.granularity}{group}{when} {'symmetric' if spec.symmetric else 'asymmetric'}"
+
+
+def write_results(
+    folder: pathlib.Path,
+    recipe: Recipe,
+    comparison: Comparison,
+    size: Size,
+    layers: list[LayerResult],
+    facts: dict[str, Any],
+    environment: dict[str, Any],
+) -> None:
+    """Writes the files of a finished run into `folder`, each whole or not at all."""
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    metrics = {**dataclasses.asdict(comparison), "size": dataclasses.asdict(size), **facts}
+    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    write_text(folder / "layers.csv", _csv(layers))
+    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
+
+
+def table(recipe: Recipe, comparison: Comparison, size: Size, facts: dict[str, Any], seconds: dict[str, float]) -> Table:
+    """Returns the table that ends a run."""
+    c = comparison
+    rows = [
+        ("baseline perplexity", f"{c.baseline_perplexity:.4f}  ({facts['baseline']})"),
+        ("quantized perplexity", f"{c.quantized_perplexity:.4f}  ({c.ratio:.4f} x, simulated)"),
+        ("difference", f"{c.difference:+.4f}  [{c.difference_low:+.4f}, {c.difference_high:+.4f}] at {c.confidence:.0%}"),
+        ("KL(baseline || quantized)", f"mean {c.kl_mean:.5f}, 99th percentile {c.kl_p99:.5f} nats a token"),
+        ("top-1 agreement", f"{c.top1_agreement:.2%}"),
+        ("bits per weight", f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)"),
+        ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
+        ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts['evaluation_source']}"),
+        *((tensor, words) for tensor, words in facts["tensors"].items()),
+        ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
+    ]
+    result = Table(title=recipe.name, show_header=False, title_justify="left")
+    for row in rows:
+        result.add_row(*row)
+    return result
+
+
+def _csv(layers: list[LayerResult]) -> str:
+    buffer = io.StringIO()
+    writer = csv.DictWriter(buffer, [f.name for f in dataclasses.fields(LayerResult)], lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(dataclasses.asdict(layer) for layer in layers)
+    return buffer.getvalue()

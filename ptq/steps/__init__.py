@@ -1,0 +1,1 @@
+"""Stages of a recipe, one file a method."""
