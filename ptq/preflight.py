@@ -1,0 +1,89 @@
+"""What can be checked before the work: files, shapes, positions, folders. Takes no weights into memory."""
+
+import pathlib
+
+import torch
+from accelerate import init_empty_weights
+from transformers import AutoModelForCausalLM
+
+from ptq.config import Recipe
+from ptq.data.sources import check_source
+from ptq.errors import UserError
+from ptq.files import ensure_folder
+from ptq.models import check as check_model
+from ptq.models import resolve
+from ptq.network import Network, build_network, weight_of
+from ptq.scheme import check_scheme
+from ptq.statistics import Statistics
+
+
+def check_before(recipe: Recipe) -> list[str]:
+    """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
+
+    Returns:
+        Lines that say what was checked and what could not be.
+
+    Raises:
+        UserError: for the first thing that would stop the run later.
+    """
+    lines: list[str] = []
+    _check_device(recipe)
+    if not recipe.steps and _quantizes(recipe):
+        raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
+    ensure_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
+    ensure_folder(pathlib.Path(recipe.store).expanduser(), "store")
+    check_source(recipe.data.calibration, "data.calibration")
+    check_source(recipe.data.evaluation, "data.evaluation")
+    lines.append("texts: found")
+    if resolve(recipe.model).kind == "hub":
+        lines.append(f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked")
+        _check_statistics_file(recipe)
+        return lines
+    network = skeleton(recipe)
+    linears = {name: (weight_of(m).shape[0], weight_of(m).shape[1]) for name, m in network.linears.items()}
+    check_scheme(recipe.scheme, linears)
+    check_positions(recipe, network.max_positions)
+    lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
+    _check_statistics_file(recipe)
+    return lines
+
+
+def skeleton(recipe: Recipe) -> Network:
+    """Returns the recipe's model without weights (on the meta device), as a network."""
+    config = check_model(recipe.model)
+    with init_empty_weights():
+        try:
+            model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
+        except ValueError as error:
+            raise UserError(f"model.path: {recipe.model.path} is no causal language model ({str(error).splitlines()[0]})") from None
+    return build_network(model)
+
+
+def check_positions(recipe: Recipe, positions: int | None) -> None:
+    """Raises `UserError` when a window is longer than the model has positions for."""
+    for field, length in (("calibration.length", recipe.calibration.length), ("evaluation.length", recipe.evaluation.length)):
+        if positions is not None and length > positions:
+            raise UserError(f"{field}: {length} is longer than the model's {positions} positions: use {positions} or less")
+
+
+def _check_device(recipe: Recipe) -> None:
+    name = recipe.execution.device
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"execution.device: {name!r} is no device: use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"execution.device: {name!r}, but this machine has no CUDA device: use auto or cpu")
+
+
+def _check_statistics_file(recipe: Recipe) -> None:
+    if recipe.calibration.statistics is not None:
+        Statistics.load(pathlib.Path(recipe.calibration.statistics).expanduser())
+
+
+def _quantizes(recipe: Recipe) -> bool:
+    s = recipe.scheme
+    tensors = (s.weight, s.input, s.query, s.key, s.value, s.attention_probs, *s.overrides)
+    return any(t is not None for t in tensors)

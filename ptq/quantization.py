@@ -1,0 +1,119 @@
+"""The visitor that quantizes a block before the samples pass through it, and measures what that did to each Linear."""
+
+import pathlib
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.files import write_atomic
+from ptq.network import Block, Network, replace_module, weight_of
+from ptq.results import LayerResult, Size, describe_spec
+from ptq.session import Session
+from ptq.steps.base import Plan, Step
+from ptq.stream import Flow
+from quantize.error import relative_error, sqnr_db
+from quantize.linear import QuantLinear
+
+SAMPLED_ROWS = 128
+"""Rows of the first batch on which a Linear's output error is measured."""
+
+
+class QuantizeVisitor:
+    """Applies the steps to each block. `layers` gathers one result a Linear, `stored` the bytes of the quantized ones.
+
+    Args:
+        session: model and stream.
+        plan: what the steps have planned with.
+        steps: in the order of the recipe.
+        flow: the samples that will pass; the first batch is used to measure output errors.
+        store: a folder for codes and scales, one file a block, or None to keep nothing.
+    """
+
+    def __init__(self, session: Session, plan: Plan, steps: list[Step], flow: Flow, store: pathlib.Path | None):
+        self.session, self.plan, self.steps, self.flow, self.store = session, plan, steps, flow, store
+        self.layers: list[LayerResult] = []
+        self.stored = 0
+        self.quantized = 0
+        self._originals: dict[str, nn.Module] = {}
+
+    def enter(self, block: Block) -> None:
+        """Quantizes the block in place."""
+        model = self.session.network.model
+        samples = self._sample(block)
+        self._originals = dict(block.linears)
+        for step in self.steps:
+            step.apply(block)
+        for name, original in self._originals.items():
+            module = model.get_submodule(name)
+            if isinstance(module, QuantLinear):
+                self._measure(name, original, module, *samples[name])
+
+    def leave(self, block: Block) -> None:
+        """Writes the quantized block, and gives the originals back where the block's weights are about to go."""
+        model = self.session.network.model
+        if self.store is not None:
+            prefix = f"{block.name}."
+            tensors = {prefix + key: value.contiguous() for key, value in block.module.state_dict().items()}
+            write_atomic(self.store / f"block-{block.index:05d}.safetensors", lambda path: save_file(tensors, path))
+        if not self.session.loaded.weights.resident:
+            for name, original in self._originals.items():
+                replace_module(model, name, original)
+        self._originals = {}
+
+    def _sample(self, block: Block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+        """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""
+        seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+        def keep(name: str) -> object:
+            def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
+                inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
+                every = max(1, len(inputs) // SAMPLED_ROWS)
+                seen[name] = inputs[::every].clone(), outputs[::every].clone()
+
+            return hook
+
+        handles = [module.register_forward_hook(keep(name)) for name, module in block.linears.items()]  # type: ignore[arg-type]
+        try:
+            _, rows = next(self.flow.slices())
+            self.session.stream.call(self.flow, block, 0, self.flow.hidden[rows].to(self.session.stream.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+        return seen
+
+    def _measure(self, name: str, original: nn.Module, module: QuantLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+        weight = weight_of(original)
+        role = self.plan.roles.get(name, "")
+        bits = 8 * weight.element_size()
+        self.stored += module.stored_bytes()
+        self.quantized += weight.numel()
+        self.layers.append(
+            LayerResult(
+                name=name,
+                role=role,
+                weight=describe_spec(module.weight_spec, 16),
+                weight_bits=module.bits_per_weight(),
+                input=describe_spec(module.input_spec, bits),
+                input_bits=module.input_spec.bits if module.input_spec else bits,
+                output=describe_spec(module.output_spec, bits),
+                output_bits=module.output_spec.bits if module.output_spec else bits,
+                weight_sqnr_db=round(float(sqnr_db(weight, module.weight)), 3),
+                output_error=float(relative_error(outputs, module(inputs))),
+                parameters=weight.numel(),
+            )
+        )
+
+
+def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> Size:
+    """Returns the bytes of the model's weights before and after.
+
+    Args:
+        network: the model, for its number of parameters.
+        visitor: the visitor that quantized it.
+        baseline_bytes: bytes of a baseline weight (2 for fp16).
+    """
+    before = network.parameters * baseline_bytes
+    after = before - visitor.quantized * baseline_bytes + visitor.stored
+    bits = 8 * visitor.stored / visitor.quantized if visitor.quantized else 8.0 * baseline_bytes
+    return Size(before, after, bits, visitor.quantized, network.parameters)

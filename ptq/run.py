@@ -1,0 +1,115 @@
+"""One experiment: load, find links, calibrate, evaluate the baseline, quantize block by block, evaluate, report."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+import yaml
+
+from ptq.baseline import baseline_of
+from ptq.calibrate import needs_statistics, statistics_of
+from ptq.config import TENSORS, Recipe
+from ptq.environment import environment
+from ptq.evaluate import compare, compare_tokens
+from ptq.files import ensure_folder, write_text
+from ptq.journal import Journal
+from ptq.preflight import check_before
+from ptq.quantization import QuantizeVisitor, size_of
+from ptq.results import describe_spec, table, write_results
+from ptq.session import Session, check_session_roles, open_session
+from ptq.statistics_report import outlier_table, save_picture
+from ptq.steps.base import Plan
+from ptq.steps.registry import build_steps
+
+
+def run(recipe: Recipe) -> pathlib.Path:
+    """Runs `recipe` from calibration to the report. Returns the folder that holds the results.
+
+    Raises:
+        UserError: for anything that the user can mend, before the work where it can be known before.
+    """
+    steps = build_steps(recipe.steps)
+    check_before(recipe)
+    folder = output_folder(recipe)
+    journal = Journal(folder / "run.log")
+    journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    with open_session(recipe, journal) as session:
+        with journal.phase("links"):
+            roles = check_session_roles(session, session.trace())
+        tokens = session.evaluation_tokens()
+        statistics = statistics_of(session)[0] if needs_statistics(recipe) else None
+        baseline = baseline_of(session, tokens)
+        plan = Plan(session.network, recipe.scheme, roles, statistics)
+        for step in steps.values():
+            step.plan(plan)
+        with journal.phase("quantize"):
+            flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size)
+            store = folder / "quantized" if recipe.execution.save else None
+            visitor = QuantizeVisitor(session, plan, list(steps.values()), flow, store)
+            session.stream.run([flow], visitor, "quantize")
+        with journal.phase("evaluate"), session.stream.head() as head:
+            compared = compare_tokens(head, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
+        e = recipe.evaluation
+        comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
+        size = size_of(session.network, visitor, 4 if session.loaded.baseline_dtype == "fp32" else 2)
+        facts = _facts(session, tokens.source, tokens.fingerprint, baseline.losses.tolist(), compared.losses.tolist())
+        facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
+        write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
+        journal.show(table(recipe, comparison, size, facts, journal.seconds))
+        journal.say(f"results: {folder}")
+    return folder
+
+
+def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
+    """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
+    check_before(recipe)
+    recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
+    folder = output_folder(recipe)
+    path = output or folder / "statistics.safetensors"
+    ensure_folder(path.parent, "--output")
+    journal = Journal(folder / "statistics.log")
+    with open_session(recipe, journal) as session:
+        statistics, _ = statistics_of(session)
+        statistics.save(path)
+        journal.show(outlier_table(statistics))
+        picture = path.with_suffix(".png")
+        save_picture(statistics, picture)
+    journal.say(f"statistics: {path}")
+    journal.say(f"picture: {picture}")
+    return path
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Checks everything that can be checked without running, and says what a run would do."""
+    build_steps(recipe.steps)
+    for line in check_before(recipe):
+        print(line)
+    print(f"ok: {recipe.name} would write to {_folder(recipe)}")
+
+
+def output_folder(recipe: Recipe) -> pathlib.Path:
+    """Returns ``<outputs>/<recipe>/<hash of the recipe>``, created and proved writable."""
+    folder = _folder(recipe)
+    ensure_folder(folder, "outputs")
+    return folder
+
+
+def _folder(recipe: Recipe) -> pathlib.Path:
+    return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest()
+
+
+def _facts(session: Session, source: str, fingerprint: str, before: list[float], after: list[float]) -> dict[str, Any]:
+    loaded, scheme = session.loaded, session.recipe.scheme
+    return {
+        "baseline": f"weights {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {session.stream.device.type}",
+        "simulated": True,
+        "model": session.recipe.model.path,
+        "revision": loaded.revision,
+        "weight_fingerprint": loaded.fingerprint,
+        "evaluation_source": source,
+        "evaluation_fingerprint": fingerprint,
+        "tensors": {t: describe_spec(getattr(scheme, t), 16 if t == "weight" else 32) for t in TENSORS},
+        "not_covered": session.network.coverage(),
+        "window_losses": {"baseline": before, "quantized": after},
+    }

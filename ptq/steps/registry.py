@@ -1,0 +1,42 @@
+"""From a recipe's steps to `Step` objects: shipped ones by name, others by the import path in ``_target_``."""
+
+import importlib
+import pkgutil
+from typing import Any
+
+import ptq.steps
+from ptq.config import build
+from ptq.errors import UserError, nearest
+from ptq.steps.base import Step
+
+_NOT_STEPS = {"base", "registry"}
+
+
+def shipped() -> list[str]:
+    """Returns the names of the steps that come with this package: one module each."""
+    return sorted(m.name for m in pkgutil.iter_modules(ptq.steps.__path__) if m.name not in _NOT_STEPS)
+
+
+def build_steps(steps: dict[str, dict[str, Any]]) -> dict[str, Step]:
+    """Builds the steps of a recipe, in order.
+
+    A step is a class with a dataclass `Options` beside it in its module; unknown options are refused like any other key.
+
+    Raises:
+        UserError: for an unknown step, an import path that leads nowhere, or wrong options.
+    """
+    return {name: _build(name, dict(options or {})) for name, options in steps.items()}
+
+
+def _build(name: str, options: dict[str, Any]) -> Step:
+    target = options.pop("_target_", None)
+    if target is None and name not in shipped():
+        raise UserError(f"steps.{name}: no such step{nearest(name, shipped())}")
+    module_name, _, class_name = (target or f"ptq.steps.{name}.Step").rpartition(".")
+    try:
+        module = importlib.import_module(module_name)
+        step, schema = getattr(module, class_name), module.Options
+    except (ImportError, AttributeError, ValueError) as error:
+        raise UserError(f"steps.{name}._target_: {target!r} cannot be imported ({error}): give module.Class") from None
+    built: Step = step(build(schema, options, f"steps.{name}"))
+    return built
