@@ -36,11 +36,13 @@ def run(recipe: Recipe) -> pathlib.Path:
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     with open_session(recipe, journal) as session:
         with journal.phase("links"):
-            roles = check_session_roles(session, session.trace())
+            traces = session.trace()
+            roles = check_session_roles(session, traces)
         tokens = session.evaluation_tokens()
         statistics = statistics_of(session)[0] if needs_statistics(recipe) else None
         baseline = baseline_of(session, tokens)
-        plan = Plan(session.network, recipe.scheme, roles, statistics)
+        producers = {reader: x.producer for t in traces.values() for x in t.links for reader in x.readers}
+        plan = Plan(session.network, recipe.scheme, roles, producers, statistics)
         for step in steps.values():
             step.plan(plan)
         with journal.phase("quantize"):

@@ -10,9 +10,6 @@ from quantize.affine import Grid, dequantize, fake_quantize, grouped, quantize
 from quantize.ranges import dynamic_grid, static_grid, weight_grid
 from quantize.spec import QuantSpec
 
-CHUNK_VALUES = 1 << 16
-"""Values of an activation quantized at once on CPU: a chunk (256 KiB of float32) stays in the L2 cache between the passes."""
-
 
 class InputQuantizer(nn.Module):
     """Quantizes an activation (..., channels), and remembers the last one: Linears that read the same tensor share it.
@@ -67,27 +64,8 @@ class InputQuantizer(nn.Module):
 
 
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Returns the activation `x` (..., channels) rounded to a grid fitted to its own values.
-
-    Per token and symmetric, on CPU, rows are taken in chunks that stay in cache, and no clamp is needed: |x| / scale
-    never rounds beyond the greatest code.
-    """
-    fast = spec.granularity == "token" and spec.symmetric and spec.range == "minmax"
-    if not (fast and x.device.type == "cpu" and x.dtype == torch.float32):
-        values = grouped(x, spec)
-        return fake_quantize(values, dynamic_grid(x, spec)).reshape(x.shape)
-    rows = x.reshape(-1, x.shape[-1])
-    result = torch.empty_like(rows)
-    high = 2 ** (spec.bits - 1) - 1
-    tiny = torch.finfo(torch.float32).tiny
-    step = max(1, CHUNK_VALUES // rows.shape[1])
-    for start in range(0, len(rows), step):
-        chunk, out = rows[start : start + step], result[start : start + step]
-        scale = torch.linalg.vector_norm(chunk, ord=float("inf"), dim=1, keepdim=True).div_(high)
-        scale.masked_fill_(scale < tiny, 1.0)
-        torch.div(chunk, scale, out=out)
-        out.round_().mul_(scale)
-    return result.view(x.shape)
+    """Returns the activation `x` (..., channels) rounded to a grid fitted to its own values."""
+    return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
 
 
 class QuantLinear(nn.Module):

@@ -10,11 +10,16 @@ from ptq.statistics import Statistics
 
 @dataclass(frozen=True)
 class Plan:
-    """What a step may see before the first block: the network, the scheme, each Linear's role, and statistics if there are any."""
+    """What a step may see before the first block.
+
+    `roles` maps Linears to query, key or value; `producers` maps Linears to the module that writes their input, where a
+    link was found; `statistics` is None when nothing in the recipe needs them.
+    """
 
     network: Network
     scheme: SchemeConfig
     roles: dict[str, str]
+    producers: dict[str, str]
     statistics: Statistics | None
 
 

@@ -3,13 +3,13 @@
 from dataclasses import dataclass
 
 import torch
-from torch import nn
 
 from ptq.errors import UserError
 from ptq.network import Block, replace_module, weight_of
 from ptq.scheme import LinearSpecs, resolve
 from ptq.steps.base import Plan
 from quantize.linear import InputQuantizer, QuantLinear
+from quantize.spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -24,21 +24,38 @@ class Step:
         self.options = options
 
     def plan(self, plan: Plan) -> None:
-        """Keeps what `apply` needs. Raises `UserError` when static ranges are asked for and there are no statistics."""
+        """Keeps what `apply` needs."""
         self._plan = plan
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        shared: dict[tuple[str, object], InputQuantizer] = {}
+        inputs = SharedInputs(self._plan)
         for name, module in block.linears.items():
             specs = resolve(self._plan.scheme, name, self._plan.roles.get(name))
             if specs.any:
-                quantized = quantize_linear(name, module, specs, self._range(name, specs))
-                share_input(quantized, name, specs, self._plan, shared)
+                bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+                try:
+                    quantized = QuantLinear(weight_of(module), bias, specs.weight, inputs.of(name, specs), specs.output)
+                except ValueError as error:
+                    raise UserError(f"{name}: {error}") from None
                 replace_module(self._plan.network.model, name, quantized)
 
-    def _range(self, name: str, specs: LinearSpecs) -> tuple[torch.Tensor, torch.Tensor] | None:
-        return input_range(self._plan, name, specs)
+
+class SharedInputs:
+    """Gives the Linears of a block that read one link with one spec the same `InputQuantizer`: it is rounded once."""
+
+    def __init__(self, plan: Plan):
+        self._plan = plan
+        self._made: dict[tuple[object, QuantSpec], InputQuantizer] = {}
+
+    def of(self, name: str, specs: LinearSpecs) -> InputQuantizer | None:
+        """Returns the quantizer of the input of the Linear `name`, or None where the scheme leaves it alone."""
+        if specs.input is None:
+            return None
+        key = (self._plan.producers.get(name, name), specs.input)
+        if key not in self._made:
+            self._made[key] = InputQuantizer(specs.input, input_range(self._plan, name, specs))
+        return self._made[key]
 
 
 def input_range(plan: Plan, name: str, specs: LinearSpecs) -> tuple[torch.Tensor, torch.Tensor] | None:
