@@ -1,0 +1,1 @@
+"""Texts, and the token windows drawn from them."""

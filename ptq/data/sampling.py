@@ -1,0 +1,129 @@
+"""Token windows out of a text, with a fingerprint that goes into every result."""
+
+import hashlib
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import transformers
+
+from ptq.config import TextConfig
+from ptq.data.sources import Text, read_text, shuffled
+from ptq.errors import UserError
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """Windows of token ids.
+
+    Attributes:
+        ids: int64 (samples, length).
+        fingerprint: SHA-256 over shape and ids.
+        source: name of the text, such as ``docs/test``.
+    """
+
+    ids: torch.Tensor
+    fingerprint: str
+    source: str
+
+
+def sample_tokens(
+    tokenizer: Any,
+    config: TextConfig,
+    samples: int | None,
+    length: int,
+    sampling: str,
+    seed: int,
+    bos: bool,
+    max_positions: int | None,
+    field: str,
+) -> Tokens:
+    """Draws `samples` windows (None: all) of `length` tokens from the text that `config` names.
+
+    The text is tokenised once, without special tokens. ``contiguous`` windows follow each other from the start and the
+    tail is dropped; ``random`` windows start at places drawn by `seed`. With `bos` each window begins with the
+    tokenizer's BOS and holds one text token less.
+
+    Raises:
+        UserError: when there is too little text, the window is longer than `max_positions`, or there is no BOS.
+    """
+    if max_positions is not None and length > max_positions:
+        raise UserError(f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer")
+    if bos and tokenizer.bos_token_id is None:
+        raise UserError(f"{field}: bos is true, but the tokenizer has no BOS token: use bos=false")
+    text_length = length - 1 if bos else length
+    if config.source == "mix":
+        parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field)
+    else:
+        parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field)]
+    ids = torch.cat([windows for windows, _ in parts])
+    if bos:
+        ids = torch.cat([torch.full((len(ids), 1), tokenizer.bos_token_id), ids], dim=1)
+    return Tokens(ids, fingerprint(ids), "+".join(name for _, name in parts))
+
+
+def fingerprint(ids: torch.Tensor) -> str:
+    """Returns the SHA-256 of token ids (samples, length), shape included, as 64 hex digits."""
+    digest = hashlib.sha256(str(tuple(ids.shape)).encode())
+    digest.update(ids.to("cpu", torch.int64).contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _mixed(
+    tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
+) -> list[tuple[torch.Tensor, str]]:
+    if samples is None:
+        raise UserError(f"{field}.mix: needs a number of samples to share out: give one")
+    share, rest = divmod(samples, len(config.mix))
+    counts = [share + (i < rest) for i in range(len(config.mix))]
+    return [
+        _windows(tokenizer, part, count, length, sampling, seed + i, f"{field}.mix[{i}]")
+        for i, (part, count) in enumerate(zip(config.mix, counts, strict=True))
+        if count
+    ]
+
+
+def _windows(
+    tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
+) -> tuple[torch.Tensor, str]:
+    text = read_text(config, field)
+    if text.slices:
+        return _slices(tokenizer, text, samples or 256, length, seed, field), text.name
+    ids = torch.tensor(_tokenise(tokenizer, text.joined), dtype=torch.int64)
+    there = len(ids) // length
+    wanted = there if samples is None else samples
+    if wanted < 1 or wanted > there:
+        raise UserError(
+            f"{field}: {text.name} has {len(ids)} tokens, {there} windows of {length}; {max(wanted, 1)} were asked for: "
+            f"ask for {there} or fewer, shorten the windows, or name a longer text"
+        )
+    if sampling == "contiguous":
+        return ids[: wanted * length].view(wanted, length), text.name
+    generator = torch.Generator().manual_seed(seed)
+    starts = torch.randint(len(ids) - length + 1, (wanted,), generator=generator)
+    return torch.stack([ids[s : s + length] for s in starts.tolist()]), text.name
+
+
+def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, field: str) -> torch.Tensor:
+    """Takes each window from inside one document longer than it, at a random place."""
+    generator = torch.Generator().manual_seed(seed)
+    windows: list[torch.Tensor] = []
+    for document in shuffled(text.documents, seed):
+        ids = _tokenise(tokenizer, document)
+        if len(ids) > length:
+            start = int(torch.randint(len(ids) - length, (1,), generator=generator))
+            windows.append(torch.tensor(ids[start : start + length], dtype=torch.int64))
+        if len(windows) == samples:
+            return torch.stack(windows)
+    raise UserError(f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for")
+
+
+def _tokenise(tokenizer: Any, text: str) -> list[int]:
+    level = transformers.logging.get_verbosity()
+    # A whole text is longer than any model's window: the tokenizer's warning about it says nothing here.
+    transformers.logging.set_verbosity_error()
+    try:
+        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    finally:
+        transformers.logging.set_verbosity(level)
+    return ids
