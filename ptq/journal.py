@@ -17,7 +17,7 @@ class Journal:
 
     def __init__(self, path: pathlib.Path | None = None, console: Console | None = None):
         self.path = path
-        self.console = console or Console(file=sys.stdout, soft_wrap=True, highlight=False)
+        self.console = console or _console()
         self.seconds: dict[str, float] = {}
         self._progress: Progress | None = None
         self._tasks: dict[str, int] = {}
@@ -48,7 +48,8 @@ class Journal:
         start = time.perf_counter()
         columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TimeRemainingColumn())
         try:
-            with Progress(*columns, console=self.console, transient=True) as self._progress:
+            hidden = not self.console.is_terminal
+            with Progress(*columns, console=self.console, transient=True, disable=hidden) as self._progress:
                 yield
         finally:
             self._progress = None
@@ -63,3 +64,9 @@ class Journal:
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(TaskID(self._tasks[what]), completed=done)
+
+
+def _console() -> Console:
+    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    # A pipe has no width of its own: tables for files and logs are not squeezed into 80 columns.
+    return console if console.is_terminal else Console(file=sys.stdout, soft_wrap=True, highlight=False, width=140)

@@ -47,11 +47,12 @@ class Uncovered:
 class Network:
     """A causal language model as blocks between an embedding and a head.
 
-    `returns_tuple` says what the model expects a block to return; `BlockStream` learns it on the first batch.
+    `parameters` counts tied ones once, before anything was quantized; `returns_tuple` says what the model expects a block to return; `BlockStream` learns it on the first batch.
     """
 
     model: Any
     blocks: list[Block]
+    parameters: int
     uncovered: list[Uncovered] = field(default_factory=list)
     returns_tuple: bool | None = None
 
@@ -76,11 +77,6 @@ class Network:
                 return value
         return None
 
-    @property
-    def parameters(self) -> int:
-        """Number of parameters, tied ones counted once."""
-        return sum(p.numel() for p in self.model.parameters())
-
     def coverage(self) -> str | None:
         """Returns a sentence that names the parameters inside the blocks that no Linear holds, or None."""
         if not self.uncovered:
@@ -103,7 +99,7 @@ def build_network(model: nn.Module) -> Network:
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
     uncovered = [u for block in blocks for u in _uncovered(block)]
-    return Network(model, blocks, uncovered)
+    return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered)
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:
