@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
+import huggingface_hub
 import huggingface_hub.errors as hub
 import torch
 import transformers
@@ -233,14 +234,16 @@ def _explain(config: ModelConfig, error: BaseException) -> str:
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
     """Keeps transformers' log lines and progress bars off the screen: a run has its own."""
-    level = transformers.logging.get_verbosity()
+    level, hub_level = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
+    huggingface_hub.logging.set_verbosity_error()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers.logging.set_verbosity(level)
+        huggingface_hub.logging.set_verbosity(hub_level)
 
 
 def _check_directory(folder: pathlib.Path) -> None:

@@ -56,6 +56,7 @@ def skeleton(recipe: Recipe) -> Network:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except ValueError as error:
             raise UserError(f"model.path: {recipe.model.path} is no causal language model ({str(error).splitlines()[0]})") from None
+        model.tie_weights()
     return build_network(model)
 
 

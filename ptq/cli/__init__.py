@@ -1,0 +1,1 @@
+"""The edge: command lines and Hydra. Nothing below imports either."""

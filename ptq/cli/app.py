@@ -1,0 +1,209 @@
+"""The command line `ptq`: subcommands, options, exit statuses. Heavy imports wait until a command needs them."""
+
+import argparse
+import difflib
+import errno
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any, NoReturn
+
+import ptq
+from ptq.cli import catalog
+from ptq.config import Recipe
+from ptq.errors import UserError
+
+COMMANDS = {
+    "run": "one experiment: calibrate, quantize, evaluate against the baseline, report",
+    "stats": "calibration statistics only: a file, a table of outliers, a picture",
+}
+EXIT_MISTAKE = 2
+EXIT_STOPPED = 130
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
+
+
+def main(arguments: list[str] | None = None, program: str | None = None) -> int:
+    """Runs a command. Returns the exit status: 0, 2 for what the user can mend (one line on stderr), 130 when stopped.
+
+    Args:
+        arguments: the command line without the program's name; None takes it from `sys.argv`.
+        program: how the user calls this, for the usage, where that is not ``ptq <command>``.
+    """
+    try:
+        return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
+    except UserError as error:
+        return _fail("error", str(error), EXIT_MISTAKE)
+    except KeyboardInterrupt:
+        return _fail("stopped", "interrupted; what was finished is kept, and the same command takes it up", EXIT_STOPPED)
+    except BrokenPipeError:
+        # The reader (such as `head`) has gone: nothing is left to say, and Python must not try again while it exits.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        if (line := _of_the_system(error)) is None:
+            raise
+        return _fail("error", line, EXIT_MISTAKE)
+
+
+def rewrite(arguments: list[str]) -> list[str]:
+    """Returns `arguments` with ``--config X`` and ``--config=X`` as ``--config-dir`` and ``--config-name``.
+
+    Hydra knows the latter two only, and takes ``--config`` for an ambiguous beginning of them.
+
+    Raises:
+        UserError: when X is missing, or neither a shipped recipe nor a file.
+    """
+    done: list[str] = []
+    rest = iter(arguments)
+    for argument in rest:
+        if argument == "--config":
+            argument = f"--config={next(rest, '')}"
+        if argument.startswith("--config="):
+            path = catalog.locate(argument.removeprefix("--config="))
+            done += [f"--config-dir={path.parent}", f"--config-name={path.stem}"]
+        else:
+            done.append(argument)
+    return done
+
+
+class _Parser(argparse.ArgumentParser):
+    """An argument parser whose complaints are `UserError`s."""
+
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message}: see --help")
+
+
+def _dispatch(arguments: list[str], program: str | None) -> int:
+    if not arguments or arguments[0] in {"-h", "--help"}:
+        print(_overview())
+        return 0
+    if arguments[0] == "--version":
+        print(f"ptq {ptq.__version__}")
+        return 0
+    command, rest = arguments[0], arguments[1:]
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(COMMANDS)}"
+        raise UserError(f"{command!r} is not a command; {hint}")
+    return _command(command, rest, program or f"ptq {command}")
+
+
+def _command(command: str, arguments: list[str], program: str) -> int:
+    parser = _parser(command, program)
+    # Help comes first, so that a mistake elsewhere on the line does not hide it.
+    if {"-h", "--help"} & set(arguments):
+        parser.print_help()
+        return 0
+    options, unknown = parser.parse_known_intermixed_args(rewrite(arguments))
+    if unknown:
+        known = [name for action in parser._actions for name in action.option_strings]
+        close = difflib.get_close_matches(unknown[0], [*known, "--config"], n=1)
+        raise UserError(f"{unknown[0]}: no such option; {f'did you mean {close[0]!r}?' if close else 'see --help'}")
+    path = _config_path(options)
+
+    from ptq.cli.hydra_edge import compose_jobs
+
+    jobs = compose_jobs(path, options.overrides, options.multirun)
+    if options.cfg:
+        for job in jobs:
+            print(_yaml(job.config), end="" if len(jobs) == 1 else "---\n")
+        return 0
+    work = _work(command, options)
+    for number, job in enumerate(jobs, 1):
+        if len(jobs) > 1:
+            print(f"job {number} of {len(jobs)}: {' '.join(job.overrides)}", flush=True)
+        work(job.recipe)
+    return 0
+
+
+def _config_path(options: argparse.Namespace) -> pathlib.Path:
+    if options.config_dir is None:
+        return catalog.locate(options.config_name or catalog.DEMO)
+    if options.config_name is None:
+        raise UserError("--config-dir: no --config-name beside it: give both, or --config with a path")
+    return catalog.locate(str(pathlib.Path(options.config_dir) / f"{options.config_name.removesuffix('.yaml')}.yaml"))
+
+
+def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
+    """Returns what a job's recipe is given to; torch and transformers come in here."""
+    from ptq.run import collect_statistics, dry_run, run
+
+    if options.dry_run:
+        return dry_run
+    if command == "run":
+        return run
+    output = pathlib.Path(options.output).expanduser() if options.output else None
+    if output is not None and options.multirun:
+        raise UserError("--output: one file for several jobs of -m: leave it out, each job has its own folder")
+    return lambda recipe: collect_statistics(recipe, output)
+
+
+def _parser(command: str, program: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=program, allow_abbrev=False, add_help=False, description=f"{COMMANDS[command].capitalize()}.",
+        usage=f"{program} [--config RECIPE] [key=value ...] [-m] [--dry-run] [--cfg job] [--help]",
+        formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, group=choice, ~key")
+    # --config itself is rewritten before this parser sees it; it is named here for the help.
+    named = parser.add_argument_group("which recipe")
+    named.add_argument("--config-name", help=argparse.SUPPRESS)
+    named.add_argument("--config-dir", help=argparse.SUPPRESS)
+    named.add_argument("--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})")
+    parser.add_argument("-m", "--multirun", action="store_true", help="one run for each of the values key=a,b,c")
+    parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
+    parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
+    if command == "stats":
+        parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")
+    parser.add_argument("-h", "--help", action="help", help="show this and stop")
+    return parser
+
+
+def _overview() -> str:
+    rows = "\n".join(f"  {name:6} {what}" for name, what in COMMANDS.items())
+    return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq --version the version.\n"
+
+
+def _epilog(program: str) -> str:
+    recipes = catalog.recipes()
+    width = max(map(len, recipes))
+    named = "\n".join(f"  {name:{width}}  {what}" for name, what in recipes.items())
+    chosen = "\n".join(f"  {group}=  {', '.join(names)}" for group, names in catalog.groups().items())
+    return f"""examples:
+  {program}
+  {program} --config smollm2-135m_w4a16 scheme.weight.bits=3
+  {program} --config my/recipe.yaml scheme=w8a8_static '~steps.rtn' --dry-run
+  {program} -m scheme=w8a8,w4a16,w4a4 evaluation.windows=4
+
+recipes:
+{named}
+
+groups:
+{chosen}
+"""
+
+
+def _yaml(config: dict[str, Any]) -> str:
+    import yaml
+
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _of_the_system(error: Exception) -> str | None:
+    """Returns one line for a full disk or a forbidden file, however it was wrapped, or None for anything else."""
+    number = error.errno if isinstance(error, OSError) else None
+    text = str(error)
+    place = getattr(error, "filename", None) or "a file of this run"
+    # safetensors, in Rust, wraps the system's error in its own exception and keeps the number in the text only.
+    if number in _FULL or (number is None and f"os error {errno.ENOSPC}" in text):
+        return f"{place}: the disk is full: free space, or choose another folder with outputs=... and store=..."
+    if number in _REFUSED or (number is None and f"os error {errno.EACCES}" in text):
+        return f"{place}: not permitted: choose another folder with outputs=... and store=..., or mend its permissions"
+    return None
+
+
+def _fail(kind: str, text: str, status: int) -> int:
+    print(f"{kind}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    return status

@@ -1,0 +1,162 @@
+"""From a config name and Hydra overrides to recipes. Hydra and OmegaConf stop here: what leaves are plain dataclasses.
+
+Hydra composes; the schema in `ptq.config` judges. A value override may therefore name any key of the schema, whether the
+YAML mentions it or not, and whatever the schema does not know is refused there, with the nearest key.
+"""
+
+import itertools
+import pathlib
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+from hydra import compose, initialize_config_dir
+from hydra.core.config_loader import ConfigLoader
+from hydra.core.config_search_path import ConfigSearchPath
+from hydra.core.global_hydra import GlobalHydra
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import Override
+from hydra.core.plugins import Plugins
+from hydra.errors import HydraException, MissingConfigException, OverrideParseException
+from hydra.plugins.search_path_plugin import SearchPathPlugin
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from ptq.cli.catalog import config_folder, groups
+from ptq.config import Recipe, recipe_from
+from ptq.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Job:
+    """One composed experiment: its recipe, the overrides that a sweep chose for it, and its config as plain containers."""
+
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    config: dict[str, Any]
+
+
+def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = False) -> list[Job]:
+    """Composes the recipe file `config` with Hydra overrides into jobs, all checked: one, or with `multirun` one per point.
+
+    The `defaults` of a file outside the shipped configs are looked up beside it first, then in the shipped configs.
+    A sweep is the product of its choices in the order of the command line, the last varying fastest, as in Hydra's
+    basic sweeper.
+
+    Raises:
+        UserError: one line for the first mistake in the file or in an override.
+    """
+    with _hydra(config.parent) as loader, _one_line(config):
+        points = list(_points(_parse(overrides, loader, config.parent), multirun))
+        return [_job(config, list(point)) for point in points]
+
+
+class ShippedConfigs(SearchPathPlugin):
+    """Appends the shipped configs to Hydra's search path, so that a recipe file anywhere may name their groups."""
+
+    def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
+        """Called by Hydra when it is set up."""
+        search_path.append(provider="ptq", path=f"file://{config_folder()}")
+
+
+@contextmanager
+def _hydra(folder: pathlib.Path) -> Iterator[ConfigLoader]:
+    """Hydra set up to search `folder` first and then the shipped configs."""
+    Plugins.instance().register(ShippedConfigs)
+    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+        yield GlobalHydra.instance().config_loader()
+
+
+def _parse(overrides: list[str], loader: ConfigLoader, folder: pathlib.Path) -> list[Override]:
+    parser = OverridesParser.create(config_loader=loader)
+    lines = []
+    for override in parser.parse_overrides(overrides):
+        line, key = str(override.input_line), override.key_or_group
+        if key == "hydra" or key.startswith(("hydra.", "hydra/")):
+            raise UserError(f"{line}: Hydra's own settings change nothing here: leave it out")
+        if not (override.is_delete() or override.package is not None or _is_group(key, folder)):
+            # Forced, a value may be set whether or not the YAML mentions its key: the schema judges, not the file.
+            line = f"++{line.lstrip('+')}"
+        lines.append(line)
+    return parser.parse_overrides(lines)
+
+
+def _is_group(key: str, folder: pathlib.Path) -> bool:
+    return "/" in key or any((root / key).is_dir() for root in (folder, config_folder()))
+
+
+def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[str, bool], ...]]:
+    """Yields the overrides of each job, each with whether a sweep chose it."""
+    axes: list[list[tuple[str, bool]]] = []
+    for override in overrides:
+        if not override.is_sweep_override():
+            axes.append([(str(override.input_line), False)])
+        elif not multirun:
+            raise UserError(f"{override.input_line}: several values for one run: add -m to run them all, or quote a comma")
+        elif not override.is_discrete_sweep():
+            raise UserError(f"{override.input_line}: an interval has no end of values: list them, or use range()")
+        else:
+            key = override.get_key_element()
+            axes.append([(f"{key}={value}", True) for value in override.sweep_string_iterator()])
+    yield from itertools.product(*axes)
+
+
+def _job(config: pathlib.Path, point: list[tuple[str, bool]]) -> Job:
+    composed = compose(config_name=config.stem, overrides=[line for line, _ in point])
+    plain = _plain(composed)
+    plain.setdefault("name", config.stem)
+    return Job(recipe_from(plain), tuple(line.lstrip("+") for line, swept in point if swept), plain)
+
+
+def _plain(composed: DictConfig) -> dict[str, Any]:
+    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+    return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
+
+
+@contextmanager
+def _one_line(config: pathlib.Path) -> Iterator[None]:
+    """Turns what Hydra, OmegaConf and YAML say over many lines into a `UserError` of one."""
+    try:
+        yield
+    except MissingConfigException as error:
+        raise UserError(_missing(error)) from None
+    except OverrideParseException as error:
+        advice = "expected key=value, +key=value or ~key, with values of special characters in quotes: key='\"a, b\"'"
+        raise UserError(f"{error.override}: not an override: {advice}") from None
+    except (HydraException, OmegaConfBaseException) as error:
+        raise UserError(_explain(config, error)) from None
+    except yaml.YAMLError as error:
+        mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
+        place = f"{mark.name}, line {mark.line + 1}" if mark else str(config)
+        raise UserError(f"{place}: not valid YAML: {problem or _flat(error)}: mend the file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{config}: not a text file in UTF-8: name a recipe in YAML") from None
+
+
+def _missing(error: MissingConfigException) -> str:
+    group, _, choice = str(error.missing_cfg_file).rpartition("/")
+    if not group:
+        return f"defaults: no config {choice!r}: use a group and a choice, such as - model: smollm2-135m"
+    return f"{group}: no choice {choice!r}{nearest(choice, error.options or _choices(group))}"
+
+
+def _choices(group: str) -> list[str]:
+    return groups().get(group, [])
+
+
+def _explain(config: pathlib.Path, error: Exception) -> str:
+    text = f"{error} {error.__cause__ or ''}"
+    if found := re.search(r"Could not override '([^']+)'.*No match in the defaults list", text, re.DOTALL):
+        return f"{found[1]}: {config.name} has no such group in its defaults: write +{found[1]}=... to add it"
+    if found := re.search(r"Could not delete(?: from config)?\. ?'?([\w./@-]+)'? does not (?:exist|match)", text):
+        return f"~{found[1]}: nothing of that name and value to remove: look at the config with --cfg job"
+    return f"{config.name}: {_flat(error)}"
+
+
+def _flat(error: Exception) -> str:
+    """The error's text on one line, without the search paths and stack frames that follow it."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return " ".join(lines[:3]) if lines else type(error).__name__

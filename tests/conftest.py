@@ -1,0 +1,39 @@
+"""Fixtures: tiny trained models, cached between sessions; no test reaches the network."""
+
+import os
+import pathlib
+
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+
+import pytest
+from hypothesis import settings
+
+settings.register_profile("ptq", deadline=None, derandomize=True)
+settings.load_profile("ptq")
+
+CACHE = pathlib.Path(os.environ.get("PTQ_TEST_CACHE", pathlib.Path.home() / ".cache" / "ptq-tests"))
+
+
+@pytest.fixture(scope="session")
+def tiny_opt() -> pathlib.Path:
+    """Folder of a trained byte-level OPT."""
+    from ptq.testing import tiny_model
+
+    return tiny_model("opt", CACHE)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama() -> pathlib.Path:
+    """Folder of a trained byte-level LLaMA."""
+    from ptq.testing import tiny_model
+
+    return tiny_model("llama", CACHE)
+
+
+@pytest.fixture(scope="session")
+def tiny_opt_outliers() -> pathlib.Path:
+    """The same OPT with outlier channels injected: the same function, much harder to quantize per tensor."""
+    from ptq.testing import tiny_model
+
+    return tiny_model("opt", CACHE, outliers=60.0)
