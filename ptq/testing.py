@@ -176,13 +176,14 @@ def inject_outliers(model: Any, factor: float = 60.0, channels: int = 4, seed: i
     """Makes some channels of every norm's output outlying without changing the model's function. Returns the channels.
 
     At every link from a norm its gain and bias at a channel are multiplied by c and the readers' columns divided by c, c
-    between `factor` / 3 and `factor`, the same channels in every block, as in OPT. The logits change by rounding only.
+    between `factor` / 2 and `factor`. The channels are those with the greatest gain in the first block, the same in every
+    block, as in OPT. The logits change by rounding only.
 
     Args:
         model: a causal language model whose norm links are found by tracing; norms that multiply by their ``weight``.
         factor: greatest c.
         channels: how many channels.
-        seed: which channels, and the factors.
+        seed: of the factors.
     """
     network = build_network(model)
     traces = trace_links(network, BlockStream(network, ResidentWeights(), next(model.parameters()).device))
@@ -194,8 +195,8 @@ def inject_outliers(model: Any, factor: float = 60.0, channels: int = 4, seed: i
                 continue
             norm = model.get_submodule(link.producer)
             if chosen is None:
-                chosen = torch.randperm(len(norm.weight), generator=generator)[:channels].tolist()
-            scale = factor * 3 ** -torch.rand(channels, generator=generator)
+                chosen = norm.weight.abs().topk(channels).indices.tolist()
+            scale = factor * 2 ** -torch.rand(channels, generator=generator)
             _scale_channels(norm, [model.get_submodule(r) for r in link.readers], chosen, scale)
     return chosen or []
 

@@ -1,11 +1,29 @@
-"""Where the parameters are: all in memory, or on disk with one module's worth in memory at a time."""
+"""Where the parameters are: the files that hold them, and how they come into memory, all of them or one module's worth."""
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import hashlib
+import json
+import math
+import mmap
+import pathlib
+import struct
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import nn
+
+from ptq.errors import UserError
+
+PIECE = 1 << 23
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+# Bytes of a GGUF metadata value by its type number; 8 is a string, 9 an array.
+GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class Weights(Protocol):
@@ -30,15 +48,97 @@ class ResidentWeights:
         yield
 
 
+@dataclass(frozen=True)
+class Stored:
+    """One tensor inside a safetensors file: its bytes are ``file[start:end]``."""
+
+    file: pathlib.Path
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yields the tensor's values in order, flat, at most 8 MiB at a time; a piece is valid until the next one.
+
+        Plain reads, not a memory map: pages of a map count as the process's memory for as long as it lives.
+        """
+        buffer = bytearray(min(PIECE, self.end - self.start))
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            left = self.end - self.start
+            while left:
+                view = memoryview(buffer)[: min(left, len(buffer))]
+                filled = 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise ValueError(f"{self.file} became shorter while it was read")
+                    filled += count
+                yield torch.frombuffer(view, dtype=self.dtype)
+                left -= len(view)
+
+    def read(self, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Returns the tensor on `device`; floating point is rounded to `rounding`, then held as `arithmetic`."""
+        floating = self.dtype.is_floating_point
+        value = torch.empty(self.shape, dtype=arithmetic if floating else self.dtype, device=device)
+        # Through the arithmetic type first, as a resident model is: two roundings may differ from one.
+        exact = not floating or self.dtype == rounding
+        flat, position = value.view(-1), 0
+        for piece in self.pieces():
+            # On the device the copy must be complete before the buffer is filled again: copy_ from pageable memory is.
+            flat[position : position + len(piece)].copy_(piece if exact else piece.to(arithmetic).to(rounding))
+            position += len(piece)
+        return value
+
+    def overflows(self, dtype: torch.dtype) -> bool:
+        """Returns whether a value is beyond the range of `dtype`."""
+        most = torch.finfo(dtype).max
+        return self.dtype.is_floating_point and any(bool((piece.float().abs() > most).any()) for piece in self.pieces())
+
+
+def read_header(path: pathlib.Path) -> dict[str, Stored]:
+    """Returns what a safetensors file holds, by name, without reading it.
+
+    Raises:
+        ValueError: when the header is damaged or the file is not as long as it promises.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise ValueError("the file ends inside its header")
+        (length,) = struct.unpack("<Q", head)
+        if length > size - 8:
+            raise ValueError("the file ends inside its header")
+        header = json.loads(file.read(length))
+    tensors: dict[str, Stored] = {}
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                if math.prod(shape) * dtype.itemsize != end - start:
+                    raise ValueError(f"the shape of {name} does not fit its bytes")
+                tensors[name] = Stored(path, start, end, dtype, shape)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the header is damaged ({error})") from None
+    promised = max((t.end for t in tensors.values()), default=8 + length)
+    if promised != size:
+        raise ValueError(f"its header promises {promised} bytes, the file has {size}")
+    return tensors
+
+
 class OffloadedWeights:
     """Parameters are read from disk when a module is held, and dropped after.
 
     Args:
         model: the model; its offloaded parameters are on the meta device.
-        source: stored tensors by full parameter name, read when asked for (accelerate's `OffloadedWeightsLoader`).
-        tied: full names of parameters that are another one's tensor, to that one's name.
-        convert: makes a stored tensor into what the baseline computes with (rounding, arithmetic type).
+        stored: where each parameter is, by full name; tied parameters name the same bytes and share one tensor in a hold.
+        rounding: what floating point values are rounded to.
+        arithmetic: what they are computed with.
         device: where the arithmetic happens.
+        keep: anything that must live as long as the weights, such as the temporary folder of converted ones.
     """
 
     resident = False
@@ -46,38 +146,156 @@ class OffloadedWeights:
     def __init__(
         self,
         model: nn.Module,
-        source: Mapping[str, Any],
-        tied: Mapping[str, str],
-        convert: Callable[[torch.Tensor], torch.Tensor],
+        stored: Mapping[str, Stored],
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
         device: torch.device,
+        keep: Any = None,
     ):
-        self._model, self._source, self._tied, self._convert, self._device = model, source, dict(tied), convert, device
+        self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
+        self._rounding, self._arithmetic = rounding, arithmetic
 
     @contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
-        """Reads what the submodules `names` need; on leaving, their meta parameters are put back."""
-        held: list[tuple[nn.Module, str, nn.Parameter]] = []
-        read: dict[str, nn.Parameter] = {}
+        """Reads what the submodules `names` need; on leaving, their meta tensors are put back."""
+        held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        read: dict[Stored, torch.Tensor] = {}
         try:
-            for module, name, full in self._entries(names):
-                stored = self._tied.get(full, full)
+            for owner, name, full in self._missing(names):
+                stored = self._stored[full]
                 if stored not in read:
-                    value = self._convert(self._source[stored].to(self._device))
-                    read[stored] = nn.Parameter(value, requires_grad=False)
-                held.append((module, name, module._parameters[name]))  # type: ignore[arg-type]
-                module._parameters[name] = read[stored]
+                    read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
+                before, value = owner[name], read[stored]
+                held.append((owner, name, before))
+                owner[name] = nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value
             yield
         finally:
-            for module, name, before in held:
-                module._parameters[name] = before
+            for owner, name, before in held:
+                owner[name] = before
 
-    def _entries(self, names: Iterable[str]) -> Iterator[tuple[nn.Module, str, str]]:
-        seen: set[str] = set()
+    def _missing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """Yields (the dictionary that holds it, name in it, full name) of the parameters and buffers that are on meta."""
         for outer in names:
             for inner, module in self._model.get_submodule(outer).named_modules():
                 prefix = ".".join(p for p in (outer, inner) if p)
-                for name, parameter in list(module.named_parameters(recurse=False)):
-                    full = f"{prefix}.{name}" if prefix else name
-                    if full not in seen and parameter.device.type == "meta":
-                        seen.add(full)
-                        yield module, name, full
+                owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for owner in owners:
+                    for name, tensor in list(owner.items()):
+                        if tensor is not None and tensor.device.type == "meta":
+                            yield owner, name, f"{prefix}.{name}" if prefix else name
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"model.path: {path} is no JSON ({' '.join(str(error).split())}): download the model again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"model.path: {path} holds no JSON object: download the model again")
+    return value
+
+
+def check_directory(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder has a config and every byte of the weights that its headers promise."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.path: {folder} has no config.json: expected a folder saved by save_pretrained")
+    _read_json(path)
+    for shard in shards_of(folder):
+        try:
+            read_header(shard)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.path: {shard} is truncated or damaged ({reason}): download it again") from None
+
+
+def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the weights' files that transformers reads in this folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        convert = (
+            "pickled weights are not read: save it again with safe_serialization" if pickles else "download the weights"
+        )
+        raise UserError(f"model.path: {folder} has no model.safetensors and no model.safetensors.index.json: {convert}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"model.path: {index} names no shards: download the model again")
+    shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"model.path: {folder} lacks {shard.name}, which its index names: download the model again")
+    return shards
+
+
+def check_gguf(path: pathlib.Path) -> None:
+    """Walks over the metadata and the tensor table; every tensor must lie inside the file."""
+    if path.stat().st_size < 24:
+        raise UserError(f"model.path: {path} is truncated ({path.stat().st_size} bytes): download it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise UserError(f"model.path: {path} is no GGUF file: its first bytes are not 'GGUF'")
+        try:
+            promised = _gguf_end(data)
+        except (struct.error, ValueError, KeyError, OverflowError):
+            raise UserError(
+                f"model.path: {path} is truncated or damaged (its header cannot be read): download it again"
+            ) from None
+        if promised > len(data):
+            raise UserError(f"model.path: {path} is truncated ({len(data)} bytes of {promised}): download it again")
+
+
+def _gguf_end(data: mmap.mmap) -> int:
+    """Returns how many bytes the header of a GGUF file promises."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    _, tensors, entries = struct.unpack_from("<IQQ", data, 4)
+    position, alignment = 24, 32
+    for _ in range(entries):
+        (length,) = struct.unpack_from("<Q", data, position)
+        key = data[position + 8 : position + 8 + length]
+        position += 8 + length
+        (kind,) = struct.unpack_from("<I", data, position)
+        if key == b"general.alignment":
+            (alignment,) = struct.unpack_from("<I", data, position + 4)
+        position = _skip_value(data, position + 4, kind)
+    end = 0
+    for _ in range(tensors):
+        position = _skip_value(data, position, 8)
+        (dimensions,) = struct.unpack_from("<I", data, position)
+        *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, position + 4)
+        position += 4 + 8 * dimensions + 12
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        end = max(end, offset + math.prod(shape) // block * size)
+    return -(-position // alignment) * alignment + end
+
+
+def _skip_value(data: mmap.mmap, position: int, kind: int) -> int:
+    if kind == 8:
+        (length,) = struct.unpack_from("<Q", data, position)
+        return position + 8 + int(length)
+    if kind != 9:
+        return position + GGUF_SIZES[kind]
+    inner, count = struct.unpack_from("<IQ", data, position)
+    position += 12
+    if inner in GGUF_SIZES:
+        return position + int(count) * GGUF_SIZES[inner]
+    for _ in range(count):
+        position = _skip_value(data, position, inner)
+    return position
+
+
+def digest_files(files: Iterable[pathlib.Path]) -> str:
+    """Returns the SHA-256 over the names, sizes and bytes of `files`."""
+    digest = hashlib.sha256()
+    buffer = bytearray(PIECE)
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

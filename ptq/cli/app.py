@@ -36,7 +36,9 @@ def main(arguments: list[str] | None = None, program: str | None = None) -> int:
     except UserError as error:
         return _fail("error", str(error), EXIT_MISTAKE)
     except KeyboardInterrupt:
-        return _fail("stopped", "interrupted; what was finished is kept, and the same command takes it up", EXIT_STOPPED)
+        return _fail(
+            "stopped", "interrupted; what was finished is kept, and the same command takes it up", EXIT_STOPPED
+        )
     except BrokenPipeError:
         # The reader (such as `head`) has gone: nothing is left to say, and Python must not try again while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -45,6 +47,16 @@ def main(arguments: list[str] | None = None, program: str | None = None) -> int:
         if (line := _of_the_system(error)) is None:
             raise
         return _fail("error", line, EXIT_MISTAKE)
+
+
+def run_command(arguments: list[str]) -> int:
+    """The door of ``main.py``: `main` with the command ``run``."""
+    return main(["run", *arguments], "python main.py")
+
+
+def stats_command(arguments: list[str]) -> int:
+    """The door of ``gen_act_stat.py``: `main` with the command ``stats``."""
+    return main(["stats", *arguments], "python gen_act_stat.py")
 
 
 def rewrite(arguments: list[str]) -> list[str]:
@@ -146,12 +158,16 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
         usage=f"{program} [--config RECIPE] [key=value ...] [-m] [--dry-run] [--cfg job] [--help]",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
     )  # fmt: skip
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, group=choice, ~key")
+    parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="Hydra overrides: key=value, group=choice, ~key"
+    )
     # --config itself is rewritten before this parser sees it; it is named here for the help.
     named = parser.add_argument_group("which recipe")
     named.add_argument("--config-name", help=argparse.SUPPRESS)
     named.add_argument("--config-dir", help=argparse.SUPPRESS)
-    named.add_argument("--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})")
+    named.add_argument(
+        "--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})"
+    )
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each of the values key=a,b,c")
     parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")

@@ -95,7 +95,9 @@ def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[s
         if not override.is_sweep_override():
             axes.append([(str(override.input_line), False)])
         elif not multirun:
-            raise UserError(f"{override.input_line}: several values for one run: add -m to run them all, or quote a comma")
+            raise UserError(
+                f"{override.input_line}: several values for one run: add -m to run them all, or quote a comma"
+            )
         elif not override.is_discrete_sweep():
             raise UserError(f"{override.input_line}: an interval has no end of values: list them, or use range()")
         else:

@@ -1,0 +1,71 @@
+"""Every shipped recipe and every choice of a group composes into a checked recipe."""
+
+import pytest
+
+from ptq.cli import catalog
+from ptq.cli.hydra_edge import compose_jobs
+
+SHIPPED = {
+    "demo", "smollm2-135m_w8a8", "smollm2-135m_w4a16", "smollm2-135m_w4a4",
+    "opt-1.3b_w8a8", "opt-1.3b_w4a4", "llama-2-7b_w8a8",
+}  # fmt: skip
+CHOICES = [(group, choice) for group, choices in catalog.groups().items() for choice in choices]
+
+
+def compose(name, *overrides):
+    [job] = compose_jobs(catalog.locate(name), list(overrides))
+    return job.recipe
+
+
+def bits(spec):
+    return None if spec is None else spec.bits
+
+
+def test_the_promised_recipes_are_shipped():
+    assert set(catalog.recipes()) >= SHIPPED
+
+
+@pytest.mark.parametrize("name", sorted(catalog.recipes()))
+def test_a_shipped_recipe_composes_and_its_name_says_what_it_is(name):
+    recipe = compose(name)
+    assert recipe.name == name
+    assert recipe.steps
+    if "_w" in name:
+        model, scheme = name.rsplit("_", 1)
+        weight, inputs = scheme[1:].split("a")
+        assert bits(recipe.scheme.weight) == int(weight)
+        assert (bits(recipe.scheme.input) or 16) == int(inputs)
+        assert model.split("-")[0] in recipe.model.path.lower()
+
+
+@pytest.mark.parametrize(("group", "choice"), CHOICES)
+def test_every_choice_of_every_group_fits_the_demo(group, choice):
+    recipe = compose("demo", f"{group}={choice}")
+    assert recipe.name == "demo"
+
+
+def test_the_schemes_are_what_their_names_say():
+    tensor, static = compose("demo", "scheme=w8a8_tensor").scheme, compose("demo", "scheme=w8a8_static").scheme
+    assert tensor.weight.granularity == tensor.input.granularity == "tensor"
+    assert tensor.input.dynamic
+    assert not static.input.dynamic
+    assert not static.input.symmetric
+    grouped = compose("demo", "scheme=w4a16_g64").scheme
+    assert (grouped.weight.group_size, grouped.weight.symmetric, grouped.input) == (64, False, None)
+    token = compose("demo", "scheme=w4a4").scheme.input
+    assert (token.bits, token.granularity, token.dynamic) == (4, "token", True)
+
+
+def test_the_smol_wt2_protocol_has_its_sizes_and_its_files(monkeypatch):
+    monkeypatch.setenv("PTQ_DATA", "/somewhere")
+    recipe = compose("smollm2-135m_w8a8", "data=smol-wt2")
+    assert (recipe.calibration.samples, recipe.calibration.length, recipe.calibration.bos) == (64, 512, False)
+    assert (recipe.evaluation.windows, recipe.evaluation.length, recipe.evaluation.bos) == (16, 1024, False)
+    assert recipe.data.calibration.path == "/somewhere/wikitext2-valid-tokenized.txt"
+    assert recipe.data.evaluation.path == "/somewhere/wikitext2-test-head.txt"
+
+
+def test_every_config_says_what_it_is():
+    files = sorted(catalog.config_folder().rglob("*.yaml"))
+    assert files
+    assert [str(path) for path in files if not catalog.describe(path)] == []
