@@ -37,3 +37,11 @@ def tiny_opt_outliers() -> pathlib.Path:
     from ptq.testing import tiny_model
 
     return tiny_model("opt", CACHE, outliers=60.0)
+
+
+@pytest.fixture(scope="session")
+def tiny_llama_outliers() -> pathlib.Path:
+    """The same LLaMA with outlier channels injected."""
+    from ptq.testing import tiny_model
+
+    return tiny_model("llama", CACHE, outliers=60.0)

@@ -155,7 +155,7 @@ def test_a_mistake_gets_one_line_and_status_2(arguments, said, work, capsys):
         (b"\xff\xfe\x00\x01", "bad.yaml"),
         (b"defaults: [{scheme: w8a9}, _self_]\nmodel: {path: x}\n", "did you mean 'w8a8'"),
         (b"defaults: [demmo, _self_]\n", "demmo"),
-        (b"model: {path: ???}\n", "path"),
+        (b"model:\n  path: ???\n", "model.path"),
     ],
 )
 def test_a_broken_recipe_file_gets_one_line_and_status_2(content, said, tmp_path, work, capsys):
