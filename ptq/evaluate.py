@@ -5,7 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch.nn.functional import cross_entropy, log_softmax
+from torch.nn.functional import log_softmax
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -45,8 +45,7 @@ def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: in
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            logits = head(hidden[w : w + 1, span])[0].float()
-            total += cross_entropy(logits, targets.to(logits.device), reduction="sum").double().item()
+            total += _loss(log_softmax(head(hidden[w : w + 1, span])[0].float(), dim=-1), targets)
         losses[w] = total / (ids.shape[1] - 1)
     return losses
 
@@ -73,7 +72,7 @@ def compare_tokens(head: Head, baseline: torch.Tensor, quantized: torch.Tensor, 
         for span, targets in _chunks(ids[w], chunk):
             p = log_softmax(head(baseline[w : w + 1, span])[0].float(), dim=-1)
             q = log_softmax(head(quantized[w : w + 1, span])[0].float(), dim=-1)
-            total -= q.gather(1, targets.to(q.device)[:, None]).double().sum().item()
+            total += _loss(q, targets)
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             divergences.append((p.exp() * p.sub_(q)).sum(-1).double())
         losses[w] = total / (ids.shape[1] - 1)
@@ -129,6 +128,11 @@ def compare(
         windows=len(baseline),
         tokens=len(baseline) * (length - 1),
     )
+
+
+def _loss(log_probabilities: torch.Tensor, targets: torch.Tensor) -> float:
+    """Returns the summed negative log-likelihood of `targets` (tokens,) under (tokens, vocabulary), summed in float64."""
+    return -float(log_probabilities.gather(1, targets.to(log_probabilities.device)[:, None]).double().sum())
 
 
 def _chunks(ids: torch.Tensor, chunk: int) -> list[tuple[slice, torch.Tensor]]:

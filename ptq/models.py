@@ -15,8 +15,13 @@ import huggingface_hub
 import huggingface_hub.errors as hub
 import torch
 import transformers
+from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
+from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import accelerate_disk_offload
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ptq.config import ExecutionConfig, ModelConfig
@@ -264,14 +269,10 @@ def _load_offloaded(
 ) -> tuple[Any, Weights] | None:
     """Returns the model on meta with the place of each weight on disk, or None when one is beyond the range of `rounding`.
 
-    transformers, through accelerate, says which stored tensor is which parameter; what it has to convert (such as experts
-    that become one tensor) it writes to a temporary folder that lives as long as the weights.
+    transformers, through accelerate, says which stored tensor is which parameter.
     """
-    folder = tempfile.TemporaryDirectory(prefix="ptq-offload-")
-    options = {"dtype": arithmetic, "device_map": {"": "disk"}, "offload_folder": folder.name, **arguments}
-    model = _pretrained(config, location, options)
-    index = _index(model)
-    remove_hook_from_submodules(model)
+    found = _mapped(config, location, arguments, arithmetic) or _converted(config, location, arguments, arithmetic)
+    model, index, folder = found
     headers: dict[str, dict[str, Stored]] = {}
     stored: dict[str, Stored] = {}
     for name, entry in index.items():
@@ -282,11 +283,11 @@ def _load_offloaded(
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if other in stored:
             stored[name] = stored[other]
-    lost = [
-        n for n, t in (*model.named_parameters(), *model.named_buffers()) if t.device.type == "meta" and n not in stored
-    ]
-    if lost:
-        raise UserError(f"execution.weights: 'offloaded', but {lost[0]} is not to be found on disk: use resident")
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta" and (name not in stored or stored[name].shape != tensor.shape):
+            raise UserError(
+                f"execution.weights: 'offloaded', but {name} is not on disk as the config says: use resident"
+            )
     if rounding == torch.float16 and any(tensor.overflows(rounding) for tensor in dict.fromkeys(stored.values())):
         return None
     for buffers in (module._buffers for module in model.modules()):
@@ -294,6 +295,52 @@ def _load_offloaded(
             if buffer is not None and buffer.device.type != "meta":
                 buffers[name] = buffer.to(device)
     return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder)
+
+
+def _mapped(
+    config: ModelConfig, location: Location, arguments: dict[str, Any], arithmetic: torch.dtype
+) -> tuple[Any, dict[str, Any], Any] | None:
+    """Returns the model on meta and the index of its checkpoint, no weight read; None where weights must be converted."""
+    folder = pathlib.Path(location.base)
+    if location.kind == "hub":
+        files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+        options: dict[str, Any] = {
+            key: value for key, value in arguments.items() if key in {"revision", "local_files_only"}
+        }
+        folder = pathlib.Path(
+            _guarded(config, lambda: snapshot_download(location.base, allow_patterns=files, **options))
+        )
+        if not any(folder.glob("model.safetensors*")):
+            return None
+    found = _guarded(config, lambda: AutoConfig.from_pretrained(location.base, **arguments))
+    # Only parameters go to meta: buffers such as rotary frequencies are computed by the model, not stored.
+    with init_empty_weights(include_buffers=False):
+        trust = config.trust_remote_code
+        model = _guarded(
+            config, lambda: AutoModelForCausalLM.from_config(found, dtype=arithmetic, trust_remote_code=trust)
+        )
+    mapping = get_model_conversion_mapping(model)
+    if any(isinstance(entry, WeightConverter) for entry in mapping):
+        return None
+    shards = shards_of(folder)
+    names = {name: shard.name for shard in shards for name in read_header(shard)}
+    index = accelerate_disk_offload(model, None, [str(s) for s in shards], {"": "disk"}, {"weight_map": names}, mapping)
+    return (model, index, None) if all(name in index for name, _ in model.named_parameters()) else None
+
+
+def _converted(
+    config: ModelConfig, location: Location, arguments: dict[str, Any], arithmetic: torch.dtype
+) -> tuple[Any, dict[str, Any], Any]:
+    """Like `_mapped` for checkpoints that transformers converts while it reads them, such as experts that become one tensor.
+
+    All shards pass through memory maps once. Converted weights are written to a temporary folder, the last item returned.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="ptq-offload-")
+    options = {"dtype": arithmetic, "device_map": {"": "disk"}, "offload_folder": folder.name, **arguments}
+    model = _pretrained(config, location, options)
+    index = _index(model)
+    remove_hook_from_submodules(model)
+    return model, index, folder
 
 
 def _index(model: Any) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 import pathlib
 
 import torch
-from accelerate import init_empty_weights
 from transformers import AutoModelForCausalLM
 
 from ptq.config import Recipe
@@ -51,7 +50,7 @@ def check_before(recipe: Recipe) -> list[str]:
 def skeleton(recipe: Recipe) -> Network:
     """Returns the recipe's model without weights (on the meta device), as a network."""
     config = check_model(recipe.model)
-    with init_empty_weights():
+    with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except ValueError as error:

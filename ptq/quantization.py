@@ -54,7 +54,9 @@ class QuantizeVisitor:
         model = self.session.network.model
         if self.store is not None:
             prefix = f"{block.name}."
-            tensors = {prefix + key: value.contiguous() for key, value in block.module.state_dict().items()}
+            # Linears that share an input quantizer share its tensors, which safetensors refuses: each gets a copy.
+            tensors = {prefix + key: value.clone() if ".inputs." in key else value.contiguous()
+                       for key, value in block.module.state_dict().items()}
             write_atomic(self.store / f"block-{block.index:05d}.safetensors", lambda path: save_file(tensors, path))
         if not self.session.loaded.weights.resident:
             for name, original in self._originals.items():

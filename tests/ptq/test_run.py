@@ -152,7 +152,7 @@ def test_given_statistics_are_used_and_those_of_another_model_refused(tmp_path, 
         ({"steps": {"rtn": {"alpha": 1}}}, "steps.rtn.alpha: no such key"),
         ({"steps": {"mine": {"_target_": "nowhere.Step"}}}, "steps.mine._target_"),
         ({"execution": {"device": "cuda:9"}}, "execution.device"),
-        ({"calibration": {"statistics": "/nowhere/s.safetensors"}}, "calibration.statistics"),
+        ({"calibration": {"length": 128, "statistics": "/nowhere/s.safetensors"}}, "calibration.statistics"),
         ({"data": {"evaluation": {"source": "file", "path": "/nowhere/t.txt"}}}, "data.evaluation.path"),
     ],
 )
