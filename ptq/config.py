@@ -185,7 +185,9 @@ def build(cls: type, value: Any, path: str = "") -> Any:
         return cls(**arguments)
     except SpecError as error:
         close = nearest(str(error.value), error.choices) if error.choices else ""
-        raise UserError(f"{_join(path, error.field)}: {error.value!r} is not valid: expected {error.expected}{close}") from None
+        raise UserError(
+            f"{_join(path, error.field)}: {error.value!r} is not valid: expected {error.expected}{close}"
+        ) from None
 
 
 def recipe_from(value: dict[str, Any]) -> Recipe:
@@ -239,25 +241,39 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         return
     if tensor == "weight" and (spec.dynamic or spec.granularity == "token"):
         wrong = "dynamic: true" if spec.dynamic else "granularity: 'token'"
-        raise UserError(f"{path}.{wrong}: a weight has no tokens and never changes: use dynamic false, granularity channel")
+        raise UserError(
+            f"{path}.{wrong}: a weight has no tokens and never changes: use dynamic false, granularity channel"
+        )
     if tensor != "weight" and spec.granularity == "token" and not spec.dynamic:
-        raise UserError(f"{path}.dynamic: false with granularity 'token': tokens are not known in advance: use dynamic true")
+        raise UserError(
+            f"{path}.dynamic: false with granularity 'token': tokens are not known in advance: use dynamic true"
+        )
     if tensor != "weight" and spec.granularity == "group" and not spec.dynamic:
-        raise UserError(f"{path}.dynamic: false with granularity 'group': groups of an activation are dynamic: use dynamic true")
+        raise UserError(
+            f"{path}.dynamic: false with granularity 'group': groups of an activation are dynamic: use dynamic true"
+        )
     if tensor in {"query", "key", "value"} and not (spec.dynamic and spec.granularity in {"token", "group"}):
         wrong = f"granularity: {spec.granularity!r}" if spec.dynamic else "dynamic: false"
-        raise UserError(f"{path}.{wrong}: only dynamic ranges per token or group are known here: use dynamic true, granularity token")
+        raise UserError(
+            f"{path}.{wrong}: only dynamic ranges per token or group are known here: use dynamic true, granularity token"
+        )
     if tensor == "input" and not spec.dynamic and spec.range != "minmax":
-        raise UserError(f"{path}.range: {spec.range!r} with dynamic false: statistics hold minima and maxima only: use minmax")
+        raise UserError(
+            f"{path}.range: {spec.range!r} with dynamic false: statistics hold minima and maxima only: use minmax"
+        )
     if tensor == "input" and spec.dynamic and spec.granularity == "channel":
-        raise UserError(f"{path}.dynamic: true with granularity 'channel': channel ranges come from statistics: use dynamic false")
+        raise UserError(
+            f"{path}.dynamic: true with granularity 'channel': channel ranges come from statistics: use dynamic false"
+        )
     if tensor == "attention_probs":
         raise UserError(f"{path}: attention probabilities cannot be quantized yet: use null")
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(f"{path}: {value!r} is not valid: expected one of {', '.join(choices)}{nearest(value, choices)}")
+        raise UserError(
+            f"{path}: {value!r} is not valid: expected one of {', '.join(choices)}{nearest(value, choices)}"
+        )
 
 
 def _at_least(path: str, value: int | None, least: int) -> None:
@@ -297,7 +313,7 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
 def _scalar(hint: type, value: Any, path: str) -> Any:
     if hint is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
-    if type(value) is not hint or (hint is float and not math.isfinite(value)):
+    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
         words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
         raise UserError(f"{path}: {value!r} is not {words[hint]}")
     return value

@@ -12,7 +12,17 @@ import torch
 import ptq
 from ptq.config import Recipe
 
-PACKAGES = ("torch", "transformers", "tokenizers", "datasets", "accelerate", "safetensors", "numpy", "scikit-learn", "gguf")
+PACKAGES = (
+    "torch",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "accelerate",
+    "safetensors",
+    "numpy",
+    "scikit-learn",
+    "gguf",
+)
 
 
 def environment(recipe: Recipe, device: torch.device) -> dict[str, Any]:
@@ -53,7 +63,9 @@ def _git(folder: pathlib.Path) -> dict[str, Any] | None:
         return None
     try:
         commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True, check=True)
-        status = subprocess.run(["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True)
+        status = subprocess.run(
+            ["git", "status", "--porcelain"], cwd=folder, capture_output=True, text=True, check=True
+        )
     except (OSError, subprocess.CalledProcessError):
         return None
     return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}

@@ -59,7 +59,9 @@ class TokenComparison:
     agreement: float
 
 
-def compare_tokens(head: Head, baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int) -> TokenComparison:
+def compare_tokens(
+    head: Head, baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int
+) -> TokenComparison:
     """Compares the next-token distributions that follow from two sets of final hidden states (windows, length, channels).
 
     The head is the same for both: it is never quantized. Logits exist for `chunk` tokens at a time.

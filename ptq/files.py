@@ -49,7 +49,9 @@ def ensure_folder(path: pathlib.Path, field: str) -> None:
 def writing_failed(path: pathlib.Path, error: OSError) -> UserError:
     """Returns the one line for an `OSError` met while writing `path`."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return UserError(f"{path}: the disk is full: free some space and run the same command again; the old file is whole")
+        return UserError(
+            f"{path}: the disk is full: free some space and run the same command again; the old file is whole"
+        )
     return UserError(f"{path}: cannot be written ({error.strerror or error}): choose another folder")
 
 

@@ -117,7 +117,9 @@ class _Tracer:
     ) -> None:
         channels = weight_of(self.network.model.get_submodule(reader)).shape[1]
         parent = reader.rpartition(".")[0]
-        beside = [n for n in order if n.rpartition(".")[0] == parent and n != reader and order.index(n) < order.index(reader)]
+        beside = [
+            n for n in order if n.rpartition(".")[0] == parent and n != reader and order.index(n) < order.index(reader)
+        ]
         for producer in reversed(beside):
             width = weight_of(self.network.model.get_submodule(producer)).shape[0]
             head_dim = _head_dim(self.network.model.config) if width != channels else 0
@@ -200,9 +202,15 @@ def _roles(trace: Trace, order: list[str]) -> None:
 
 def describe(traces: dict[int, Trace]) -> list[str]:
     """Returns sentences on what the links allow and what they do not, for the log."""
-    kinds = {kind: sum(x.kind == kind for t in traces.values() for x in t.links) for kind in ("norm", "activation", "linear")}
-    lines = [f"links: {kinds['norm']} from norms, {kinds['activation']} from activation functions, {kinds['linear']} between Linears"]
+    kinds = {
+        kind: sum(x.kind == kind for t in traces.values() for x in t.links) for kind in ("norm", "activation", "linear")
+    }
+    lines = [
+        f"links: {kinds['norm']} from norms, {kinds['activation']} from activation functions, {kinds['linear']} between Linears"
+    ]
     if not any(kinds.values()):
-        lines.append("no links found: transforms that move scale or order between modules (smooth, reorder) cannot be used; "
-                     "statistics and rtn work")
+        lines.append(
+            "no links found: transforms that move scale or order between modules (smooth, reorder) cannot be used; "
+            "statistics and rtn work"
+        )
     return lines + [note for t in traces.values() for note in t.notes]

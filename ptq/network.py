@@ -95,7 +95,9 @@ def build_network(model: nn.Module) -> Network:
     lists = [(name, m) for name, m in model.named_modules() if isinstance(m, nn.ModuleList) and len(m) > 0]
     lists = [(name, m) for name, m in lists if any(is_linear(x) for x in m.modules())]
     if not lists:
-        raise UserError(f"model.path: {type(model).__name__} holds no list of blocks with Linears: not a decoder-only Transformer")
+        raise UserError(
+            f"model.path: {type(model).__name__} holds no list of blocks with Linears: not a decoder-only Transformer"
+        )
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
     uncovered = [u for block in blocks for u in _uncovered(block)]

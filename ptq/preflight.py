@@ -35,7 +35,9 @@ def check_before(recipe: Recipe) -> list[str]:
     check_source(recipe.data.evaluation, "data.evaluation")
     lines.append("texts: found")
     if resolve(recipe.model).kind == "hub":
-        lines.append(f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked")
+        lines.append(
+            f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked"
+        )
         _check_statistics_file(recipe)
         return lines
     network = skeleton(recipe)
@@ -54,16 +56,23 @@ def skeleton(recipe: Recipe) -> Network:
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except ValueError as error:
-            raise UserError(f"model.path: {recipe.model.path} is no causal language model ({str(error).splitlines()[0]})") from None
+            raise UserError(
+                f"model.path: {recipe.model.path} is no causal language model ({str(error).splitlines()[0]})"
+            ) from None
         model.tie_weights()
     return build_network(model)
 
 
 def check_positions(recipe: Recipe, positions: int | None) -> None:
     """Raises `UserError` when a window is longer than the model has positions for."""
-    for field, length in (("calibration.length", recipe.calibration.length), ("evaluation.length", recipe.evaluation.length)):
+    for field, length in (
+        ("calibration.length", recipe.calibration.length),
+        ("evaluation.length", recipe.evaluation.length),
+    ):
         if positions is not None and length > positions:
-            raise UserError(f"{field}: {length} is longer than the model's {positions} positions: use {positions} or less")
+            raise UserError(
+                f"{field}: {length} is longer than the model's {positions} positions: use {positions} or less"
+            )
 
 
 def _check_device(recipe: Recipe) -> None:

@@ -55,8 +55,10 @@ class QuantizeVisitor:
         if self.store is not None:
             prefix = f"{block.name}."
             # Linears that share an input quantizer share its tensors, which safetensors refuses: each gets a copy.
-            tensors = {prefix + key: value.clone() if ".inputs." in key else value.contiguous()
-                       for key, value in block.module.state_dict().items()}
+            tensors = {
+                prefix + key: value.clone() if ".inputs." in key else value.contiguous()
+                for key, value in block.module.state_dict().items()
+            }
             write_atomic(self.store / f"block-{block.index:05d}.safetensors", lambda path: save_file(tensors, path))
         if not self.session.loaded.weights.resident:
             for name, original in self._originals.items():
@@ -84,7 +86,9 @@ class QuantizeVisitor:
                 handle.remove()
         return seen
 
-    def _measure(self, name: str, original: nn.Module, module: QuantLinear, inputs: torch.Tensor, outputs: torch.Tensor) -> None:
+    def _measure(
+        self, name: str, original: nn.Module, module: QuantLinear, inputs: torch.Tensor, outputs: torch.Tensor
+    ) -> None:
         weight = weight_of(original)
         role = self.plan.roles.get(name, "")
         bits = 8 * weight.element_size()

@@ -75,16 +75,24 @@ def write_results(
     write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
 
 
-def table(recipe: Recipe, comparison: Comparison, size: Size, facts: dict[str, Any], seconds: dict[str, float]) -> Table:
+def table(
+    recipe: Recipe, comparison: Comparison, size: Size, facts: dict[str, Any], seconds: dict[str, float]
+) -> Table:
     """Returns the table that ends a run."""
     c = comparison
     rows = [
         ("baseline perplexity", f"{c.baseline_perplexity:.4f}  ({facts['baseline']})"),
         ("quantized perplexity", f"{c.quantized_perplexity:.4f}  ({c.ratio:.4f} x, simulated)"),
-        ("difference", f"{c.difference:+.4f}  [{c.difference_low:+.4f}, {c.difference_high:+.4f}] at {c.confidence:.0%}"),
+        (
+            "difference",
+            f"{c.difference:+.4f}  [{c.difference_low:+.4f}, {c.difference_high:+.4f}] at {c.confidence:.0%}",
+        ),
         ("KL(baseline || quantized)", f"mean {c.kl_mean:.5f}, 99th percentile {c.kl_p99:.5f} nats a token"),
         ("top-1 agreement", f"{c.top1_agreement:.2%}"),
-        ("bits per weight", f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)"),
+        (
+            "bits per weight",
+            f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)",
+        ),
         ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
         ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts['evaluation_source']}"),
         *((tensor, words) for tensor, words in facts["tensors"].items()),

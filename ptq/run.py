@@ -57,7 +57,9 @@ def run(recipe: Recipe) -> pathlib.Path:
         size = size_of(session.network, visitor, 4 if session.loaded.baseline_dtype == "fp32" else 2)
         facts = _facts(session, tokens.source, tokens.fingerprint, baseline.losses.tolist(), compared.losses.tolist())
         facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
-        write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
+        write_results(
+            folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device)
+        )
         journal.show(table(recipe, comparison, size, facts, journal.seconds))
         journal.say(f"results: {folder}")
     return folder

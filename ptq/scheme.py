@@ -54,9 +54,13 @@ def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]]) -
 
 def check_roles(scheme: SchemeConfig, roles: Mapping[str, str]) -> None:
     """Raises `UserError` when the scheme names query, key or value and no Linear of the model computes it alone."""
-    wanted = {t for t in ("query", "key", "value") if getattr(scheme, t) or any(o.tensors.get(t) for o in scheme.overrides)}
+    wanted = {
+        t for t in ("query", "key", "value") if getattr(scheme, t) or any(o.tensors.get(t) for o in scheme.overrides)
+    }
     for tensor in sorted(wanted - set(roles.values())):
-        raise UserError(f"scheme.{tensor}: no Linear of this model computes the {tensor} by itself (fused projection): use null")
+        raise UserError(
+            f"scheme.{tensor}: no Linear of this model computes the {tensor} by itself (fused projection): use null"
+        )
 
 
 def _matches(field: str, pattern: str, names: Mapping[str, tuple[int, int]]) -> None:

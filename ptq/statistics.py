@@ -44,13 +44,9 @@ class ChannelStatistics:
     @classmethod
     def empty(cls, channels: int, device: torch.device | str = "cpu") -> "ChannelStatistics":
         """Returns statistics of no token."""
-        like = {"device": device}
-        return cls(
-            torch.full((channels,), torch.inf, **like),  # type: ignore[arg-type]
-            torch.full((channels,), -torch.inf, **like),  # type: ignore[arg-type]
-            torch.zeros(channels, dtype=torch.float64, **like),  # type: ignore[call-overload]
-            torch.zeros(channels, dtype=torch.float64, **like),  # type: ignore[call-overload]
-        )
+        ends = [torch.full((channels,), end, device=device) for end in (torch.inf, -torch.inf)]
+        zeros = [torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(2)]
+        return cls(ends[0], ends[1], zeros[0], zeros[1])
 
     @property
     def absmax(self) -> torch.Tensor:
@@ -166,13 +162,19 @@ class Statistics:
         p = self.provenance
         missing = [name for name in linears if name not in self.inputs]
         if missing:
-            raise UserError(f"calibration.statistics: taken from {p.model}, which has no {missing[0]}: take them from this model")
+            raise UserError(
+                f"calibration.statistics: taken from {p.model}, which has no {missing[0]}: take them from this model"
+            )
         for name, (_, columns) in linears.items():
             if len(self.inputs[name].min) != columns:
                 seen = len(self.inputs[name].min)
-                raise UserError(f"calibration.statistics: {name} has {seen} channels in {p.model}, {columns} here: take them again")
+                raise UserError(
+                    f"calibration.statistics: {name} has {seen} channels in {p.model}, {columns} here: take them again"
+                )
         if p.weight_fingerprint != weight_fingerprint:
-            raise UserError(f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again")
+            raise UserError(
+                f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again"
+            )
 
     def save(self, path: pathlib.Path) -> None:
         """Writes a safetensors file with the provenance in its metadata; an old file of that name stays whole on failure."""
@@ -195,10 +197,14 @@ class Statistics:
             with safe_open(path, framework="pt") as file:
                 metadata: dict[str, Any] = file.metadata() or {}
                 if metadata.get("kind") != FILE_KIND:
-                    raise UserError(f"calibration.statistics: {path} holds no statistics: write it with gen_act_stat.py")
+                    raise UserError(
+                        f"calibration.statistics: {path} holds no statistics: write it with gen_act_stat.py"
+                    )
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError) as error:
-            raise UserError(f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again") from None
+            raise UserError(
+                f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again"
+            ) from None
         return _assemble(tensors, Provenance(**json.loads(metadata["provenance"])))
 
 
@@ -211,9 +217,10 @@ def _save(tensors: dict[str, torch.Tensor], path: pathlib.Path, metadata: dict[s
 
 def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Statistics:
     names = list(dict.fromkeys(key.split("/")[0] for key in tensors))
-    inputs = {
-        n: ChannelStatistics(*(tensors[f"{n}/input/{f}"] for f in _FIELDS), count=int(tensors[f"{n}/input/count"])) for n in names
-    }
+    inputs = {}
+    for n in names:
+        least, most, mean, m2 = (tensors[f"{n}/input/{f}"] for f in _FIELDS)
+        inputs[n] = ChannelStatistics(least, most, mean, m2, int(tensors[f"{n}/input/count"]))
     weights = {n: WeightStatistics(*(tensors[f"{n}/weight/{f}"] for f in _WEIGHT_FIELDS)) for n in names}
     return Statistics(inputs, weights, provenance)
 
@@ -247,7 +254,9 @@ class StatisticsVisitor:
         for name in block.linears:
             self.inputs[name] = self.inputs[self._owner[name]]
             if not bool(self.inputs[name].finite()):
-                raise UserError(f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights")
+                raise UserError(
+                    f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
+                )
 
     def result(self, provenance: Provenance) -> Statistics:
         """Returns what was gathered."""

@@ -50,7 +50,9 @@ def save_picture(statistics: Statistics, path: pathlib.Path, panels: int = 4) ->
         channels = range(len(s.min))
         low, high, mean, std = (t.double().cpu().numpy() for t in (s.min, s.max, s.mean, s.std))
         axis.fill_between(channels, low, high, step="mid", color="#9ecae1", linewidth=0, label="min to max")
-        axis.fill_between(channels, mean - std, mean + std, step="mid", color="#08519c", linewidth=0, label="mean ± std")
+        axis.fill_between(
+            channels, mean - std, mean + std, step="mid", color="#08519c", linewidth=0, label="mean ± std"
+        )
         axis.axhline(0, color="0.3", linewidth=0.5)
         axis.set_title(f"{name}   max/median {ratio:.1f}", loc="left", fontsize=9)
         axis.set_xlim(0, len(s.min) - 1)
@@ -58,5 +60,7 @@ def save_picture(statistics: Statistics, path: pathlib.Path, panels: int = 4) ->
         axis.spines[["top", "right"]].set_visible(False)
     axes[0].legend(loc="upper right", fontsize=8, frameon=False, ncols=2)
     axes[-1].set_xlabel("input channel", fontsize=9)
-    figure.suptitle(f"{statistics.provenance.model}: ranges of the most outlying Linear inputs", fontsize=10, x=0.01, ha="left")
+    figure.suptitle(
+        f"{statistics.provenance.model}: ranges of the most outlying Linear inputs", fontsize=10, x=0.01, ha="left"
+    )
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

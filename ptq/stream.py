@@ -3,7 +3,7 @@
 import pathlib
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -193,11 +193,8 @@ class BlockStream:
 
             return forward
 
-        with replaced_forward([block.module for block in self.network.blocks], record):
-            try:
-                self.network.model(input_ids=ids, use_cache=False)
-            except _Done:
-                pass
+        with replaced_forward([block.module for block in self.network.blocks], record), suppress(_Done):
+            self.network.model(input_ids=ids, use_cache=False)
         return first[0], calls, intact[0]
 
     def _allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

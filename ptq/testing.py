@@ -90,7 +90,7 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 def tiny_config(kind: str) -> Any:
     """Returns the config of the tiny trained model of `kind` (opt: ReLU, LayerNorm; llama: grouped queries, SwiGLU)."""
-    common = {
+    common: dict[str, Any] = {
         "vocab_size": BYTE_VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
         "max_position_embeddings": 256, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None,
     }  # fmt: skip
@@ -139,7 +139,9 @@ def _train(model: Any, text: torch.Tensor, steps: int, batch: int = 16, length: 
         optimizer.zero_grad(set_to_none=True)
 
 
-def tiny_model(kind: str, cache: pathlib.Path, steps: int = 350, seed: int = 0, outliers: float | None = None) -> pathlib.Path:
+def tiny_model(
+    kind: str, cache: pathlib.Path, steps: int = 350, seed: int = 0, outliers: float | None = None
+) -> pathlib.Path:
     """Returns the folder of a tiny trained model, trained on first use and kept under `cache`.
 
     Args:
@@ -201,10 +203,10 @@ def inject_outliers(model: Any, factor: float = 60.0, channels: int = 4, seed: i
     return chosen or []
 
 
-def _scale_channels(norm: nn.Module, readers: Iterable[nn.Module], channels: list[int], scale: torch.Tensor) -> None:
-    scale = scale.to(norm.weight)  # type: ignore[call-overload]
-    norm.weight[channels] *= scale  # type: ignore[index]
+def _scale_channels(norm: Any, readers: Iterable[nn.Module], channels: list[int], scale: torch.Tensor) -> None:
+    scale = scale.to(norm.weight)
+    norm.weight[channels] *= scale
     if getattr(norm, "bias", None) is not None:
-        norm.bias[channels] *= scale  # type: ignore[index]
+        norm.bias[channels] *= scale
     for reader in readers:
         weight_of(reader)[:, channels] /= scale

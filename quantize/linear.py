@@ -91,6 +91,7 @@ class QuantLinear(nn.Module):
     zero_point: torch.Tensor | None
     codes: torch.Tensor
     weight: torch.Tensor
+    bias: torch.Tensor | None
 
     def __init__(
         self,

@@ -87,7 +87,9 @@ def _peak() -> float:
 def main() -> None:
     """Makes the checkpoint where it is missing, then measures in a fresh process."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "ptq-opt-1.3b-shaped")
+    parser.add_argument(
+        "--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "ptq-opt-1.3b-shaped"
+    )
     parser.add_argument("--layers", type=int, default=24, help="decoder blocks (OPT-1.3B has 24)")
     parser.add_argument("--work", action="store_true", help="only the work, in this process")
     options = parser.parse_args()

@@ -121,7 +121,9 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="windows a round")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a window")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count")
-    parser.add_argument("--only", choices=["plain_loop", "evaluate"], help="run one loop and print this process's peak memory")
+    parser.add_argument(
+        "--only", choices=["plain_loop", "evaluate"], help="run one loop and print this process's peak memory"
+    )
     options = parser.parse_args()
     bench = Bench(options.model, options.windows, options.tokens)
     if options.only:
@@ -129,13 +131,17 @@ def main() -> None:
         print(json.dumps({"peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
         return
     drift = max(abs(a - b) for a, b in zip(bench.plain_loop(), bench.evaluate(), strict=True))
-    print(f"{options.windows} windows of {options.tokens} tokens, {options.rounds} rounds; losses differ by at most {drift:.1e}")
+    print(
+        f"{options.windows} windows of {options.tokens} tokens, {options.rounds} rounds; losses differ by at most {drift:.1e}"
+    )
     _report("statistics pass / plain forward", in_turn(bench.take_statistics, bench.plain_forward, options.rounds))
     _report("evaluation / plain forward and cross-entropy", in_turn(bench.evaluate, bench.plain_loop, options.rounds))
     other = Bench(options.model, options.windows, options.tokens)
     other.quantize()
     _report("simulated W8A8 evaluation / fp32 evaluation", in_turn(other.evaluate, bench.evaluate, options.rounds))
-    peaks = [peak_mebibytes(options.model, mode, options.windows, options.tokens) for mode in ("evaluate", "plain_loop")]
+    peaks = [
+        peak_mebibytes(options.model, mode, options.windows, options.tokens) for mode in ("evaluate", "plain_loop")
+    ]
     print(f"peak memory, evaluation / plain loop: {peaks[0]:.0f} MiB / {peaks[1]:.0f} MiB = {peaks[0] / peaks[1]:.3f}")
 
 

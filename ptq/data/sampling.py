@@ -48,7 +48,9 @@ def sample_tokens(
         UserError: when there is too little text, the window is longer than `max_positions`, or there is no BOS.
     """
     if max_positions is not None and length > max_positions:
-        raise UserError(f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer")
+        raise UserError(
+            f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer"
+        )
     if bos and tokenizer.bos_token_id is None:
         raise UserError(f"{field}: bos is true, but the tokenizer has no BOS token: use bos=false")
     text_length = length - 1 if bos else length
@@ -115,7 +117,9 @@ def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, fi
             windows.append(torch.tensor(ids[start : start + length], dtype=torch.int64))
         if len(windows) == samples:
             return torch.stack(windows)
-    raise UserError(f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for")
+    raise UserError(
+        f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for"
+    )
 
 
 def _tokenise(tokenizer: Any, text: str) -> list[int]:

@@ -61,7 +61,9 @@ def check_source(config: TextConfig, field: str) -> None:
     if not path.is_file():
         beside = [p.name for p in path.parent.iterdir()] if path.parent.is_dir() else []
         close = difflib.get_close_matches(path.name, beside, n=1)
-        raise UserError(f"{field}.path: {path} is not there" + (f"; did you mean {close[0]!r}?" if close else ": check the path"))
+        raise UserError(
+            f"{field}.path: {path} is not there" + (f"; did you mean {close[0]!r}?" if close else ": check the path")
+        )
     if path.suffix not in SUFFIXES:
         raise UserError(f"{field}.path: {path.name} ends in {path.suffix!r}: expected one of {', '.join(SUFFIXES)}")
     with path.open("rb") as file:
@@ -104,7 +106,9 @@ def _jsonl(path: pathlib.Path, column: str, field: str) -> tuple[str, ...]:
             raise UserError(f"{field}.path: {path} line {number} is no JSON ({error.msg}): mend the line") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             keys = list(row) if isinstance(row, dict) else []
-            raise UserError(f"{field}.text_column: {path} line {number} has no text under {column!r}{nearest(column, keys)}")
+            raise UserError(
+                f"{field}.text_column: {path} line {number} has no text under {column!r}{nearest(column, keys)}"
+            )
         documents.append(row[column])
     return tuple(documents)
 

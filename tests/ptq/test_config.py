@@ -53,11 +53,18 @@ def test_the_digest_depends_on_the_experiment_and_not_on_where_files_go():
 
 
 def test_a_resolved_recipe_builds_the_same_recipe_again():
-    recipe = recipe_from(_with(scheme={"weight": {"bits": 3}, "overrides": [{"modules": "*.fc2", "tensors": {"input": None}}]}))
+    recipe = recipe_from(
+        _with(scheme={"weight": {"bits": 3}, "overrides": [{"modules": "*.fc2", "tensors": {"input": None}}]})
+    )
     assert recipe_from(recipe.as_dict()) == recipe
 
 
-@given(st.dictionaries(st.sampled_from(["name", "model", "scheme", "steps", "evaluation", "data", "zzz"]), st.none() | st.integers() | st.text()))
+@given(
+    st.dictionaries(
+        st.sampled_from(["name", "model", "scheme", "steps", "evaluation", "data", "zzz"]),
+        st.none() | st.integers() | st.text(),
+    )
+)
 def test_any_mapping_is_a_recipe_or_a_user_error(value):
     try:
         assert isinstance(recipe_from(value), Recipe)

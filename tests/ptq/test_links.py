@@ -104,7 +104,7 @@ def test_the_links_of_every_architecture_are_found_by_name(architecture):
 @pytest.mark.parametrize("architecture", EXPECTED)
 def test_the_stream_gives_the_logits_of_the_model_itself(architecture):
     model = random_tiny(architecture)
-    network, stream = _stream(model)
+    _, stream = _stream(model)
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
     with torch.no_grad():
         expected = model(input_ids=ids, use_cache=False).logits
@@ -118,7 +118,11 @@ def test_the_stream_gives_the_logits_of_the_model_itself(architecture):
 def test_query_key_and_value_are_told_apart():
     network, stream = _stream(random_tiny("llama"))
     roles = trace_links(network, stream)[0].roles
-    assert {name.rsplit(".", 1)[1]: role for name, role in roles.items()} == {"q_proj": "query", "k_proj": "key", "v_proj": "value"}
+    assert {name.rsplit(".", 1)[1]: role for name, role in roles.items()} == {
+        "q_proj": "query",
+        "k_proj": "key",
+        "v_proj": "value",
+    }
 
 
 def test_a_value_head_shared_by_several_query_heads_repeats_its_scale():

@@ -17,7 +17,10 @@ from ptq.stream import BlockStream
 
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 W8A8 = {"weight": {"bits": 8}, "input": TOKEN}
-PER_TENSOR = {"weight": {"bits": 8, "granularity": "tensor"}, "input": {"bits": 8, "granularity": "tensor", "dynamic": True}}
+PER_TENSOR = {
+    "weight": {"bits": 8, "granularity": "tensor"},
+    "input": {"bits": 8, "granularity": "tensor", "dynamic": True},
+}
 STATIC = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
 
 
@@ -64,7 +67,11 @@ def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path
     first = metrics(run(recipe))
     passes = []
     original = BlockStream.run
-    monkeypatch.setattr(BlockStream, "run", lambda self, flows, visitor, what="blocks": (passes.append(what), original(self, flows, visitor, what))[1])
+    monkeypatch.setattr(
+        BlockStream,
+        "run",
+        lambda self, flows, visitor, what="blocks": (passes.append(what), original(self, flows, visitor, what))[1],
+    )
     second = metrics(run(recipe))
     assert passes == ["links", "quantize"]
     assert "baseline" in first["seconds"] and "baseline" not in second["seconds"]
@@ -129,7 +136,9 @@ def test_statistics_are_written_with_their_provenance_and_a_picture(tmp_path, ti
     assert path.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_given_statistics_are_used_and_those_of_another_model_refused(tmp_path, tiny_opt, tiny_llama, tiny_opt_outliers):
+def test_given_statistics_are_used_and_those_of_another_model_refused(
+    tmp_path, tiny_opt, tiny_llama, tiny_opt_outliers
+):
     path = collect_statistics(make(tmp_path, tiny_opt), tmp_path / "s.safetensors")
     calibration = {"samples": 8, "length": 128, "statistics": str(path)}
     used = metrics(run(make(tmp_path, tiny_opt, STATIC, calibration=calibration)))
@@ -143,7 +152,10 @@ def test_given_statistics_are_used_and_those_of_another_model_refused(tmp_path, 
 @pytest.mark.parametrize(
     ("changes", "words"),
     [
-        ({"scheme": {"weight": {"bits": 4, "granularity": "group", "group_size": 100}}}, "group_size: 100 does not divide the 128"),
+        (
+            {"scheme": {"weight": {"bits": 4, "granularity": "group", "group_size": 100}}},
+            "group_size: 100 does not divide the 128",
+        ),
         ({"scheme": {**W8A8, "overrides": [{"modules": "*.fc9", "tensors": {"input": None}}]}}, "matches no Linear"),
         ({"evaluation": {"windows": 2, "length": 300}}, "longer than the model's 256 positions"),
         ({"evaluation": {"windows": 100000, "length": 128}}, "were asked for"),
