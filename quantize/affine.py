@@ -60,10 +60,8 @@ def dequantize(codes: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float
     if grid.zero_point is not None:
         values = values.sub_(grid.zero_point)
     values = values.mul_(grid.scale)
-    if dtype != torch.float32:
-        limit = torch.finfo(dtype).max
-        values = values.clamp_(-limit, limit)
-    return values.to(dtype)
+    limit = torch.finfo(dtype).max
+    return values.clamp_(-limit, limit).to(dtype)
 
 
 def fake_quantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -71,9 +69,12 @@ def fake_quantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
     values = x.float() / grid.scale
     values = values.round_()
     if grid.zero_point is None:
-        return values.clamp_(grid.low, grid.high).mul_(grid.scale).to(x.dtype)
-    values = values.add_(grid.zero_point).clamp_(grid.low, grid.high).sub_(grid.zero_point)
-    return values.mul_(grid.scale).to(x.dtype)
+        values = values.clamp_(grid.low, grid.high)
+    else:
+        values = values.add_(grid.zero_point).clamp_(grid.low, grid.high).sub_(grid.zero_point)
+    # A rounded zero point can push the last step beyond the type's greatest number.
+    limit = torch.finfo(x.dtype).max
+    return values.mul_(grid.scale).clamp_(-limit, limit).to(x.dtype)
 
 
 def grouped(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

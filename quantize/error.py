@@ -1,22 +1,37 @@
 """How far a quantized tensor is from the original."""
 
+import math
+
 import torch
 
 FLOOR_DB = 200.0
 """What `sqnr_db` returns for equal tensors: beyond float32's own precision."""
+PIECE = 1 << 20
+"""Values converted to float64 at once: a whole weight in float64 would be twice the model's own copy of it."""
 
 
 def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     """Returns the signal-to-quantization-noise ratio 10 log10(|x|^2 / |x - y|^2) in dB, `FLOOR_DB` when y equals x."""
-    signal, noise = x.double().square().sum(), (x.double() - y.double()).square().sum()
+    signal, noise = _energies(x, y)
     if noise == 0:
         return FLOOR_DB
-    if signal == 0:
-        return -FLOOR_DB
-    return float(10 * torch.log10(signal / noise))
+    return 10 * math.log10(signal / noise) if signal > 0 else -FLOOR_DB
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
     """Returns |x - y| / |x| in the Frobenius norm; 0 when both are zero."""
-    noise, signal = (x.double() - y.double()).norm(), x.double().norm()
-    return float(noise / signal) if signal > 0 else (0.0 if noise == 0 else float("inf"))
+    signal, noise = _energies(x, y)
+    if noise == 0:
+        return 0.0
+    return math.sqrt(noise / signal) if signal > 0 else math.inf
+
+
+def _energies(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
+    """Returns the sums of squares of x and of x - y, in float64."""
+    signal = torch.zeros((), dtype=torch.float64, device=x.device)
+    noise = torch.zeros_like(signal)
+    for a, b in zip(x.reshape(-1).split(PIECE), y.reshape(-1).split(PIECE), strict=True):
+        a = a.double()
+        signal += a.square().sum()
+        noise += (a - b.double()).square_().sum()
+    return float(signal), float(noise)
