@@ -151,7 +151,8 @@ def tiny_model(
         seed: of weights, batches and outlier channels.
         outliers: greatest factor for `inject_outliers`, or None for the model as trained.
     """
-    key = [kind, steps, seed, outliers, torch.__version__, transformers.__version__, tiny_config(kind).to_dict()]
+    text = hashlib.sha256(read_text(TextConfig(), "docs").joined.encode()).hexdigest()
+    key = [text, kind, steps, seed, outliers, torch.__version__, transformers.__version__, tiny_config(kind).to_dict()]
     folder = cache / f"{kind}-{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder

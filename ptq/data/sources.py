@@ -75,13 +75,15 @@ def check_source(config: TextConfig, field: str) -> None:
 
 
 def _docs(split: str) -> list[str]:
-    """Topics of `pydoc_data.topics`, shared out by a hash of the topic's name: parts that never overlap, in any CPython.
+    """Topics of `pydoc_data.topics`, shared out by a hash of their text: parts that never overlap, in any CPython.
 
-    Of ten topics six calibrate (train), one validates and three test.
+    Several topics have the same text under different names: each text is taken once. Of ten texts six calibrate (train),
+    one validates and three test.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
     share = {"train": range(6), "validation": range(6, 7), "test": range(7, 10)}[split]
-    return [text for name, text in sorted(topics.items()) if hashlib.sha256(name.encode()).digest()[0] % 10 in share]
+    texts = dict.fromkeys(text for _, text in sorted(topics.items()))
+    return [text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 10 in share]
 
 
 def _read_utf8(path: pathlib.Path, field: str) -> str:
