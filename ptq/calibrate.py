@@ -5,7 +5,6 @@ import pathlib
 import ptq
 from ptq.config import Recipe
 from ptq.data.sampling import Tokens
-from ptq.network import weight_of
 from ptq.session import Session
 from ptq.statistics import Provenance, Statistics, StatisticsVisitor
 
@@ -22,7 +21,7 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
     if recipe.calibration.statistics is not None:
         path = pathlib.Path(recipe.calibration.statistics).expanduser()
         statistics = Statistics.load(path)
-        statistics.check_fits(session.loaded.fingerprint, _shapes(session))
+        statistics.check_fits(session.loaded.fingerprint, session.network.shapes)
         journal.say(f"statistics: {path}")
         return statistics, path
     tokens = session.calibration_tokens()
@@ -55,7 +54,3 @@ def take_statistics(session: Session, tokens: Tokens) -> Statistics:
             version=ptq.__version__,
         )
     )
-
-
-def _shapes(session: Session) -> dict[str, tuple[int, int]]:
-    return {name: (weight_of(m).shape[0], weight_of(m).shape[1]) for name, m in session.network.linears.items()}

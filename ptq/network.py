@@ -68,6 +68,12 @@ class Network:
         return {name: module for block in self.blocks for name, module in block.linears.items()}
 
     @property
+    def shapes(self) -> dict[str, tuple[int, int]]:
+        """(out, in) of every Linear of every block by full name."""
+        shapes = {name: weight_of(module).shape for name, module in self.linears.items()}
+        return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
+
+    @property
     def max_positions(self) -> int | None:
         """Longest window that the model has positions for, None where it has no limit (ALiBi)."""
         config = self.model.config

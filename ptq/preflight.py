@@ -11,7 +11,7 @@ from ptq.errors import UserError
 from ptq.files import ensure_folder
 from ptq.models import check as check_model
 from ptq.models import resolve
-from ptq.network import Network, build_network, weight_of
+from ptq.network import Network, build_network
 from ptq.scheme import check_scheme
 from ptq.statistics import Statistics
 
@@ -41,8 +41,7 @@ def check_before(recipe: Recipe) -> list[str]:
         _check_statistics_file(recipe)
         return lines
     network = skeleton(recipe)
-    linears = {name: (weight_of(m).shape[0], weight_of(m).shape[1]) for name, m in network.linears.items()}
-    check_scheme(recipe.scheme, linears)
+    check_scheme(recipe.scheme, network.shapes)
     check_positions(recipe, network.max_positions)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     _check_statistics_file(recipe)

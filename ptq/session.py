@@ -14,7 +14,7 @@ from ptq.data.sampling import Tokens, sample_tokens
 from ptq.journal import Journal
 from ptq.links import Trace, describe, trace_links
 from ptq.models import LoadedModel, load
-from ptq.network import Network, build_network, weight_of
+from ptq.network import Network, build_network
 from ptq.scheme import check_roles, check_scheme
 from ptq.store import Store
 from ptq.stream import BlockStream
@@ -81,8 +81,7 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
         network = build_network(loaded.model)
     if coverage := network.coverage():
         journal.say(coverage)
-    shapes = {name: (weight_of(m).shape[0], weight_of(m).shape[1]) for name, m in network.linears.items()}
-    check_scheme(recipe.scheme, shapes)
+    check_scheme(recipe.scheme, network.shapes)
     device = device_of(recipe)
     stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress)
     journal.say(
