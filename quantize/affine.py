@@ -35,6 +35,7 @@ def grid_from_range(minimum: torch.Tensor, maximum: torch.Tensor, bits: int, sym
 
     Computed in float32, so fp16 limits do not overflow; a range that is empty or too small for a float32 scale gets
     scale 1, which sends its values (0, or far below any other) to 0. Range ends up to float32's own limits are finite.
+    NaN or inf in the range gives NaN or inf in the scale: it spreads to the result instead of being hidden.
     """
     low, high = integer_range(bits, symmetric)
     minimum = minimum.float().clamp(max=0)
@@ -42,6 +43,10 @@ def grid_from_range(minimum: torch.Tensor, maximum: torch.Tensor, bits: int, sym
     # Divided before subtracting: max - min of huge values would overflow.
     scale = torch.maximum(-minimum, maximum) / high if symmetric else maximum / high - minimum / high
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    if symmetric:
+        # A step that was rounded up would carry the greatest code of float32's own limit to inf: one ulp or two less.
+        ceiling = torch.finfo(torch.float32).max / high * (1 - 2**-23)
+        scale = torch.where(torch.isinf(scale), scale, scale.clamp(max=ceiling))
     zero_point = None if symmetric else (-minimum / scale).round_().clamp_(low, high)
     return Grid(scale, zero_point, low, high)
 
@@ -59,9 +64,7 @@ def dequantize(codes: torch.Tensor, grid: Grid, dtype: torch.dtype = torch.float
     values = codes.float()
     if grid.zero_point is not None:
         values = values.sub_(grid.zero_point)
-    values = values.mul_(grid.scale)
-    limit = torch.finfo(dtype).max
-    return values.clamp_(-limit, limit).to(dtype)
+    return _finite(values.mul_(grid.scale), grid, dtype)
 
 
 def fake_quantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
@@ -72,9 +75,29 @@ def fake_quantize(x: torch.Tensor, grid: Grid) -> torch.Tensor:
         values = values.clamp_(grid.low, grid.high)
     else:
         values = values.add_(grid.zero_point).clamp_(grid.low, grid.high).sub_(grid.zero_point)
-    # A rounded zero point can push the last step beyond the type's greatest number.
-    limit = torch.finfo(x.dtype).max
-    return values.mul_(grid.scale).clamp_(-limit, limit).to(x.dtype)
+    return _finite(values.mul_(grid.scale), grid, x.dtype)
+
+
+def fake_quantize_absmax(x: torch.Tensor, bits: int) -> torch.Tensor:
+    """Returns `x` rounded to symmetric grids fitted to each row of its last dimension: bit for bit what
+    ``fake_quantize(x, grid_from_range(-absmax, absmax, bits, True))`` gives, in fewer passes over memory.
+    """
+    # amin and amax: along a dimension, aminmax and vector_norm(inf) were measured 8 to 10 times slower on CPU.
+    grid = grid_from_range(x.amin(-1, keepdim=True), x.amax(-1, keepdim=True), bits, True)
+    # No clamp: |x| / scale exceeds the greatest code by a few ulp at most, which rounding takes away.
+    return _finite((x / grid.scale).round_().mul_(grid.scale), grid, x.dtype)
+
+
+def _finite(values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tensor:
+    """Returns `values` in `dtype`, its end points kept from rounding to inf; `values` is overwritten.
+
+    A rounded zero point can push the last step beyond the type's greatest number, and a grid fitted in float32 may lie
+    outside a 16-bit type. A symmetric float32 grid cannot overflow (see `grid_from_range`), and is spared the pass.
+    """
+    if dtype == torch.float32 and grid.zero_point is None:
+        return values
+    limit = torch.finfo(dtype).max
+    return values.clamp_(-limit, limit).to(dtype)
 
 
 def grouped(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -91,6 +114,7 @@ def grouped(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     size = x.shape[-1]
     if size % spec.group_size:
         divisors = [d for d in range(1, size + 1) if size % d == 0]
-        close = min(divisors, key=lambda d: abs(d - (spec.group_size or 0)))
+        nearest = [d for d in divisors if d < spec.group_size][-1:] + [d for d in divisors if d > spec.group_size][:1]
+        close = " or ".join(str(d) for d in nearest)
         raise ValueError(f"group_size: {spec.group_size} does not divide the last dimension {size}: use {close}")
     return x.unflatten(-1, (size // spec.group_size, spec.group_size))

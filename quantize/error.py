@@ -15,19 +15,24 @@ def sqnr_db(x: torch.Tensor, y: torch.Tensor) -> float:
     signal, noise = _energies(x, y)
     if noise == 0:
         return FLOOR_DB
-    return 10 * math.log10(signal / noise) if signal > 0 else -FLOOR_DB
+    return -FLOOR_DB if signal == 0 else 10 * math.log10(signal / noise)
 
 
 def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
-    """Returns |x - y| / |x| in the Frobenius norm; 0 when both are zero."""
+    """Returns |x - y| / |x| in the Frobenius norm; 0 when both are zero.
+
+    10^(`FLOOR_DB` / 20) when only x is zero: what -`FLOOR_DB` stands for, and finite, so that JSON can hold it.
+    """
     signal, noise = _energies(x, y)
     if noise == 0:
         return 0.0
-    return math.sqrt(noise / signal) if signal > 0 else math.inf
+    return 10 ** (FLOOR_DB / 20) if signal == 0 else math.sqrt(noise / signal)
 
 
 def _energies(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:
-    """Returns the sums of squares of x and of x - y, in float64."""
+    """Returns the sums of squares of x and of x - y, in float64; ValueError when their shapes differ."""
+    if x.shape != y.shape:
+        raise ValueError(f"shapes differ: {tuple(x.shape)} and {tuple(y.shape)}")
     signal = torch.zeros((), dtype=torch.float64, device=x.device)
     noise = torch.zeros_like(signal)
     for a, b in zip(x.reshape(-1).split(PIECE), y.reshape(-1).split(PIECE), strict=True):

@@ -1,12 +1,14 @@
 """The quantized Linear: integer codes and scales, simulated in floating point."""
 
 import weakref
+from collections.abc import Callable
+from typing import Any, Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from quantize.affine import Grid, dequantize, fake_quantize, grouped, quantize
+from quantize.affine import Grid, dequantize, fake_quantize, fake_quantize_absmax, grouped, integer_range, quantize
 from quantize.ranges import dynamic_grid, static_grid, weight_grid
 from quantize.spec import QuantSpec
 
@@ -37,6 +39,9 @@ class InputQuantizer(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` rounded to its grid, in the type of `x`."""
+        if x.is_inference():
+            # Tensors of inference mode count no versions: a change in place could not be told from the same values.
+            return self._quantize(x)
         if self._last is not None:
             reference, version, result = self._last
             if reference() is x and version == x._version:
@@ -58,6 +63,9 @@ class InputQuantizer(nn.Module):
         """A copy starts without the remembered tensor: weak references cannot be copied."""
         return {**self.__dict__, "_last": None}
 
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        return _keep_grid_dtype(self, lambda: super(InputQuantizer, self)._apply(fn, recurse))
+
     def extra_repr(self) -> str:
         """Names the format."""
         return f"{self.spec}"
@@ -65,7 +73,21 @@ class InputQuantizer(nn.Module):
 
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Returns the activation `x` (..., channels) rounded to a grid fitted to its own values."""
+    if spec.symmetric and spec.range == "minmax" and spec.granularity in {"token", "group"}:
+        return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
     return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
+
+
+def _keep_grid_dtype(module: nn.Module, apply: Callable[[], Any]) -> Any:
+    """Runs `apply` (what ``.to``, ``.half`` and ``.cuda`` do to buffers), and keeps scale and zero point in float32:
+    in 16 bits they would no longer be what the codes were made with, and small scales would become 0.
+    """
+    before = {name: getattr(module, name, None) for name in ("scale", "zero_point")}
+    result = apply()
+    for name, tensor in before.items():
+        if tensor is not None and getattr(module, name).dtype != tensor.dtype:
+            setattr(module, name, tensor.to(getattr(module, name).device))
+    return result
 
 
 class QuantLinear(nn.Module):
@@ -84,7 +106,8 @@ class QuantLinear(nn.Module):
         codes: the weight's codes when a solver has chosen them, (out, in); otherwise nearest.
 
     Raises:
-        ValueError: for NaN or inf in the weight, or a group size that does not divide its columns.
+        ValueError: for NaN or inf in the weight, a group size that does not divide its columns, or codes of another
+            shape or outside the format's range.
     """
 
     scale: torch.Tensor
@@ -114,12 +137,46 @@ class QuantLinear(nn.Module):
         else:
             grid = grid or weight_grid(weight, weight_spec)
             values = grouped(weight, weight_spec)
-            kept = quantize(values, grid) if codes is None else codes.view(values.shape)
-            self.register_buffer("codes", kept.view(weight.shape))
+            kept = (
+                quantize(values, grid) if codes is None else _checked(codes, weight.shape, grid).reshape(values.shape)
+            )
+            self.register_buffer("codes", kept.reshape(weight.shape).contiguous())
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
-            self.register_buffer("weight", dequantize(kept, grid, weight.dtype).view(weight.shape), persistent=False)
+            self.register_buffer("weight", dequantize(kept, grid, weight.dtype).reshape(weight.shape), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    @classmethod
+    def from_codes(
+        cls,
+        codes: torch.Tensor,
+        grid: Grid,
+        bias: torch.Tensor | None,
+        weight_spec: QuantSpec,
+        inputs: InputQuantizer | None = None,
+        output_spec: QuantSpec | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> Self:
+        """Returns the module for codes (out, in) that a solver has chosen on `grid`; `dtype` is the compute type."""
+        checked = _checked(codes, codes.shape, grid)
+        weight = dequantize(grouped(checked, weight_spec), grid, dtype).reshape(codes.shape)
+        return cls(weight, bias, weight_spec, inputs, output_spec, grid, checked)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        return _keep_grid_dtype(self, lambda: super(QuantLinear, self)._apply(fn, recurse))
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        if self.weight_spec is not None:
+            # The weight is not saved: without this the module would go on multiplying by its old one.
+            grid = Grid(self.scale, self.zero_point, *integer_range(self.weight_spec.bits, self.weight_spec.symmetric))
+            values = dequantize(grouped(self.codes, self.weight_spec), grid, self.weight.dtype)
+            self.weight = values.reshape(self.codes.shape)
+
+    @property
+    def bits(self) -> int | None:
+        """Bits of a weight's code, scales not counted, or None where the weight is left in floating point."""
+        return None if self.weight_spec is None else self.weight_spec.bits
 
     @property
     def input_spec(self) -> QuantSpec | None:
@@ -151,4 +208,14 @@ class QuantLinear(nn.Module):
 
     def extra_repr(self) -> str:
         """Names the shape and the formats."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, weight={self.weight_spec}"
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, weight={self.weight_spec}, output={self.output_spec}"
+
+
+def _checked(codes: torch.Tensor, shape: torch.Size, grid: Grid) -> torch.Tensor:
+    """Returns `codes` in the type that `quantize` gives; ValueError for another shape or values outside the grid."""
+    if codes.shape != shape:
+        raise ValueError(f"codes: shape {tuple(codes.shape)} is not the weight's {tuple(shape)}")
+    if codes.numel() and (codes.min() < grid.low or codes.max() > grid.high):
+        raise ValueError(f"codes: values lie outside {grid.low} .. {grid.high}")
+    return codes.to(torch.int8 if grid.low < 0 else torch.uint8)
