@@ -90,14 +90,15 @@ def _windows(
 ) -> tuple[torch.Tensor, str]:
     text = read_text(config, field)
     if text.slices:
-        return _slices(tokenizer, text, samples or 256, length, seed, field), text.name
+        return _slices(tokenizer, text, samples or text.windows or 1, length, seed, field), text.name
     ids = torch.tensor(_tokenise(tokenizer, text.joined), dtype=torch.int64)
     there = len(ids) // length
-    wanted = there if samples is None else samples
+    wanted = min(there, text.windows or there) if samples is None else samples
     if wanted < 1 or wanted > there:
+        fewer = f"ask for {there} or fewer, shorten" if there else "shorten"
         raise UserError(
             f"{field}: {text.name} has {len(ids)} tokens, {there} windows of {length}; {max(wanted, 1)} were asked for: "
-            f"ask for {there} or fewer, shorten the windows, or name a longer text"
+            f"{fewer} the windows, or name a longer text"
         )
     if sampling == "contiguous":
         return ids[: wanted * length].view(wanted, length), text.name
@@ -118,7 +119,8 @@ def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, fi
         if len(windows) == samples:
             return torch.stack(windows)
     raise UserError(
-        f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for"
+        f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for: "
+        "ask for fewer, or shorten the windows"
     )
 
 

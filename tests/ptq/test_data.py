@@ -1,17 +1,21 @@
 """Texts and token windows: what is drawn, and what is refused."""
 
 import json
+import os
 import pathlib
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ptq.config import TextConfig
+from ptq.data import sources
 from ptq.data.sampling import fingerprint, sample_tokens
 from ptq.data.sources import check_source, read_text
 from ptq.errors import UserError
@@ -100,6 +104,10 @@ def test_jsonl_and_parquet_give_the_column_that_is_named(tmp_path):
         ("x.doc", b"abc", "expected one of .txt"),
         ("j.jsonl", b'{"text": "a"}\n{"text": ', "line 2"),
         ("p.parquet", b"PAR1 and nonsense", "no Parquet file"),
+        ("q.parquet", b"PAR1 and nonsensePAR1", "no Parquet file"),
+        ("late.txt", b"a" * 70_000 + b"\0", "binary"),
+        ("half.jsonl", b'{"text": "\\ud800"}', "line 1 holds half a surrogate"),
+        ("number.jsonl", b'{"text": 3}', "line 1 has no text"),
     ],
 )
 def test_a_file_that_is_no_text_is_refused_by_name(tmp_path, name, content, words):
@@ -140,3 +148,148 @@ def test_a_hub_that_cannot_be_reached_gets_one_line(config):
     with pytest.raises(UserError, match="connect to the hub once") as error:
         read_text(config, "data.evaluation")
     assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [("b.txt", b"\0"), ("u.txt", b"\xff"), ("cut.txt", "a\u00e9".encode()[:-1]), ("p.parquet", b"PAR1")],
+)
+def test_the_dry_run_sees_what_the_beginning_of_a_file_tells(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(UserError, match="data.x.path"):
+        check_source(TextConfig("file", path=str(tmp_path / name)), "data.x")
+
+
+def test_a_character_that_straddles_the_probed_bytes_is_no_mistake(tmp_path):
+    content = "a" * (sources.PROBE_BYTES - 1) + "\u00e9"
+    (tmp_path / "a.txt").write_text(content, encoding="utf-8")
+    config = TextConfig("file", path=str(tmp_path / "a.txt"))
+    assert check_source(config, "x") is None and read_text(config, "x").documents == (content,)
+
+
+def test_a_path_that_the_system_refuses_gets_one_line(tmp_path):
+    for path in (tmp_path / ("a" * 300 + ".txt"), "~nobody-of-this-name/a.txt"):
+        with pytest.raises(UserError, match=r"^data\.x\.path: ") as error:
+            check_source(TextConfig("file", path=str(path)), "data.x")
+        assert "\n" not in str(error.value)
+
+
+def test_line_separators_inside_a_json_string_end_no_line(tmp_path):
+    rows = ("one\u2028still one", "two\x85still two")
+    content = "\r\n".join(json.dumps({"text": r}, ensure_ascii=False) for r in rows)
+    (tmp_path / "a.jsonl").write_bytes(content.encode())
+    assert read_text(TextConfig("file", path=str(tmp_path / "a.jsonl")), "x").documents == rows
+
+
+def test_a_byte_order_mark_and_capitals_in_the_suffix_are_no_part_of_the_text(tmp_path):
+    (tmp_path / "A.TXT").write_bytes(b"\xef\xbb\xbfhello")
+    assert read_text(TextConfig("file", path=str(tmp_path / "A.TXT")), "x").documents == ("hello",)
+
+
+@settings(deadline=None)
+@given(st.integers(2, 40), st.booleans())
+def test_contiguous_windows_hold_the_text_once_and_in_order(length, bos):
+    config = TextConfig("docs", split="validation")
+    whole = list(read_text(config, "x").joined.encode())
+    ids = draw(config, None, length, bos=bos).ids[:, int(bos) :]
+    held = ids.numel()
+    assert ids.flatten().tolist() == whole[:held] and len(whole) - held < ids.shape[1] and ids.dtype == torch.int64
+
+
+def test_random_sampling_leaves_the_global_generator_alone(text):
+    before = torch.get_rng_state()
+    first, second = (draw(text, sampling="random", seed=s).fingerprint for s in (1, 2))
+    assert first != second and torch.equal(before, torch.get_rng_state())
+
+
+def test_a_text_shorter_than_one_window_is_not_told_to_ask_for_none(text):
+    with pytest.raises(UserError, match="0 windows of 200; 1 were asked for: shorten the windows"):
+        draw(text, samples=None, length=200)
+
+
+@pytest.fixture
+def hub(monkeypatch):
+    """Rows that stand in for the hub's; returns the places and splits that were asked for."""
+    asked = []
+    long = ["".join(chr(33 + (i * 7 + j) % 90) for j in range(20 + i % 30)) for i in range(2000)]
+
+    def rows(place, split, field):
+        asked.append((place, split))
+        return ["short", *long]
+
+    monkeypatch.setattr(sources, "_load_rows", rows)
+    return SimpleNamespace(asked=asked, long=long)
+
+
+def test_old_c4_takes_256_slices_each_inside_one_document(hub):
+    config = TextConfig("c4", variant="old", split="test")
+    tokens = draw(config, samples=None, length=30)
+    assert tokens.ids.shape == (256, 30) and tokens.source == "c4/old/validation"
+    assert all(any(bytes(row.tolist()).decode() in d for d in hub.long) for row in tokens.ids)
+    assert tokens.fingerprint == draw(config, None, 30).fingerprint != draw(config, None, 30, seed=1).fingerprint
+    with pytest.raises(UserError, match="0 documents longer than 60 tokens, 3 were asked for"):
+        draw(config, 3, 60)
+
+
+def test_new_c4_joins_1100_documents_and_takes_256_windows_of_them(hub):
+    config = TextConfig("c4", variant="new", split="test")
+    text = read_text(config, "x")
+    assert text.joined == " ".join(["short", *hub.long[:1099]]) and hub.asked[0][1] == "validation"
+    tokens = draw(config, samples=None, length=50)
+    assert tokens.ids.shape == (256, 50) and bytes(tokens.ids.flatten().tolist()) == text.joined.encode()[: 256 * 50]
+
+
+@pytest.mark.parametrize(("variant", "split", "joiner"), [("old", "validation", "\n\n"), ("new", "test", " ")])
+def test_ptb_is_evaluated_on_the_part_that_its_variant_names(hub, variant, split, joiner):
+    text = read_text(TextConfig("ptb", variant=variant, split="test"), "x")
+    assert text.name == f"ptb/{variant}/{split}" and hub.asked[0][1] == split and text.joiner == joiner
+    place = hub.asked[0][0]
+    # The data set's own branch holds a script, which datasets 4 and later refuse.
+    assert place.revision == "refs/convert/parquet" and place.files[split].endswith(f"/{split}/0000.parquet")
+
+
+def test_a_data_set_that_is_a_script_gets_one_line(monkeypatch):
+    import datasets
+
+    def refuse(*arguments, **options):
+        raise RuntimeError("Dataset scripts are no longer supported\nbut found x.py")
+
+    monkeypatch.setattr(datasets, "load_dataset", refuse)
+    with pytest.raises(UserError, match="scripts are no longer supported") as error:
+        read_text(TextConfig("pile"), "data.x")
+    assert "\n" not in str(error.value)
+
+
+def test_a_dead_endpoint_is_told_at_once_and_the_cache_still_serves(tmp_path):
+    import datasets
+
+    folder = tmp_path / "datasets" / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / ("b" * 40)
+    code = (
+        "import time; from ptq.config import TextConfig; from ptq.data.sources import read_text\n"
+        "from ptq.errors import UserError\n"
+        "start = time.monotonic()\n"
+        "try: print(read_text(TextConfig('wikitext2', split='test'), 'x').documents)\n"
+        "except UserError as error: print(error)\n"
+        "print(time.monotonic() - start < 15)"
+    )
+    environment = {**os.environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9", "HF_HUB_OFFLINE": "0"}
+
+    def run():
+        done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+        return done.stdout.splitlines()
+
+    line, quick = run()
+    assert "connect to the hub once" in line and quick == "True"
+    folder.mkdir(parents=True)
+    rows = datasets.Dataset.from_dict({"text": ["kept", "text"]})
+    with datasets.arrow_writer.ArrowWriter(path=str(folder / "wikitext-test.arrow")) as writer:
+        writer.write_table(rows.data.table)
+        writer.finalize()
+    info = {
+        "builder_name": "parquet", "dataset_name": "wikitext", "config_name": "wikitext-2-raw-v1",
+        "version": {"version_str": "0.0.0", "major": 0, "minor": 0, "patch": 0},
+        "features": {"text": {"dtype": "string", "_type": "Value"}},
+        "splits": {"test": {"name": "test", "num_bytes": 10, "num_examples": 2, "dataset_name": "wikitext"}},
+    }  # fmt: skip
+    (folder / "dataset_info.json").write_text(json.dumps(info))
+    assert run() == ["('kept', 'text')", "True"]
