@@ -3,16 +3,9 @@
 import pathlib
 
 import ptq
-from ptq.config import Recipe
 from ptq.data.sampling import Tokens
 from ptq.session import Session
 from ptq.statistics import Provenance, Statistics, StatisticsVisitor
-
-
-def needs_statistics(recipe: Recipe) -> bool:
-    """Whether some input has a static range, which only statistics can give."""
-    specs = [recipe.scheme.input, *(o.tensors.get("input") for o in recipe.scheme.overrides)]
-    return any(spec is not None and not spec.dynamic for spec in specs)
 
 
 def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:

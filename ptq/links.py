@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -25,7 +25,9 @@ class Link:
         producer: full name of the module that writes the tensor.
         readers: full names of the Linears that read it, in the order of the calls.
         repeat: for v -> o with grouped-query attention, how many query heads read one value head; otherwise 1.
-        head_dim: channels of a head, where `repeat` is above 1.
+        head_dim: channels of a head, for v -> o; otherwise 0.
+        source: for kind ``activation``, the Linear whose output the activation function reads, or "".
+        homogeneous: whether the activation function is proved to commute with positive scales, as ReLU does.
     """
 
     kind: str
@@ -34,6 +36,8 @@ class Link:
     readers: tuple[str, ...]
     repeat: int = 1
     head_dim: int = 0
+    source: str = ""
+    homogeneous: bool = False
 
     def reader_scale(self, scale: torch.Tensor) -> torch.Tensor:
         """Returns what the readers' input channels are scaled by when the producer's output channels are by `scale`."""
@@ -44,9 +48,12 @@ class Link:
 
 @dataclass
 class Trace:
-    """What one forward pass through a block showed."""
+    """What one forward pass through a block showed: its links, its notes, the roles of its Linears, and its `stages`:
+    the Linears in the order of their calls, those that read one tensor together.
+    """
 
     links: list[Link] = field(default_factory=list)
+    stages: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
 
@@ -77,8 +84,11 @@ class _Tracer:
         """Traces the block."""
         hidden = self.flow.hidden[:1].to(self.stream.device)
         names = {module: f"{block.name}.{name}" for name, module in block.module.named_modules() if name}
-        producers, inputs, keep = _record(self.stream, self.flow, block, hidden, names)
-        trace = Trace()
+        producers, inputs, fed, keep = _record(self.stream, self.flow, block, hidden, names)
+        readings: dict[int, list[str]] = {}
+        for name, tensor in inputs.items():
+            readings.setdefault(id(tensor), []).append(name)
+        trace = Trace(stages=[tuple(names) for names in readings.values()])
         found: dict[str, list[str]] = {}
         free: list[str] = []
         for name, tensor in inputs.items():
@@ -92,19 +102,24 @@ class _Tracer:
             module = self.network.model.get_submodule(producer)
             if not is_linear(module):
                 kind = "norm" if any(True for _ in module.parameters()) else "activation"
-                self._add(trace, block, hidden, reference, Link(kind, block.index, producer, tuple(readers)))
+                link = Link(kind, block.index, producer, tuple(readers))
+                source = producers.get(fed.get(producer, 0), "") if kind == "activation" else ""
+                if source and is_linear(self.network.model.get_submodule(source)):
+                    link = replace(link, source=source)
+                    positive = replace(link, producer=source)
+                    error, tolerance = self._probe(block, hidden, reference, positive)
+                    link = replace(link, homogeneous=error <= tolerance)
+                self._add(trace, block, hidden, reference, link)
         for reader in free:
             self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
-        _roles(trace, list(inputs))
+        _roles(trace, list(inputs), _head_dim(self.network.model.config))
         self.traces[block.index] = trace
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
 
     def _add(self, trace: Trace, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> bool:
-        error = self._probe(block, hidden, reference, link)
-        change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-        tolerance = 256 * torch.finfo(reference.dtype).eps * max(1.0, float(reference.float().norm() / change))
+        error, tolerance = self._probe(block, hidden, reference, link)
         proved = error <= tolerance
         if proved:
             trace.links.append(link)
@@ -129,8 +144,10 @@ class _Tracer:
             if self._add(trace, block, hidden, reference, link):
                 return
 
-    def _probe(self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> float:
-        """Returns the relative change of what the block adds when the link is scaled there and back."""
+    def _probe(
+        self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link
+    ) -> tuple[float, float]:
+        """Returns the relative change of what the block adds when the link is scaled there and back, and its tolerance."""
         model = self.network.model
         channels = weight_of(model.get_submodule(link.readers[0])).shape[1] // link.repeat
         generator = torch.Generator().manual_seed(link.block)
@@ -139,20 +156,36 @@ class _Tracer:
         back = link.reader_scale(scale)
         with _scaled(model.get_submodule(link.producer), scale, [model.get_submodule(r) for r in link.readers], back):
             output = self.stream.call(self.flow, block, 0, hidden)
-        change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-        return float((output - reference).float().norm() / change)
+        return change_error(hidden, reference, output), tolerance_of(hidden, reference)
+
+
+def change_error(hidden: torch.Tensor, reference: torch.Tensor, output: torch.Tensor) -> float:
+    """Returns |output - reference| / |reference - hidden|: the error relative to what the block adds to its input."""
+    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((output - reference).float().norm() / change)
+
+
+def tolerance_of(hidden: torch.Tensor, reference: torch.Tensor) -> float:
+    """Returns the `change_error` that rounding alone may cause: 256 ulp of the type, of the greater of sum and change."""
+    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return 256 * torch.finfo(reference.dtype).eps * max(1.0, float(reference.float().norm() / change))
 
 
 def _record(
     stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor, names: dict[nn.Module, str]
-) -> tuple[dict[int, str], dict[str, torch.Tensor], list[Any]]:
-    """Runs the block once; returns id of output -> module name, Linear name -> input, and the tensors that keep ids unique."""
+) -> tuple[dict[int, str], dict[str, torch.Tensor], dict[str, int], list[Any]]:
+    """Runs the block once; returns id of output -> module name, Linear name -> input, module name -> id of its input,
+    and the tensors that keep ids unique.
+    """
     producers: dict[int, str] = {}
+    fed: dict[str, int] = {}
     inputs: dict[str, torch.Tensor] = {}
     keep: list[Any] = []
 
     def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
         keep.append((args, output))
+        if args:
+            fed[names[module]] = id(args[0])
         if is_linear(module) and args:
             inputs[names[module]] = args[0]
         passes_through = any(output is a for a in args)
@@ -166,7 +199,7 @@ def _record(
     finally:
         for handle in handles:
             handle.remove()
-    return producers, inputs, keep
+    return producers, inputs, fed, keep
 
 
 @contextmanager
@@ -185,9 +218,9 @@ def _head_dim(config: Any) -> int:
     return int(given) if given else config.hidden_size // config.num_attention_heads
 
 
-def _roles(trace: Trace, order: list[str]) -> None:
+def _roles(trace: Trace, order: list[str], head_dim: int) -> None:
     """Names query, key and value: value is the producer of the attention's v -> o link, query and key are called before it."""
-    for link in trace.links:
+    for link in list(trace.links):
         if link.kind != "linear":
             continue
         norm = next((x for x in trace.links if link.producer in x.readers), None)
@@ -198,6 +231,7 @@ def _roles(trace: Trace, order: list[str]) -> None:
         if len(beside) == 3:
             others = [n for n in beside if n != link.producer]
             trace.roles.update({others[0]: "query", others[1]: "key", link.producer: "value"})
+            trace.links[trace.links.index(link)] = replace(link, head_dim=head_dim)
 
 
 def describe(traces: dict[int, Trace]) -> list[str]:

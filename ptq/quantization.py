@@ -10,7 +10,8 @@ from ptq.files import write_atomic
 from ptq.network import Block, Network, replace_module, weight_of
 from ptq.results import LayerResult, Size, describe_spec
 from ptq.session import Session
-from ptq.steps.base import Plan, Step
+from ptq.proof import Proof, prove
+from ptq.steps.base import SOLVER, TRANSFORM, Plan, Step
 from ptq.stream import Flow
 from quantize.error import relative_error, sqnr_db
 from quantize.linear import QuantLinear
@@ -22,36 +23,44 @@ SAMPLED_ROWS = 128
 class QuantizeVisitor:
     """Applies the steps to each block. `layers` gathers one result a Linear, `stored` the bytes of the quantized ones.
 
+    Every transform is proved: the block's output on real samples, before and after it, may differ by rounding only.
+
     Args:
         session: model and stream.
         plan: what the steps have planned with.
-        steps: in the order of the recipe.
-        flow: the samples that will pass; the first batch is used to measure output errors.
+        steps: by name, in the order of the recipe.
+        flow: the evaluation samples that will pass; the first batch is used to measure output errors.
         store: a folder for codes and scales, one file a block, or None to keep nothing.
     """
 
-    def __init__(self, session: Session, plan: Plan, steps: list[Step], flow: Flow, store: pathlib.Path | None):
-        self.session, self.plan, self.steps, self.flow, self.store = session, plan, steps, flow, store
+    def __init__(self, session: Session, plan: Plan, steps: dict[str, Step], flow: Flow, store: pathlib.Path | None):
+        self.session, self.plan, self.flow, self.store = session, plan, flow, store
+        self.transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
+        self.solvers = [step for step in steps.values() if step.kind == SOLVER]
         self.layers: list[LayerResult] = []
+        self.proofs: dict[str, Proof] = {name: Proof() for name in self.transforms}
         self.stored = 0
         self.quantized = 0
-        self._originals: dict[str, nn.Module] = {}
+        self._modules: dict[str, nn.Module] = {}
 
     def enter(self, block: Block) -> None:
-        """Quantizes the block in place."""
+        """Transforms the block, then quantizes it, in place."""
         model = self.session.network.model
+        self._modules = dict(block.module.named_modules(prefix=block.name))
+        witness = self.plan.samples.flow if self.plan.samples is not None else self.flow
+        for name, step in self.transforms.items():
+            self.proofs[name].add(*prove(name, step, block, self.session.stream, witness))
         samples = self._sample(block)
-        self._originals = dict(block.linears)
-        for step in self.steps:
+        originals = dict(block.linears)
+        for step in self.solvers:
             step.apply(block)
-        for name, original in self._originals.items():
+        for name, original in originals.items():
             module = model.get_submodule(name)
             if isinstance(module, QuantLinear):
                 self._measure(name, original, module, *samples[name])
 
     def leave(self, block: Block) -> None:
         """Writes the quantized block, and gives the originals back where the block's weights are about to go."""
-        model = self.session.network.model
         if self.store is not None:
             prefix = f"{block.name}."
             # Linears that share an input quantizer share its tensors, which safetensors refuses: each gets a copy.
@@ -61,9 +70,8 @@ class QuantizeVisitor:
             }
             write_atomic(self.store / f"block-{block.index:05d}.safetensors", lambda path: save_file(tensors, path))
         if not self.session.loaded.weights.resident:
-            for name, original in self._originals.items():
-                replace_module(model, name, original)
-        self._originals = {}
+            restore(self.session.network.model, self._modules)
+        self._modules = {}
 
     def _sample(self, block: Block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""
@@ -109,6 +117,13 @@ class QuantizeVisitor:
                 parameters=weight.numel(),
             )
         )
+
+
+def restore(model: nn.Module, modules: dict[str, nn.Module]) -> None:
+    """Puts every module of `modules` (by full name, parents before children) back in its place where another took it."""
+    for name, module in modules.items():
+        if model.get_submodule(name) is not module:
+            replace_module(model, name, module)
 
 
 def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> Size:

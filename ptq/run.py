@@ -7,7 +7,7 @@ from typing import Any
 import yaml
 
 from ptq.baseline import baseline_of
-from ptq.calibrate import needs_statistics, statistics_of
+from ptq.calibrate import statistics_of
 from ptq.config import TENSORS, Recipe
 from ptq.environment import environment
 from ptq.evaluate import compare, compare_tokens
@@ -18,7 +18,7 @@ from ptq.quantization import QuantizeVisitor, size_of
 from ptq.results import describe_spec, table, write_results
 from ptq.session import Session, check_session_roles, open_session
 from ptq.statistics_report import outlier_table, save_picture
-from ptq.steps.base import Plan
+from ptq.steps.base import SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
 from ptq.steps.registry import build_steps
 
 
@@ -37,19 +37,23 @@ def run(recipe: Recipe) -> pathlib.Path:
     with open_session(recipe, journal) as session:
         with journal.phase("links"):
             traces = session.trace()
-            roles = check_session_roles(session, traces)
+            check_session_roles(session, traces)
         tokens = session.evaluation_tokens()
-        statistics = statistics_of(session)[0] if needs_statistics(recipe) else None
+        wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
+        statistics = statistics_of(session)[0] if STATISTICS in wanted else None
         baseline = baseline_of(session, tokens)
-        producers = {reader: x.producer for t in traces.values() for x in t.links for reader in x.readers}
-        plan = Plan(session.network, recipe.scheme, roles, producers, statistics)
-        for step in steps.values():
-            step.plan(plan)
+        samples = _samples(session, steps, wanted)
+        plan = Plan(session.network, session.stream, recipe.scheme, traces, statistics, samples, note=journal.note)
+        with journal.phase("plan"):
+            for step in steps.values():
+                step.plan(plan)
         with journal.phase("quantize"):
             flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size)
             store = folder / "quantized" if recipe.execution.save else None
-            visitor = QuantizeVisitor(session, plan, list(steps.values()), flow, store)
-            session.stream.run([flow], visitor, "quantize")
+            visitor = QuantizeVisitor(session, plan, steps, flow, store)
+            session.stream.run([flow] if samples is None else [flow, samples.flow], visitor, "quantize")
+        for name, proof in visitor.proofs.items():
+            journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.head() as head:
             compared = compare_tokens(head, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
         e = recipe.evaluation
@@ -63,6 +67,18 @@ def run(recipe: Recipe) -> pathlib.Path:
         journal.show(table(recipe, comparison, size, facts, journal.seconds))
         journal.say(f"results: {folder}")
     return folder
+
+
+def _samples(session: Session, steps: dict[str, Step], wanted: frozenset[str]) -> Samples | None:
+    """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
+    batch = session.recipe.calibration.batch_size
+    if SAMPLES in wanted:
+        ids = session.calibration_tokens().ids
+    elif any(step.kind == TRANSFORM for step in steps.values()):
+        ids = session.calibration_tokens().ids[:batch]
+    else:
+        return None
+    return Samples(session.stream, session.stream.open(ids, batch))
 
 
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:

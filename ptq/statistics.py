@@ -82,6 +82,18 @@ class ChannelStatistics:
         self.max = torch.maximum(self.max, other.max)
         self._add(other.mean, other.m2, other.count)
 
+    def divided(self, scale: torch.Tensor) -> "ChannelStatistics":
+        """Returns the statistics of the same tokens with channel j divided by ``scale[j]`` > 0, exactly (to rounding)."""
+        scale = scale.to(self.min.device)
+        wide = scale.double()
+        return ChannelStatistics(
+            self.min / scale, self.max / scale, self.mean / wide, self.m2 / wide.square(), self.count
+        )
+
+    def reordered(self, order: torch.Tensor) -> "ChannelStatistics":
+        """Returns the statistics of the same tokens with their channels in the order `order`, int64 (channels,)."""
+        return ChannelStatistics(self.min[order], self.max[order], self.mean[order], self.m2[order], self.count)
+
     def finite(self) -> torch.Tensor:
         """Returns a bool tensor (no wait for the device): whether everything seen was finite."""
         return torch.isfinite(self.min).all() & torch.isfinite(self.max).all() & torch.isfinite(self.mean).all()
@@ -115,6 +127,17 @@ class WeightStatistics:
             spread = weight.float().std(dim=dim, correction=0)
             figures += [weight.amin(dim).float(), weight.amax(dim).float(), spread]
         return cls(*figures)
+
+
+    def reordered_inputs(self, order: torch.Tensor) -> "WeightStatistics":
+        """Returns the statistics of the weight with its columns in the order `order`, int64 (in,)."""
+        return dataclasses.replace(self, in_min=self.in_min[order], in_max=self.in_max[order], in_std=self.in_std[order])
+
+    def reordered_outputs(self, order: torch.Tensor) -> "WeightStatistics":
+        """Returns the statistics of the weight with its rows in the order `order`, int64 (out,)."""
+        return dataclasses.replace(
+            self, out_min=self.out_min[order], out_max=self.out_max[order], out_std=self.out_std[order]
+        )
 
 
 @dataclass(frozen=True)

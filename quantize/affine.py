@@ -24,6 +24,12 @@ class Grid:
     high: int
 
 
+    def of_channels(self, labels: torch.Tensor) -> "Grid":
+        """Returns the grid (..., channels) of a grid (..., clusters): channel j has the scale of cluster ``labels[j]``."""
+        zero_point = None if self.zero_point is None else self.zero_point[..., labels]
+        return Grid(self.scale[..., labels], zero_point, self.low, self.high)
+
+
 def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
     """Returns the least and greatest code: ±(2^(bits-1) - 1) when symmetric, 0 .. 2^bits - 1 otherwise."""
     high = 2 ** (bits - 1) - 1

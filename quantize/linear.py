@@ -19,19 +19,30 @@ class InputQuantizer(nn.Module):
     Args:
         spec: the number format.
         ranges: per-channel (min, max) from statistics, each (channels,); only with a static spec.
+        labels: cluster of each channel, int64 (channels,); only with granularity cluster.
+        grid: the static grid itself, where it was fitted to what was seen (`quantize.ranges.observed_grid`).
     """
 
     scale: torch.Tensor
     zero_point: torch.Tensor | None
+    labels: torch.Tensor | None
 
-    def __init__(self, spec: QuantSpec, ranges: tuple[torch.Tensor, torch.Tensor] | None = None):
+    def __init__(
+        self,
+        spec: QuantSpec,
+        ranges: tuple[torch.Tensor, torch.Tensor] | None = None,
+        labels: torch.Tensor | None = None,
+        grid: Grid | None = None,
+    ):
         super().__init__()
-        if not spec.dynamic and ranges is None:
+        if not spec.dynamic and ranges is None and grid is None:
             raise ValueError(f"dynamic: {spec.dynamic} needs ranges from statistics")
         self.spec = spec
         self._low, self._high = 0, 0
+        self.register_buffer("labels", labels if spec.granularity == "cluster" else None)
         if not spec.dynamic and ranges is not None:
-            grid = static_grid(*ranges, spec)
+            grid = static_grid(*ranges, spec, labels)
+        if grid is not None:
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
             self._low, self._high = grid.low, grid.high
@@ -56,7 +67,8 @@ class InputQuantizer(nn.Module):
 
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.dynamic:
-            return fake_quantize(x, Grid(self.scale, self.zero_point, self._low, self._high))
+            grid = Grid(self.scale, self.zero_point, self._low, self._high)
+            return fake_quantize(x, grid if self.labels is None else grid.of_channels(self.labels))
         return fake_quantize_dynamic(x, self.spec)
 
     def __getstate__(self) -> dict[str, object]:
@@ -104,6 +116,7 @@ class QuantLinear(nn.Module):
         output_spec: format of the output (query, key or value); dynamic.
         grid: the weight's grid when a solver has chosen it; otherwise fitted to the weight.
         codes: the weight's codes when a solver has chosen them, (out, in); otherwise nearest.
+        labels: cluster of each input channel, int64 (in,); only with a weight of granularity cluster.
 
     Raises:
         ValueError: for NaN or inf in the weight, a group size that does not divide its columns, or codes of another
@@ -115,6 +128,7 @@ class QuantLinear(nn.Module):
     codes: torch.Tensor
     weight: torch.Tensor
     bias: torch.Tensor | None
+    labels: torch.Tensor | None
 
     def __init__(
         self,
@@ -125,6 +139,7 @@ class QuantLinear(nn.Module):
         output_spec: QuantSpec | None = None,
         grid: Grid | None = None,
         codes: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
     ):
         super().__init__()
         weight = weight.detach()
@@ -132,18 +147,18 @@ class QuantLinear(nn.Module):
             raise ValueError("the weight holds NaN or inf")
         self.out_features, self.in_features = weight.shape
         self.weight_spec, self.inputs, self.output_spec = weight_spec, inputs, output_spec
+        clustered = weight_spec is not None and weight_spec.granularity == "cluster"
+        self.register_buffer("labels", labels if clustered else None)
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
         else:
-            grid = grid or weight_grid(weight, weight_spec)
-            values = grouped(weight, weight_spec)
-            kept = (
-                quantize(values, grid) if codes is None else _checked(codes, weight.shape, grid).reshape(values.shape)
-            )
-            self.register_buffer("codes", kept.reshape(weight.shape).contiguous())
+            grid = grid or weight_grid(weight, weight_spec, self.labels)
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
-            self.register_buffer("weight", dequantize(kept, grid, weight.dtype).reshape(weight.shape), persistent=False)
+            if codes is None:
+                codes = quantize(grouped(weight, weight_spec), self._grid).reshape(weight.shape)
+            self.register_buffer("codes", _checked(codes, weight.shape, grid).contiguous())
+            self.register_buffer("weight", self._decoded(weight.dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 
     @classmethod
@@ -156,11 +171,26 @@ class QuantLinear(nn.Module):
         inputs: InputQuantizer | None = None,
         output_spec: QuantSpec | None = None,
         dtype: torch.dtype = torch.float32,
+        labels: torch.Tensor | None = None,
     ) -> Self:
         """Returns the module for codes (out, in) that a solver has chosen on `grid`; `dtype` is the compute type."""
-        checked = _checked(codes, codes.shape, grid)
-        weight = dequantize(grouped(checked, weight_spec), grid, dtype).reshape(codes.shape)
-        return cls(weight, bias, weight_spec, inputs, output_spec, grid, checked)
+        shape = torch.zeros((), dtype=dtype, device=codes.device).expand(codes.shape)
+        return cls(shape, bias, weight_spec, inputs, output_spec, grid, codes, labels)
+
+    @property
+    def _grid(self) -> Grid:
+        """The weight's grid, as it broadcasts to the weight in its `grouped` shape."""
+        spec = self.weight_spec
+        if spec is None:
+            raise ValueError("the weight is in floating point: it has no grid")
+        grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric))
+        return grid if self.labels is None else grid.of_channels(self.labels)
+
+    def _decoded(self, dtype: torch.dtype) -> torch.Tensor:
+        """Returns the weight (out, in) that the codes stand for."""
+        if self.weight_spec is None:
+            return self.weight
+        return dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         return _keep_grid_dtype(self, lambda: super(QuantLinear, self)._apply(fn, recurse))
@@ -169,9 +199,7 @@ class QuantLinear(nn.Module):
         super()._load_from_state_dict(*args, **kwargs)
         if self.weight_spec is not None:
             # The weight is not saved: without this the module would go on multiplying by its old one.
-            grid = Grid(self.scale, self.zero_point, *integer_range(self.weight_spec.bits, self.weight_spec.symmetric))
-            values = dequantize(grouped(self.codes, self.weight_spec), grid, self.weight.dtype)
-            self.weight = values.reshape(self.codes.shape)
+            self.weight = self._decoded(self.weight.dtype)
 
     @property
     def bits(self) -> int | None:
@@ -193,13 +221,16 @@ class QuantLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it would be stored: codes packed at their bits, scales and zero points.
 
-        Scales count as 4 bytes (float32), zero points as many bits as a code. An unquantized weight counts as 2 bytes a value.
+        Scales count as 4 bytes (float32), zero points as many bits as a code, labels 2 bytes. An unquantized weight counts
+        as 2 bytes a value.
         """
         if self.weight_spec is None:
             return 2 * self.weight.numel()
         bits = self.weight_spec.bits * self.codes.numel() + 32 * self.scale.numel()
         if self.zero_point is not None:
             bits += self.weight_spec.bits * self.zero_point.numel()
+        if self.labels is not None:
+            bits += 16 * self.labels.numel()
         return -(-bits // 8)
 
     def bits_per_weight(self) -> float:

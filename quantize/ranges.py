@@ -12,14 +12,26 @@ SHRINKS = 80
 """Range multipliers tried by the mse estimator: 1, 1 - 1/100, ..., 1 - 79/100."""
 
 
-def weight_grid(weight: torch.Tensor, spec: QuantSpec) -> Grid:
+def weight_grid(weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None) -> Grid:
     """Returns the grid of a weight (out, in); its shape broadcasts to ``grouped(weight, spec)``.
 
-    Granularity tensor: one scale; channel: one a row; group: one for `group_size` consecutive values of a row.
+    Granularity tensor: one scale; channel: one a row; group: one for `group_size` consecutive values of a row; cluster:
+    one for the values of a row whose columns have one label, (out, clusters), to be spread by `Grid.of_channels`.
+
+    Args:
+        weight: (out, in).
+        spec: the number format.
+        labels: cluster of each column, int64 (in,), all of 0 .. clusters - 1 in use; only with granularity cluster.
 
     Raises:
-        ValueError: for granularity token (a weight has none), or a group size that does not divide the columns.
+        ValueError: for granularity token (a weight has none), a group size that does not divide the columns, or
+            granularity cluster without labels.
     """
+    if spec.granularity == "cluster":
+        parts = [_fit(weight[:, labels == k], spec) for k in range(_clusters(labels, weight.shape[1]))]  # type: ignore[arg-type]
+        scale = torch.cat([part.scale for part in parts], dim=1)
+        points = [part.zero_point for part in parts if part.zero_point is not None]
+        return Grid(scale, torch.cat(points, dim=1) if points else None, parts[0].low, parts[0].high)
     if spec.granularity == "token":
         raise ValueError("granularity: 'token' is for activations: use channel for one scale a row of a weight")
     x = grouped(weight, spec)
@@ -33,14 +45,17 @@ def dynamic_grid(x: torch.Tensor, spec: QuantSpec) -> Grid:
         ValueError: for granularity channel (its ranges come from statistics: `static_grid`), or a group size that does
             not divide the channels.
     """
-    if spec.granularity == "channel":
-        raise ValueError("granularity: 'channel' has no dynamic ranges: use token, or static ranges from statistics")
+    if spec.granularity in {"channel", "cluster"}:
+        raise ValueError(f"granularity: {spec.granularity!r} has no dynamic ranges: use token, or static ranges from statistics")
     values = grouped(x, spec)
     return _fit(values.flatten() if spec.granularity == "tensor" else values, spec)
 
 
-def static_grid(minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> Grid:
-    """Returns the grid of an activation from per-channel statistics (channels,): one for the tensor, or one a channel.
+def static_grid(
+    minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None
+) -> Grid:
+    """Returns the grid of an activation from per-channel statistics (channels,): one scale for the tensor, one a channel,
+    or one a cluster (clusters,) with `labels`, the cluster of each channel, to be spread by `Grid.of_channels`.
 
     Raises:
         ValueError: for another granularity, or NaN or inf in the statistics.
@@ -49,9 +64,67 @@ def static_grid(minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -
         raise ValueError("the static range holds NaN or inf: take the statistics again")
     if spec.granularity == "tensor":
         minimum, maximum = minimum.min().reshape(1), maximum.max().reshape(1)
+    elif spec.granularity == "cluster":
+        clusters = range(_clusters(labels, len(minimum)))
+        minimum = torch.stack([minimum[labels == k].min() for k in clusters])
+        maximum = torch.stack([maximum[labels == k].max() for k in clusters])
     elif spec.granularity != "channel":
-        raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor or channel")
+        raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
     return grid_from_range(minimum, maximum, spec.bits, spec.symmetric)
+
+
+def observed_grid(rows: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None) -> Grid:
+    """Returns the grid of an activation fitted to tokens that were seen, `rows` (tokens, channels), by percentile or mse.
+
+    One scale for the tensor (1,), one a channel (channels,), or one a cluster of channels (clusters,) with `labels`.
+    """
+    if spec.granularity == "tensor":
+        groups = [rows.flatten()]
+    elif spec.granularity == "cluster":
+        groups = [rows[:, labels == k].flatten() for k in range(_clusters(labels, rows.shape[1]))]
+    elif spec.granularity == "channel":
+        groups = list(rows.t())
+    else:
+        raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
+    grids = [_fit(values, spec) for values in groups]
+    points = [grid.zero_point for grid in grids if grid.zero_point is not None]
+    return Grid(torch.cat([g.scale for g in grids]), torch.cat(points) if points else None, grids[0].low, grids[0].high)
+
+
+class RunningRange:
+    """Running mean of per-channel minima and maxima, one update a sample (the EMA calibration of RPTQ's reference code).
+
+    `minimum` and `maximum` are float32 (channels,); the first sample sets them, each later one weighs 1 - `MOMENTUM`.
+    """
+
+    MOMENTUM = 0.9
+
+    def __init__(self) -> None:
+        self.minimum: torch.Tensor | None = None
+        self.maximum: torch.Tensor | None = None
+
+    def update(self, sample: torch.Tensor) -> None:
+        """Adds one sample (tokens, channels)."""
+        low, high = sample.amin(0).float(), sample.amax(0).float()
+        first = self.minimum is None or self.maximum is None
+        self.minimum = low if first else torch.lerp(low, self.minimum, self.MOMENTUM)  # type: ignore[arg-type]
+        self.maximum = high if first else torch.lerp(high, self.maximum, self.MOMENTUM)  # type: ignore[arg-type]
+
+    def range(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns (minimum, maximum). Raises `ValueError` before the first sample."""
+        if self.minimum is None or self.maximum is None:
+            raise ValueError("the running range has seen no sample")
+        return self.minimum, self.maximum
+
+
+def _clusters(labels: torch.Tensor | None, channels: int) -> int:
+    """Returns the number of clusters; ValueError when `labels` do not number the channels 0 .. clusters - 1 without a gap."""
+    if labels is None:
+        raise ValueError("granularity: 'cluster' needs labels: which cluster each channel is in")
+    counts = torch.bincount(labels)
+    if len(labels) != channels or not bool(counts.all()):
+        raise ValueError(f"labels: {len(labels)} labels in {len(counts)} clusters, some empty, for {channels} channels")
+    return len(counts)
 
 
 def _fit(x: torch.Tensor, spec: QuantSpec) -> Grid:

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 
 FORMATS = ("int",)
-GRANULARITIES = ("tensor", "token", "channel", "group")
-RANGES = ("minmax", "percentile", "mse")
+GRANULARITIES = ("tensor", "token", "channel", "group", "cluster")
+RANGES = ("minmax", "percentile", "mse", "ema")
 
 
 class SpecError(ValueError):
@@ -23,12 +23,13 @@ class QuantSpec:
         bits: width of a code, 2 to 8.
         format: number format; ``int`` is integer affine quantization.
         granularity: what shares one scale: the whole ``tensor``, a ``token`` (a row of an activation), a ``channel``
-            (an output row of a weight, an input channel of an activation) or a ``group`` of `group_size` consecutive
-            values along the last dimension.
+            (an output row of a weight, an input channel of an activation), a ``group`` of `group_size` consecutive
+            values along the last dimension, or a ``cluster`` of input channels named by labels (for a weight: of one row).
         group_size: values in a group; only with granularity ``group``. It has to divide the last dimension.
         symmetric: absmax scaling without a zero point (codes in ±(2^(bits-1) - 1)), or a zero point (0 .. 2^bits - 1).
         dynamic: ranges taken from each call's own values (activations only); otherwise from statistics.
-        range: how a range is chosen: ``minmax``, ``percentile`` or ``mse`` (search for the least squared error).
+        range: how a range is chosen: ``minmax``, ``percentile``, ``mse`` (search for the least squared error), or ``ema``
+            (running mean of the samples' minima and maxima: static activations only).
         percentile: share in percent of the values inside the range, with range ``percentile``.
     """
 

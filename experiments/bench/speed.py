@@ -83,9 +83,8 @@ class Bench:
     def quantize(self) -> None:
         """Replaces every Linear of the blocks by a simulated W8A8 one."""
         traces = trace_links(self.network, self.stream)
-        producers = {reader: x.producer for t in traces.values() for x in t.links for reader in x.readers}
         step = Step(Options())
-        step.plan(Plan(self.network, W8A8, {}, producers, None))
+        step.plan(Plan(self.network, self.stream, W8A8, traces))
         for block in self.network.blocks:
             step.apply(block)
 

@@ -1,33 +1,130 @@
-"""What a step is: one stage of a recipe."""
+"""What a step is: one stage of a recipe, and what it may see and ask for."""
 
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Any, ClassVar, Protocol
+
+import torch
+from torch import nn
 
 from ptq.config import SchemeConfig
+from ptq.links import Link, Trace
 from ptq.network import Block, Network
 from ptq.statistics import Statistics
+from ptq.stream import BlockStream, Flow
+
+TRANSFORM = "transform"
+"""A step that rewrites a block without changing its function: smooth, cluster, ..."""
+SOLVER = "solver"
+"""A step that picks the quantized weights: rtn, gptq, ..."""
+
+STATISTICS = "statistics"
+"""Capture: per-channel statistics of every Linear, taken on the calibration samples before the first block."""
+SAMPLES = "samples"
+"""Capture: the calibration samples themselves, as they reach each block."""
 
 
-@dataclass(frozen=True)
+class _Seen(Exception):
+    """Raised inside a block's forward when every watcher has seen its input."""
+
+
+class Samples:
+    """The calibration samples as they reach the present block: every earlier block is quantized already."""
+
+    def __init__(self, stream: BlockStream, flow: Flow):
+        self.stream, self.flow = stream, flow
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all samples."""
+        return self.flow.ids.numel()
+
+    @torch.no_grad()
+    def feed(self, block: Block, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+        """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
+
+        Args:
+            block: the present block, weights in memory.
+            watchers: by full name of a module, what looks at its input (batch, tokens, channels). A batch stops at
+                the last of them.
+        """
+        left: list[str] = []
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+                watchers[name](args[0])
+                left.remove(name)
+                if not left:
+                    raise _Seen
+
+            return look
+
+        model = self.stream.network.model
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers]
+        try:
+            for i, rows in self.flow.slices():
+                left[:] = list(watchers)
+                with suppress(_Seen):
+                    self.stream.call(self.flow, block, i, self.flow.hidden[rows].to(self.stream.device))
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+@dataclass
 class Plan:
-    """What a step may see before the first block.
+    """What a step sees of the whole network, before the first block, and what steps tell one another.
 
-    `roles` maps Linears to query, key or value; `producers` maps Linears to the module that writes their input, where a
-    link was found; `statistics` is None when nothing in the recipe needs them.
+    Attributes:
+        network: the model as blocks.
+        stream: brings a block's weights into memory (``stream.weights.hold``) and calls blocks.
+        scheme: which tensor gets which `QuantSpec`.
+        traces: links, roles and stages by block.
+        statistics: of every Linear, kept true by the transforms; None when no step of the recipe captures them.
+        samples: the calibration samples; None when no step captures them.
+        labels: by full name of a Linear, which cluster each of its input channels is in, int64 (in,); written by cluster.
+        note: writes a line into the run's log.
     """
 
     network: Network
+    stream: BlockStream
     scheme: SchemeConfig
-    roles: dict[str, str]
-    producers: dict[str, str]
-    statistics: Statistics | None
+    traces: dict[int, Trace] = field(default_factory=dict)
+    statistics: Statistics | None = None
+    samples: Samples | None = None
+    labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    note: Callable[[str], None] = lambda line: None
+
+    @property
+    def roles(self) -> dict[str, str]:
+        """Query, key or value by full name of the Linear that computes it."""
+        return {name: role for trace in self.traces.values() for name, role in trace.roles.items()}
+
+    def links(self, block: Block) -> list[Link]:
+        """Returns the proved links of a block."""
+        return self.traces[block.index].links if block.index in self.traces else []
+
+    def stages(self, block: Block) -> list[tuple[str, ...]]:
+        """Returns the block's Linears in the order of their calls, those that read one tensor together."""
+        known = self.traces[block.index].stages if block.index in self.traces else []
+        seen = {name for stage in known for name in stage}
+        return known + [(name,) for name in block.linears if name not in seen]
 
 
 class Step(Protocol):
-    """One stage of a recipe, in order: a function-preserving transform or a solver that picks the quantized weights."""
+    """One stage of a recipe, in order: a function-preserving transform or a solver that picks the quantized weights.
+
+    A step's module holds a dataclass `Options` beside it. `kind` is `TRANSFORM` or `SOLVER`.
+    """
+
+    kind: ClassVar[str]
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """Returns what this step needs from the calibration samples under `scheme`: `STATISTICS`, `SAMPLES`, or nothing."""
 
     def plan(self, plan: Plan) -> None:
-        """Sees everything once, before the first block."""
+        """Sees everything once, before the first block. A transform rewrites ``plan.statistics`` here, for those after it."""
 
     def apply(self, block: Block) -> None:
         """Changes one block whose weights are in memory; called once a block, in stream order."""

@@ -7,9 +7,9 @@ from typing import Any
 import ptq.steps
 from ptq.config import build
 from ptq.errors import UserError, nearest
-from ptq.steps.base import Step
+from ptq.steps.base import SOLVER, TRANSFORM, Step
 
-_NOT_STEPS = {"base", "registry"}
+_NOT_STEPS = {"base", "registry", "solving"}
 
 
 def shipped() -> list[str]:
@@ -23,9 +23,27 @@ def build_steps(steps: dict[str, dict[str, Any]]) -> dict[str, Step]:
     A step is a class with a dataclass `Options` beside it in its module; unknown options are refused like any other key.
 
     Raises:
-        UserError: for an unknown step, an import path that leads nowhere, or wrong options.
+        UserError: for an unknown step, an import path that leads nowhere, wrong options, or an order that makes no sense.
     """
-    return {name: _build(name, dict(options or {})) for name, options in steps.items()}
+    built = {name: _build(name, dict(options or {})) for name, options in steps.items()}
+    _check_order(built)
+    return built
+
+
+def _check_order(steps: dict[str, Step]) -> None:
+    """Transforms come first, then at most one solver: a quantized weight is neither scaled nor quantized again."""
+    solver = ""
+    for name, step in steps.items():
+        if step.kind not in {TRANSFORM, SOLVER}:
+            raise UserError(f"steps.{name}: its kind is {step.kind!r}: expected {TRANSFORM!r} or {SOLVER!r}")
+        if solver and step.kind == TRANSFORM:
+            raise UserError(
+                f"steps.{name}: a transform after the solver {solver}, which leaves quantized weights: "
+                f"put steps.{name} before steps.{solver}"
+            )
+        if solver:
+            raise UserError(f"steps.{name}: a second solver after {solver}: keep one (~steps.{solver} removes the other)")
+        solver = name if step.kind == SOLVER else ""
 
 
 def _build(name: str, options: dict[str, Any]) -> Step:

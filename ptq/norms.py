@@ -1,0 +1,29 @@
+"""How a norm uses its gain, found by trying it: ``w`` as LayerNorm and LLaMA's RMSNorm do, or ``1 + w`` as Gemma's does."""
+
+import torch
+from torch import nn
+
+
+@torch.no_grad()
+def gain_offset(norm: nn.Module) -> float | None:
+    """Returns 0.0 for a norm that multiplies by its ``weight``, 1.0 for one that multiplies by ``1 + weight``.
+
+    None for anything else: its gain cannot be rescaled. The norm's weight is put back as it was.
+    """
+    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
+    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
+        return None
+    x = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device).view(1, 1, -1)
+    shift = bias.float() if isinstance(bias, torch.Tensor) else 0.0
+    kept = weight.clone()
+    try:
+        weight.fill_(0)
+        at_zero = norm(x).float() - shift
+        weight.fill_(1)
+        at_one = norm(x).float() - shift
+    finally:
+        weight.copy_(kept)
+    for offset in (0.0, 1.0):
+        if torch.allclose(at_zero, offset * (at_one - at_zero), rtol=1e-2, atol=1e-4):
+            return offset
+    return None

@@ -1,0 +1,232 @@
+"""SmoothQuant (Xiao et al. 2022): scale migrates from a link's activation into the weights that read it."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import ClassVar
+
+import torch
+
+from ptq.config import SchemeConfig
+from ptq.errors import UserError, nearest
+from ptq.links import Link
+from ptq.network import Block, weight_of
+from ptq.norms import gain_offset
+from ptq.statistics import ChannelStatistics, WeightStatistics
+from ptq.steps.base import STATISTICS, TRANSFORM, Plan, Samples
+from ptq.steps.solving import Rows, specs_of
+from quantize.affine import fake_quantize, grouped
+from quantize.linear import InputQuantizer, fake_quantize_dynamic
+from quantize.ranges import weight_grid
+from quantize.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
+from quantize.spec import QuantSpec
+
+KINDS = ("fc1_fc2", "up_down", "v_o", "norm")
+"""Kinds of links, in the order in which a block is smoothed: v's new rows are among the weights that read the norm."""
+SEARCH_VALUES = 1 << 20
+"""Numbers of one link's tensor on which the search measures output errors."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How far scale migrates.
+
+    Attributes:
+        alpha: migration strength of METHODS.md section 3; 0 leaves activations to themselves, 1 evens them out.
+        search: choose alpha for each link among `candidates` by the error of the outputs of the Linears that read it,
+            on the first batch of calibration samples; a link where nothing helps is left alone.
+        candidates: alphas that the search tries.
+        links: kinds of links to smooth, of ``norm``, ``v_o``, ``up_down`` and ``fc1_fc2`` (ReLU only); null for all
+            that the model has and that are exact.
+    """
+
+    alpha: float = 0.5
+    search: bool = False
+    candidates: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
+    links: tuple[str, ...] | None = None
+
+    def __post_init__(self) -> None:
+        for alpha in (self.alpha, *self.candidates):
+            if not 0 <= alpha <= 1:
+                close = min(max(alpha, 0.0), 1.0)
+                raise UserError(f"steps.smooth.alpha: {alpha} is not between 0 and 1 (nearest: {close})")
+        for kind in self.links or ():
+            if kind not in KINDS:
+                raise UserError(f"steps.smooth.links: {kind!r} is no kind of link{nearest(kind, KINDS)}")
+        if self.search and not self.candidates:
+            raise UserError("steps.smooth.candidates: empty, but search is true: list alphas such as [0.3, 0.5, 0.7]")
+
+
+class Step:
+    """Divides what a link's producer writes by a scale per channel, and multiplies the columns that read it."""
+
+    kind: ClassVar[str] = TRANSFORM
+
+    def __init__(self, options: Options):
+        self.options = options
+        self._scales: dict[int, list[tuple[Link, torch.Tensor]]] = {}
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """Needs the channel statistics of every link."""
+        return frozenset({STATISTICS})
+
+    def plan(self, plan: Plan) -> None:
+        """Chooses the scale of every link, and rewrites the statistics of what it touches."""
+        self._plan = plan
+        if not self.options.search:
+            for block in plan.network.blocks:
+                with plan.stream.weights.hold([block.name]):
+                    self._plan_block(block, None)
+            return
+        if plan.samples is None:
+            raise UserError("steps.smooth.search: needs calibration samples, and none were drawn")
+        size = plan.samples.flow.batch_size
+        flow = plan.stream.open(plan.samples.flow.ids[:size], size)
+        plan.stream.run([flow], _Search(self, Samples(plan.stream, flow)), "smooth")
+
+    def apply(self, block: Block) -> None:
+        """Rescales the block's links, in place."""
+        model = self._plan.network.model
+        with torch.no_grad():
+            for link, scale in self._scales[block.index]:
+                producer = model.get_submodule(link.source or link.producer)
+                if link.kind == "norm":
+                    divide_norm(producer.weight, getattr(producer, "bias", None), scale, gain_offset(producer) or 0.0)
+                else:
+                    divide_rows(weight_of(producer), producer.bias, scale)
+                for reader in link.readers:
+                    multiply_columns(weight_of(model.get_submodule(reader)), link.reader_scale(scale))
+
+    def links(self, block: Block) -> Iterator[Link]:
+        """Yields the links of `block` to smooth, in order; notes what cannot be smoothed, and why."""
+        plan, asked = self._plan, self.options.links
+        kinds = {link: kind_of(link, plan.roles) for link in plan.links(block)}
+        for kind in (k for k in KINDS if asked is None or k in asked):
+            for link in (x for x, found in kinds.items() if found == kind):
+                reason = self._reason(link, kind)
+                if reason and asked is not None:
+                    raise UserError(f"steps.smooth.links: {kind} of {link.producer}: {reason}: leave {kind} out")
+                if reason:
+                    plan.note(f"smooth: {link.producer} left alone: {reason}")
+                else:
+                    yield link
+
+    def _reason(self, link: Link, kind: str) -> str:
+        """Returns why the link cannot be smoothed exactly, or ""."""
+        module = self._plan.network.model.get_submodule(link.producer)
+        if kind == "fc1_fc2" and not link.homogeneous:
+            return f"{type(module).__name__} does not commute with positive scales as ReLU does"
+        if kind == "norm" and gain_offset(module) is None:
+            return f"{type(module).__name__} multiplies by neither w nor 1 + w"
+        return ""
+
+    def _plan_block(self, block: Block, rows: dict[str, torch.Tensor] | None) -> None:
+        plan = self._plan
+        if plan.statistics is None:
+            raise UserError("steps.smooth: needs calibration statistics, and none were taken")
+        inputs, weights = plan.statistics.inputs, plan.statistics.weights
+        model = plan.network.model
+        working: dict[str, torch.Tensor] = {}
+
+        def weight(name: str) -> torch.Tensor:
+            if name not in working:
+                working[name] = weight_of(model.get_submodule(name)).detach().clone()
+            return working[name]
+
+        chosen = self._scales[block.index] = []
+        for link in self.links(block):
+            readers = [weight(name) for name in link.readers]
+            statistics = inputs[link.readers[0]]
+            seen = None if rows is None else rows[link.readers[0]]
+            scale = self._scale(link, statistics, readers, seen)
+            back = link.reader_scale(scale)
+            chosen.append((link, scale))
+            for name in link.readers:
+                multiply_columns(weight(name), back)
+                inputs[name] = inputs[name].divided(back)
+            if link.kind != "norm":
+                divide_rows(weight(link.source or link.producer), None, scale)
+        for name, tensor in working.items():
+            weights[name] = WeightStatistics.of(tensor)
+
+    def _scale(
+        self, link: Link, statistics: ChannelStatistics, readers: Sequence[torch.Tensor], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        columns = torch.stack([w.abs().amax(0).float() for w in readers]).amax(0)
+        activation, columns = (
+            shared_scale(x.to(columns), link.repeat, link.head_dim) for x in (statistics.absmax, columns)
+        )
+        if rows is None:
+            return smoothing_scale(activation, columns, self.options.alpha)
+        specs = specs_of(self._plan, link.readers[0])
+        trial = _Trial(
+            rows, readers, _clusterless(specs.weight, "channel"), _clusterless(specs.input, "tensor"), statistics
+        )
+        scales = [torch.ones_like(columns)]
+        scales += [smoothing_scale(activation, columns, alpha) for alpha in self.options.candidates]
+        errors = [trial.error(link.reader_scale(scale)) for scale in scales]
+        return scales[min(range(len(errors)), key=errors.__getitem__)]
+
+
+class _Search:
+    """The visitor that shows the step some tokens of every link of a block."""
+
+    def __init__(self, step: Step, samples: Samples):
+        self.step, self.samples = step, samples
+
+    def enter(self, block: Block) -> None:
+        """Lets the samples pass once, then chooses the block's scales."""
+        names = [link.readers[0] for link in self.step.links(block)]
+        kept = {name: Rows(SEARCH_VALUES, self.samples.tokens) for name in names}
+        if names:
+            self.samples.feed(block, {name: rows.add for name, rows in kept.items()})
+        self.step._plan_block(block, {name: rows.kept() for name, rows in kept.items()})
+
+    def leave(self, block: Block) -> None:
+        """Does nothing."""
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """Measures what quantization does to the outputs of a link's readers when the link is rescaled."""
+
+    rows: torch.Tensor
+    readers: Sequence[torch.Tensor]
+    weight: QuantSpec | None
+    input: QuantSpec | None
+    statistics: ChannelStatistics
+
+    def error(self, scale: torch.Tensor) -> float:
+        """Returns the squared error of all outputs for `scale` (in,)."""
+        x = self._input(self.rows / scale, scale)
+        total = 0.0
+        for weight in self.readers:
+            scaled = weight * scale
+            if self.weight is not None:
+                values = grouped(scaled, self.weight)
+                scaled = fake_quantize(values, weight_grid(scaled, self.weight)).reshape(scaled.shape)
+            total += float((self.rows @ weight.t() - x @ scaled.t()).square_().sum())
+        return total
+
+    def _input(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        if self.input is None:
+            return x
+        if self.input.dynamic:
+            return fake_quantize_dynamic(x, self.input)
+        ranges = self.statistics.divided(scale)
+        quantized: torch.Tensor = InputQuantizer(self.input, (ranges.min, ranges.max))(x)
+        return quantized
+
+
+def _clusterless(spec: QuantSpec | None, granularity: str) -> QuantSpec | None:
+    """Returns the spec that a trial uses: channels are clustered after smoothing, so `granularity` stands for cluster."""
+    clustered = spec is not None and spec.granularity == "cluster"
+    return replace(spec, granularity=granularity) if clustered and spec is not None else spec
+
+
+def kind_of(link: Link, roles: dict[str, str]) -> str:
+    """Returns ``norm``, ``fc1_fc2``, ``v_o`` or ``up_down``; "" for a link that no transform can use."""
+    if link.kind == "norm":
+        return "norm"
+    if link.kind == "activation":
+        return "fc1_fc2" if link.source else ""
+    return "v_o" if roles.get(link.producer) == "value" or link.repeat > 1 else "up_down"
