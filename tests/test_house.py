@@ -14,7 +14,7 @@ BELOW = {
     "main": {"ptq", "quantize", "group_methods", "experiments"},
     "gen_act_stat": {"ptq", "quantize", "group_methods", "experiments"},
 }
-ALLOWED_BESIDE = {"quantize": {"torch"}, "group_methods": {"torch", "sklearn", "numpy"}}
+ALLOWED_BESIDE = {"quantize": {"torch"}, "group_methods": {"torch", "sklearn", "threadpoolctl", "numpy"}}
 MOST_LINES = 449
 
 
