@@ -119,8 +119,8 @@ def cluster(
     `extent` by ascending Euclidean norm of their centroid, which orders them by range only where features are not
     standardised. Ties go to the cluster with the first channel.
 
-    There are fewer clusters than asked for where channels with equal features leave fewer distinct ones; each distinct one
-    is then a cluster.
+    There are fewer clusters than asked for where channels with equal features leave fewer distinct ones: each distinct one
+    is then a cluster. Features equal up to rounding do the same, with scikit-learn's ConvergenceWarning.
 
     Args:
         features: floating point (features, channels).
@@ -229,8 +229,7 @@ def _checked(
     if not torch.isfinite(features).all():
         row = int((~torch.isfinite(features)).any(1).nonzero()[0])
         raise ValueError(f"features: row {row} holds NaN or inf: take the statistics again")
-    # Adding 0 turns -0 into 0: equal features have equal bits.
-    points = np.ascontiguousarray(features.detach().double().cpu().numpy().T) + 0.0
+    points = np.ascontiguousarray(features.detach().double().cpu().numpy().T)
     if extent is None:
         return points, None
     if extent.shape != features.shape[1:]:

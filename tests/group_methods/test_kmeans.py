@@ -227,3 +227,11 @@ def test_fewer_distinct_channels_than_clusters_raise_no_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert len(cluster(torch.ones(2, 6), 4).centroids) == 1
+
+
+@pytest.mark.filterwarnings("ignore:Number of distinct clusters")
+def test_channels_that_differ_by_rounding_only_leave_fewer_clusters_none_of_them_empty():
+    step = 2.0**-52
+    x = torch.tensor([[1, 1 + step, 1 + 2 * step, 1e6]], dtype=torch.float64)
+    found = cluster(x, 3)
+    assert found.labels.tolist() == [0, 0, 0, 1] and len(found.centroids) == 2
