@@ -244,29 +244,29 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         raise UserError(
             f"{path}.{wrong}: a weight has no tokens and never changes: use dynamic false, granularity channel"
         )
-    if tensor != "weight" and spec.granularity == "token" and not spec.dynamic:
-        raise UserError(
-            f"{path}.dynamic: false with granularity 'token': tokens are not known in advance: use dynamic true"
+    if tensor == "weight" and spec.range == "ema":
+        raise UserError(f"{path}.range: 'ema' is a mean over samples, and a weight has none: use minmax or mse")
+    if tensor != "weight" and spec.dynamic and spec.range == "ema":
+        raise UserError(f"{path}.range: 'ema' with dynamic true: a mean over samples is static: use dynamic false")
+    if tensor != "weight" and not spec.dynamic and spec.granularity in {"token", "group"}:
+        why = (
+            "tokens are not known in advance" if spec.granularity == "token" else "groups of an activation are dynamic"
         )
-    if tensor != "weight" and spec.granularity == "group" and not spec.dynamic:
+        raise UserError(f"{path}.dynamic: false with granularity {spec.granularity!r}: {why}: use dynamic true")
+    if tensor != "weight" and spec.dynamic and spec.granularity in {"channel", "cluster"}:
         raise UserError(
-            f"{path}.dynamic: false with granularity 'group': groups of an activation are dynamic: use dynamic true"
+            f"{path}.dynamic: true with granularity {spec.granularity!r}: its ranges come from statistics: use dynamic false"
         )
-    if tensor in {"query", "key", "value"} and not (spec.dynamic and spec.granularity in {"token", "group"}):
-        wrong = f"granularity: {spec.granularity!r}" if spec.dynamic else "dynamic: false"
+    if tensor in {"query", "key", "value"} and not spec.dynamic and spec.range != "minmax":
+        raise UserError(f"{path}.range: {spec.range!r} with dynamic false: only inputs have it: use minmax")
+    if tensor == "attention_probs" and spec.granularity not in {"token", "tensor"}:
         raise UserError(
-            f"{path}.{wrong}: only dynamic ranges per token or group are known here: use dynamic true, granularity token"
+            f"{path}.granularity: {spec.granularity!r}: probabilities have no fixed channels: use token or tensor"
         )
-    if tensor == "input" and not spec.dynamic and spec.range != "minmax":
+    if tensor == "attention_probs" and spec.symmetric:
         raise UserError(
-            f"{path}.range: {spec.range!r} with dynamic false: statistics hold minima and maxima only: use minmax"
+            f"{path}.symmetric: true, but probabilities are never negative: half the codes would be lost: use false"
         )
-    if tensor == "input" and spec.dynamic and spec.granularity == "channel":
-        raise UserError(
-            f"{path}.dynamic: true with granularity 'channel': channel ranges come from statistics: use dynamic false"
-        )
-    if tensor == "attention_probs":
-        raise UserError(f"{path}: attention probabilities cannot be quantized yet: use null")
 
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:

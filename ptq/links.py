@@ -112,7 +112,7 @@ class _Tracer:
                 self._add(trace, block, hidden, reference, link)
         for reader in free:
             self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
-        _roles(trace, list(inputs), _head_dim(self.network.model.config))
+        _roles(trace, list(inputs), self.network.head_dim)
         self.traces[block.index] = trace
 
     def leave(self, block: Block) -> None:
@@ -137,16 +137,14 @@ class _Tracer:
         ]
         for producer in reversed(beside):
             width = weight_of(self.network.model.get_submodule(producer)).shape[0]
-            head_dim = _head_dim(self.network.model.config) if width != channels else 0
+            head_dim = self.network.head_dim if width != channels else 0
             if channels % width or (width != channels and (head_dim == 0 or width % head_dim)):
                 continue
             link = Link("linear", block.index, producer, (reader,), channels // width, head_dim)
             if self._add(trace, block, hidden, reference, link):
                 return
 
-    def _probe(
-        self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link
-    ) -> tuple[float, float]:
+    def _probe(self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> tuple[float, float]:
         """Returns the relative change of what the block adds when the link is scaled there and back, and its tolerance."""
         model = self.network.model
         channels = weight_of(model.get_submodule(link.readers[0])).shape[1] // link.repeat
@@ -211,11 +209,6 @@ def _scaled(producer: nn.Module, scale: torch.Tensor, readers: list[nn.Module], 
     finally:
         for handle in handles:
             handle.remove()
-
-
-def _head_dim(config: Any) -> int:
-    given = getattr(config, "head_dim", None)
-    return int(given) if given else config.hidden_size // config.num_attention_heads
 
 
 def _roles(trace: Trace, order: list[str], head_dim: int) -> None:

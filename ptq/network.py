@@ -83,6 +83,13 @@ class Network:
                 return value
         return None
 
+    @property
+    def head_dim(self) -> int:
+        """Channels of an attention head."""
+        config = self.model.config.get_text_config()
+        given = getattr(config, "head_dim", None)
+        return int(given) if given else int(config.hidden_size // config.num_attention_heads)
+
     def coverage(self) -> str | None:
         """Returns a sentence that names the parameters inside the blocks that no Linear holds, or None."""
         if not self.uncovered:

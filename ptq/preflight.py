@@ -41,7 +41,7 @@ def check_before(recipe: Recipe) -> list[str]:
         _check_statistics_file(recipe)
         return lines
     network = skeleton(recipe)
-    check_scheme(recipe.scheme, network.shapes)
+    check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     _check_statistics_file(recipe)

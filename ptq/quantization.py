@@ -8,9 +8,9 @@ from torch import nn
 
 from ptq.files import write_atomic
 from ptq.network import Block, Network, replace_module, weight_of
+from ptq.proof import Proof, prove
 from ptq.results import LayerResult, Size, describe_spec
 from ptq.session import Session
-from ptq.proof import Proof, prove
 from ptq.steps.base import SOLVER, TRANSFORM, Plan, Step
 from ptq.stream import Flow
 from quantize.error import relative_error, sqnr_db
@@ -110,8 +110,6 @@ class QuantizeVisitor:
                 weight_bits=module.bits_per_weight(),
                 input=describe_spec(module.input_spec, bits),
                 input_bits=module.input_spec.bits if module.input_spec else bits,
-                output=describe_spec(module.output_spec, bits),
-                output_bits=module.output_spec.bits if module.output_spec else bits,
                 weight_sqnr_db=round(float(sqnr_db(weight, module.weight)), 3),
                 output_error=float(relative_error(outputs, module(inputs))),
                 parameters=weight.numel(),

@@ -31,8 +31,6 @@ class LayerResult:
     weight_bits: float
     input: str
     input_bits: float
-    output: str
-    output_bits: float
     weight_sqnr_db: float
     output_error: float
     parameters: int

@@ -6,6 +6,7 @@ from typing import Any
 
 import yaml
 
+from ptq.attention import attentions_of, use_simulated_attention
 from ptq.baseline import baseline_of
 from ptq.calibrate import statistics_of
 from ptq.config import TENSORS, Recipe
@@ -16,7 +17,8 @@ from ptq.journal import Journal
 from ptq.preflight import check_before
 from ptq.quantization import QuantizeVisitor, size_of
 from ptq.results import describe_spec, table, write_results
-from ptq.session import Session, check_session_roles, open_session
+from ptq.scheme import attention_tensors, check_attention
+from ptq.session import Session, open_session
 from ptq.statistics_report import outlier_table, save_picture
 from ptq.steps.base import SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
 from ptq.steps.registry import build_steps
@@ -37,13 +39,19 @@ def run(recipe: Recipe) -> pathlib.Path:
     with open_session(recipe, journal) as session:
         with journal.phase("links"):
             traces = session.trace()
-            check_session_roles(session, traces)
+            attentions = attentions_of(session.network, session.stream) if attention_tensors(recipe.scheme) else {}
+            check_attention(recipe.scheme, sum(len(names) for names in attentions.values()))
         tokens = session.evaluation_tokens()
         wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
         statistics = statistics_of(session)[0] if STATISTICS in wanted else None
         baseline = baseline_of(session, tokens)
+        if attentions:
+            use_simulated_attention(session.network)
         samples = _samples(session, steps, wanted)
-        plan = Plan(session.network, session.stream, recipe.scheme, traces, statistics, samples, note=journal.note)
+        plan = Plan(
+            session.network, session.stream, recipe.scheme, traces, statistics, samples, attentions=attentions,
+            note=journal.note,
+        )  # fmt: skip
         with journal.phase("plan"):
             for step in steps.values():
                 step.plan(plan)

@@ -15,7 +15,7 @@ from ptq.journal import Journal
 from ptq.links import Trace, describe, trace_links
 from ptq.models import LoadedModel, load
 from ptq.network import Network, build_network
-from ptq.scheme import check_roles, check_scheme
+from ptq.scheme import check_scheme
 from ptq.store import Store
 from ptq.stream import BlockStream
 
@@ -81,7 +81,7 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
         network = build_network(loaded.model)
     if coverage := network.coverage():
         journal.say(coverage)
-    check_scheme(recipe.scheme, network.shapes)
+    check_scheme(recipe.scheme, network.shapes, network.head_dim)
     device = device_of(recipe)
     stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress)
     journal.say(
@@ -98,10 +98,3 @@ def device_of(recipe: Recipe) -> torch.device:
     """Returns the device that the recipe asks for; ``auto`` is CUDA where there is one."""
     name = recipe.execution.device
     return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
-
-
-def check_session_roles(session: Session, traces: dict[int, Trace]) -> dict[str, str]:
-    """Returns the role (query, key, value) of Linears by full name; refuses a scheme that wants roles there are none of."""
-    roles = {name: role for trace in traces.values() for name, role in trace.roles.items()}
-    check_roles(session.recipe.scheme, roles)
-    return roles

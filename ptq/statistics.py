@@ -128,10 +128,11 @@ class WeightStatistics:
             figures += [weight.amin(dim).float(), weight.amax(dim).float(), spread]
         return cls(*figures)
 
-
     def reordered_inputs(self, order: torch.Tensor) -> "WeightStatistics":
         """Returns the statistics of the weight with its columns in the order `order`, int64 (in,)."""
-        return dataclasses.replace(self, in_min=self.in_min[order], in_max=self.in_max[order], in_std=self.in_std[order])
+        return dataclasses.replace(
+            self, in_min=self.in_min[order], in_max=self.in_max[order], in_std=self.in_std[order]
+        )
 
     def reordered_outputs(self, order: torch.Tensor) -> "WeightStatistics":
         """Returns the statistics of the weight with its rows in the order `order`, int64 (out,)."""

@@ -23,7 +23,6 @@ class Grid:
     low: int
     high: int
 
-
     def of_channels(self, labels: torch.Tensor) -> "Grid":
         """Returns the grid (..., channels) of a grid (..., clusters): channel j has the scale of cluster ``labels[j]``."""
         zero_point = None if self.zero_point is None else self.zero_point[..., labels]

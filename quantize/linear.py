@@ -103,7 +103,7 @@ def _keep_grid_dtype(module: nn.Module, apply: Callable[[], Any]) -> Any:
 
 
 class QuantLinear(nn.Module):
-    """A Linear whose weight is integer codes, whose input and output are rounded to their grids; simulated.
+    """A Linear whose weight is integer codes and whose input is rounded to its grid; simulated.
 
     `codes` and `scale` (and `zero_point`) are what is stored; the dequantized weight beside them, in the compute dtype,
     is what the simulation multiplies by and is not saved.
@@ -113,7 +113,6 @@ class QuantLinear(nn.Module):
         bias: (out,) or None.
         weight_spec: format of the weight; None leaves it in floating point.
         inputs: quantizer of the input, shared by the Linears that read the same tensor; None leaves it alone.
-        output_spec: format of the output (query, key or value); dynamic.
         grid: the weight's grid when a solver has chosen it; otherwise fitted to the weight.
         codes: the weight's codes when a solver has chosen them, (out, in); otherwise nearest.
         labels: cluster of each input channel, int64 (in,); only with a weight of granularity cluster.
@@ -136,7 +135,6 @@ class QuantLinear(nn.Module):
         bias: torch.Tensor | None,
         weight_spec: QuantSpec | None,
         inputs: InputQuantizer | None = None,
-        output_spec: QuantSpec | None = None,
         grid: Grid | None = None,
         codes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
@@ -146,7 +144,7 @@ class QuantLinear(nn.Module):
         if not torch.isfinite(weight).all():
             raise ValueError("the weight holds NaN or inf")
         self.out_features, self.in_features = weight.shape
-        self.weight_spec, self.inputs, self.output_spec = weight_spec, inputs, output_spec
+        self.weight_spec, self.inputs = weight_spec, inputs
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
         self.register_buffer("labels", labels if clustered else None)
         if weight_spec is None:
@@ -169,13 +167,12 @@ class QuantLinear(nn.Module):
         bias: torch.Tensor | None,
         weight_spec: QuantSpec,
         inputs: InputQuantizer | None = None,
-        output_spec: QuantSpec | None = None,
         dtype: torch.dtype = torch.float32,
         labels: torch.Tensor | None = None,
     ) -> Self:
         """Returns the module for codes (out, in) that a solver has chosen on `grid`; `dtype` is the compute type."""
         shape = torch.zeros((), dtype=dtype, device=codes.device).expand(codes.shape)
-        return cls(shape, bias, weight_spec, inputs, output_spec, grid, codes, labels)
+        return cls(shape, bias, weight_spec, inputs, grid, codes, labels)
 
     @property
     def _grid(self) -> Grid:
@@ -215,8 +212,7 @@ class QuantLinear(nn.Module):
         """Returns the quantized Linear's output (..., out) for `x` (..., in)."""
         if self.inputs is not None:
             x = self.inputs(x)
-        y = functional.linear(x, self.weight, self.bias)
-        return y if self.output_spec is None else fake_quantize_dynamic(y, self.output_spec)
+        return functional.linear(x, self.weight, self.bias)
 
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it would be stored: codes packed at their bits, scales and zero points.
@@ -240,7 +236,7 @@ class QuantLinear(nn.Module):
     def extra_repr(self) -> str:
         """Names the shape and the formats."""
         shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{shape}, weight={self.weight_spec}, output={self.output_spec}"
+        return f"{shape}, weight={self.weight_spec}"
 
 
 def _checked(codes: torch.Tensor, shape: torch.Size, grid: Grid) -> torch.Tensor:

@@ -46,7 +46,9 @@ def dynamic_grid(x: torch.Tensor, spec: QuantSpec) -> Grid:
             not divide the channels.
     """
     if spec.granularity in {"channel", "cluster"}:
-        raise ValueError(f"granularity: {spec.granularity!r} has no dynamic ranges: use token, or static ranges from statistics")
+        raise ValueError(
+            f"granularity: {spec.granularity!r} has no dynamic ranges: use token, or static ranges from statistics"
+        )
     values = grouped(x, spec)
     return _fit(values.flatten() if spec.granularity == "tensor" else values, spec)
 
@@ -109,6 +111,11 @@ class RunningRange:
         first = self.minimum is None or self.maximum is None
         self.minimum = low if first else torch.lerp(low, self.minimum, self.MOMENTUM)  # type: ignore[arg-type]
         self.maximum = high if first else torch.lerp(high, self.maximum, self.MOMENTUM)  # type: ignore[arg-type]
+
+    def update_all(self, samples: torch.Tensor) -> None:
+        """Adds samples (samples, tokens, channels), one after another."""
+        for sample in samples:
+            self.update(sample)
 
     def range(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Returns (minimum, maximum). Raises `ValueError` before the first sample."""

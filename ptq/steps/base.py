@@ -84,6 +84,8 @@ class Plan:
         statistics: of every Linear, kept true by the transforms; None when no step of the recipe captures them.
         samples: the calibration samples; None when no step captures them.
         labels: by full name of a Linear, which cluster each of its input channels is in, int64 (in,); written by cluster.
+        attentions: full names of the modules that call transformers' attention interface, by block.
+        head_clusters: clusters of each head's query, key and value; written by cluster.
         note: writes a line into the run's log.
     """
 
@@ -94,6 +96,8 @@ class Plan:
     statistics: Statistics | None = None
     samples: Samples | None = None
     labels: dict[str, torch.Tensor] = field(default_factory=dict)
+    attentions: dict[int, list[str]] = field(default_factory=dict)
+    head_clusters: int = 0
     note: Callable[[str], None] = lambda line: None
 
     @property

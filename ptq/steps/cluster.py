@@ -37,11 +37,13 @@ class Counts:
         residual: of what a norm writes (the notes' ``qkvfc_cluster``; RPTQ's R1 and R4).
         out: of each head of what the attention's output projection reads (R3).
         mlp: of what the MLP's last Linear reads (R5).
+        heads: of each head's query, key and value, where the scheme gives them granularity cluster (R2).
     """
 
     residual: int = 8
     out: int = 4
     mlp: int = 8
+    heads: int = 4
 
 
 @dataclass(frozen=True)
@@ -74,7 +76,9 @@ class Options:
         _check("sources", self.sources, SOURCES)
         for name, count in dataclasses.asdict(self.clusters).items():
             if count < 0:
-                raise UserError(f"steps.cluster.clusters.{name}: {count} is below 0: use 0 for none, or a number such as 8")
+                raise UserError(
+                    f"steps.cluster.clusters.{name}: {count} is below 0: use 0 for none, or a number such as 8"
+                )
 
 
 class Reordered(nn.Module):
@@ -109,6 +113,7 @@ class Step:
     def plan(self, plan: Plan) -> None:
         """Groups the channels of every link; writes ``plan.labels``, and rewrites the statistics in the new order."""
         self._plan = plan
+        plan.head_clusters = self.options.clusters.heads
         if plan.statistics is None:
             raise UserError("steps.cluster: needs calibration statistics, and none were taken")
         shared = self._residual(plan.statistics)
@@ -149,7 +154,9 @@ class Step:
         readers = [name for link in links for name in link.readers if len(statistics.inputs[name].min) == width]
         if not readers:
             return None
-        return cluster(self._features(readers, statistics), count, self.options.seed, extent=_extent(readers, statistics)).labels
+        return cluster(
+            self._features(readers, statistics), count, self.options.seed, extent=_extent(readers, statistics)
+        ).labels
 
     def _labels(self, link: Link, statistics: Statistics, shared: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the clusters of the channels that the link's producer writes, or None for no clusters."""
@@ -160,7 +167,9 @@ class Step:
                 return shared
             if counts.residual == 0:
                 return None
-            return cluster(self._features([reader], statistics), counts.residual, seed, extent=_extent([reader], statistics)).labels
+            return cluster(
+                self._features([reader], statistics), counts.residual, seed, extent=_extent([reader], statistics)
+            ).labels
         count = {"v_o": counts.out, "up_down": counts.mlp, "fc1_fc2": counts.mlp}.get(kind, 0)
         if count == 0:
             return None

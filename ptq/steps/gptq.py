@@ -9,6 +9,7 @@ import torch
 from ptq.config import SchemeConfig
 from ptq.errors import UserError
 from ptq.network import Block, weight_of
+from ptq.steps.attention_inputs import quantize_attention
 from ptq.steps.base import SAMPLES, SOLVER, Plan
 from ptq.steps.solving import BlockInputs, captures_of, labels_of, quantize_linear, specs_of
 from quantize.affine import Grid
@@ -58,6 +59,7 @@ class Step:
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
+        quantize_attention(self._plan, block)
         inputs = BlockInputs(self._plan, block)
         stages = self._plan.stages(block)
         for group in [[stage] for stage in stages] if self.sequential else [stages]:

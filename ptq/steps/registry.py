@@ -42,7 +42,9 @@ def _check_order(steps: dict[str, Step]) -> None:
                 f"put steps.{name} before steps.{solver}"
             )
         if solver:
-            raise UserError(f"steps.{name}: a second solver after {solver}: keep one (~steps.{solver} removes the other)")
+            raise UserError(
+                f"steps.{name}: a second solver after {solver}: keep one (~steps.{solver} removes the other)"
+            )
         solver = name if step.kind == SOLVER else ""
 
 

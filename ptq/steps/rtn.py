@@ -5,6 +5,7 @@ from typing import ClassVar
 
 from ptq.config import SchemeConfig
 from ptq.network import Block
+from ptq.steps.attention_inputs import quantize_attention
 from ptq.steps.base import SOLVER, Plan
 from ptq.steps.solving import BlockInputs, captures_of, quantize_linear, specs_of
 
@@ -32,6 +33,7 @@ class Step:
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
+        quantize_attention(self._plan, block)
         inputs = BlockInputs(self._plan, block)
         for name in (name for stage in self._plan.stages(block) for name in stage):
             specs = specs_of(self._plan, name)

@@ -49,7 +49,7 @@ class BlockInputs:
             raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
         if spec.range == "ema":
             running = RunningRange()
-            plan.samples.feed(self._block, {name: lambda x: [running.update(s.flatten(0, -2)) for s in x]})
+            plan.samples.feed(self._block, {name: running.update_all})
             return InputQuantizer(spec, running.range(), labels)
         rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
         plan.samples.feed(self._block, {name: rows.add})
@@ -78,7 +78,7 @@ class Rows:
 
 def specs_of(plan: Plan, name: str) -> LinearSpecs:
     """Returns what the scheme says of the Linear `name`."""
-    return resolve(plan.scheme, name, plan.roles.get(name))
+    return resolve(plan.scheme, name)
 
 
 def quantize_linear(
@@ -105,7 +105,7 @@ def quantize_linear(
     bias = module.bias if isinstance(module.bias, torch.Tensor) else None
     try:
         codes, grid = solve(weight) if solve is not None and specs.weight is not None else (None, None)
-        quantized = QuantLinear(weight, bias, specs.weight, inputs, specs.output, grid, codes, labels)
+        quantized = QuantLinear(weight, bias, specs.weight, inputs, grid, codes, labels)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     replace_module(plan.network.model, name, quantized)
@@ -125,8 +125,15 @@ def labels_of(plan: Plan, name: str, spec: QuantSpec | None, tensor: str) -> tor
 
 
 def captures_of(scheme: SchemeConfig) -> frozenset[str]:
-    """Returns what the static input ranges of `scheme` need: statistics for minmax, the samples for the other estimators."""
-    specs = [scheme.input, *(o.tensors.get("input") for o in scheme.overrides)]
-    ranges = {spec.range for spec in specs if spec is not None and not spec.dynamic}
+    """Returns what static ranges need: statistics for inputs by minmax; the samples for other estimators, and for query,
+    key and value, which no Linear reads.
+    """
+    ranges = {spec.range for spec in _specs(scheme, "input") if not spec.dynamic}
     wanted = {STATISTICS} if "minmax" in ranges else set()
-    return frozenset(wanted | ({SAMPLES} if ranges - {"minmax"} else set()))
+    watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in _specs(scheme, tensor))
+    return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
+
+
+def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:
+    found = [getattr(scheme, tensor), *(o.tensors.get(tensor) for o in scheme.overrides)]
+    return [spec for spec in found if spec is not None]
