@@ -20,7 +20,7 @@ from ptq.results import describe_spec, table, write_results
 from ptq.scheme import attention_tensors, check_attention
 from ptq.session import Session, open_session
 from ptq.statistics_report import outlier_table, save_picture
-from ptq.steps.base import SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
+from ptq.steps.base import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
 from ptq.steps.registry import build_steps
 
 
@@ -80,13 +80,14 @@ def run(recipe: Recipe) -> pathlib.Path:
 def _samples(session: Session, steps: dict[str, Step], wanted: frozenset[str]) -> Samples | None:
     """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
     batch = session.recipe.calibration.batch_size
-    if SAMPLES in wanted:
+    if wanted & {SAMPLES, REFERENCE}:
         ids = session.calibration_tokens().ids
     elif any(step.kind == TRANSFORM for step in steps.values()):
         ids = session.calibration_tokens().ids[:batch]
     else:
         return None
-    return Samples(session.stream, session.stream.open(ids, batch))
+    reference = session.stream.open(ids, batch) if REFERENCE in wanted else None
+    return Samples(session.stream, session.stream.open(ids, batch), reference)
 
 
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:

@@ -1,16 +1,18 @@
 """What a step is: one stage of a recipe, and what it may see and ask for."""
 
-from collections.abc import Callable, Mapping
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, ClassVar, Protocol
 
 import torch
 from torch import nn
 
+from ptq.attention import AttentionQuantizers
 from ptq.config import SchemeConfig
 from ptq.links import Link, Trace
-from ptq.network import Block, Network
+from ptq.network import Block, Network, replace_module
 from ptq.statistics import Statistics
 from ptq.stream import BlockStream, Flow
 
@@ -23,6 +25,8 @@ STATISTICS = "statistics"
 """Capture: per-channel statistics of every Linear, taken on the calibration samples before the first block."""
 SAMPLES = "samples"
 """Capture: the calibration samples themselves, as they reach each block."""
+REFERENCE = "reference"
+"""Capture: the same samples once more, as they reach each block of the unquantized network."""
 
 
 class _Seen(Exception):
@@ -30,10 +34,13 @@ class _Seen(Exception):
 
 
 class Samples:
-    """The calibration samples as they reach the present block: every earlier block is quantized already."""
+    """The calibration samples as they reach the present block: every earlier block is quantized already.
 
-    def __init__(self, stream: BlockStream, flow: Flow):
-        self.stream, self.flow = stream, flow
+    `reference` carries the same samples through the unquantized blocks, where a step captures `REFERENCE`.
+    """
+
+    def __init__(self, stream: BlockStream, flow: Flow, reference: Flow | None = None):
+        self.stream, self.flow, self.reference = stream, flow, reference
 
     @property
     def tokens(self) -> int:
@@ -49,12 +56,47 @@ class Samples:
             watchers: by full name of a module, what looks at its input (batch, tokens, channels). A batch stops at
                 the last of them.
         """
-        left: list[str] = []
+        for i, _ in self.flow.slices():
+            self._pass(self.flow, block, i, watchers)
+
+    @torch.no_grad()
+    def feed_pairs(
+        self,
+        block: Block,
+        watchers: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]],
+        originals: Mapping[str, nn.Module],
+    ) -> None:
+        """As `feed`, but a watcher sees (original input, present input) of the same tokens.
+
+        Args:
+            block: the present block, weights in memory, some of its Linears quantized.
+            watchers: by full name of a module.
+            originals: the unquantized Linears of the block by full name; they take their places for the reference.
+        """
+        if self.reference is None:
+            raise ValueError("no step captures the reference samples")
+        for i, _ in self.flow.slices():
+            seen: dict[str, torch.Tensor] = {}
+            with originals_in_place(self.stream.network.model, originals):
+                self._pass(self.reference, block, i, {name: partial(seen.__setitem__, name) for name in watchers})
+            self._pass(self.flow, block, i, {name: partial(look, seen[name]) for name, look in watchers.items()})
+
+    @torch.no_grad()
+    def advance_reference(self, block: Block, originals: Mapping[str, nn.Module]) -> None:
+        """Carries the reference samples through the unquantized block."""
+        if self.reference is not None:
+            with originals_in_place(self.stream.network.model, originals):
+                self.stream.step(self.reference, block)
+
+    def _pass(
+        self, flow: Flow, block: Block, batch: int, watchers: Mapping[str, Callable[[torch.Tensor], None]]
+    ) -> None:
+        left = set(watchers)
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def look(module: nn.Module, args: tuple[Any, ...]) -> None:
                 watchers[name](args[0])
-                left.remove(name)
+                left.discard(name)
                 if not left:
                     raise _Seen
 
@@ -62,14 +104,31 @@ class Samples:
 
         model = self.stream.network.model
         handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers]
+        rows = slice(batch * flow.batch_size, (batch + 1) * flow.batch_size)
         try:
-            for i, rows in self.flow.slices():
-                left[:] = list(watchers)
-                with suppress(_Seen):
-                    self.stream.call(self.flow, block, i, self.flow.hidden[rows].to(self.stream.device))
+            with suppress(_Seen):
+                self.stream.call(flow, block, batch, flow.hidden[rows].to(self.stream.device))
         finally:
             for handle in handles:
                 handle.remove()
+
+
+@contextmanager
+def originals_in_place(model: nn.Module, originals: Mapping[str, nn.Module]) -> Iterator[None]:
+    """Inside the context the Linears `originals` (by full name) are in the model, and its attentions quantize nothing."""
+    present = {name: model.get_submodule(name) for name in originals}
+    attentions = [m for m in model.modules() if isinstance(m, AttentionQuantizers) and m.enabled]
+    try:
+        for name, module in originals.items():
+            replace_module(model, name, module)
+        for attention in attentions:
+            attention.enabled = False
+        yield
+    finally:
+        for name, module in present.items():
+            replace_module(model, name, module)
+        for attention in attentions:
+            attention.enabled = True
 
 
 @dataclass

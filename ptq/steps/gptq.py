@@ -1,20 +1,22 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
-from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import ClassVar
 
 import torch
 
 from ptq.config import SchemeConfig
-from ptq.errors import UserError
+from ptq.errors import UserError, nearest
 from ptq.network import Block, weight_of
 from ptq.steps.attention_inputs import quantize_attention
-from ptq.steps.base import SAMPLES, SOLVER, Plan
+from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan
 from ptq.steps.solving import BlockInputs, captures_of, labels_of, quantize_linear, specs_of
 from quantize.affine import Grid
 from quantize.gptq import GptqOptions, Hessian, Solution, solve
 from quantize.linear import InputQuantizer
+from quantize.spec import QuantSpec
+from quantize.target import CrossMoment, corrected_weight
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,9 @@ class Options:
         static_groups: fit the grids on the original weights, before any error is carried.
         sequential: solve the Linears of a block in the order of their calls, each on what the quantized ones before it
             give (true sequential); otherwise all on the unquantized block's inputs, in one pass.
+        target: ``present``: each Linear keeps its own output on the input it gets now, as published; ``original``: it
+            is to give the original output on the original input, and makes up for the layers before it. The second
+            carries the samples through the unquantized network too: about twice the time.
     """
 
     damping: float = 0.01
@@ -35,6 +40,10 @@ class Options:
     act_order: bool = True
     static_groups: bool = True
     sequential: bool = True
+    target: str = "present"
+
+
+TARGETS = ("present", "original")
 
 
 class Step:
@@ -47,11 +56,16 @@ class Step:
             self.options = GptqOptions(options.damping, options.block, options.act_order, options.static_groups)
         except ValueError as error:
             raise UserError(f"steps.gptq.{error}") from None
-        self.sequential = options.sequential
+        if options.target not in TARGETS:
+            raise UserError(
+                f"steps.gptq.target: {options.target!r} is not valid: expected one of {', '.join(TARGETS)}"
+                f"{nearest(options.target, TARGETS)}"
+            )
+        self.sequential, self.corrects = options.sequential, options.target == "original"
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the calibration samples, and what static input ranges need."""
-        return captures_of(scheme) | {SAMPLES}
+        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.corrects else frozenset())
 
     def plan(self, plan: Plan) -> None:
         """Keeps what `apply` needs."""
@@ -59,47 +73,81 @@ class Step:
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        quantize_attention(self._plan, block)
-        inputs = BlockInputs(self._plan, block)
-        stages = self._plan.stages(block)
-        for group in [[stage] for stage in stages] if self.sequential else [stages]:
-            self._solve(block, group, inputs)
-
-    def _solve(self, block: Block, stages: Sequence[tuple[str, ...]], inputs: BlockInputs) -> None:
-        """Takes the Hessians of some stages in one pass, then solves their Linears."""
-        plan = self._plan
+        plan, originals = self._plan, dict(block.linears)
         if plan.samples is None:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
-        specs = {name: specs_of(plan, name) for stage in stages for name in stage}
-        quantizers = {name: inputs.of(name, spec) for name, spec in specs.items() if spec.any}
-        hessians: dict[str, dict[InputQuantizer | None, Hessian]] = {}
-        for stage in stages:
-            wanted = {quantizers[name] for name in stage if specs[name].weight is not None}
-            if wanted:
-                weight = weight_of(plan.network.model.get_submodule(stage[0]))
-                hessians[stage[0]] = {q: Hessian(weight.shape[1], weight.device) for q in wanted}
+        quantize_attention(plan, block)
+        inputs = BlockInputs(plan, block)
+        stages = plan.stages(block)
+        for group in [[stage] for stage in stages] if self.sequential else [stages]:
+            moments = {stage[0]: self._moments(stage, inputs) for stage in group}
+            if self.corrects:
+                plan.samples.feed_pairs(block, {n: partial(_see_pair, m) for n, m in moments.items() if m}, originals)
+            else:
+                plan.samples.feed(block, {n: partial(_see, m) for n, m in moments.items() if m})
+            for name in (name for stage in group for name in stage):
+                self._solve(name, inputs, moments)
+        plan.samples.advance_reference(block, originals)
 
-        def watch(first: str, x: torch.Tensor) -> None:
-            for quantizer, hessian in hessians[first].items():
-                # The Hessian of what the Linear will really multiply by: its quantized input.
-                hessian.update(x if quantizer is None else quantizer(x))
+    def _moments(self, stage: tuple[str, ...], inputs: BlockInputs) -> "list[_Moments]":
+        """Returns empty moments for the Linears of a stage whose weights are to be solved, one for each input quantizer."""
+        made: dict[InputQuantizer | None, _Moments] = {}
+        for name in stage:
+            specs = specs_of(self._plan, name)
+            if specs.weight is not None:
+                weight = weight_of(self._plan.network.model.get_submodule(name))
+                quantizer, size = inputs.of(name, specs), weight.shape[1]
+                cross = CrossMoment(size, weight.device) if self.corrects else None
+                made.setdefault(quantizer, _Moments([], quantizer, Hessian(size, weight.device), cross)).names.append(
+                    name
+                )
+        return list(made.values())
 
-        if hessians:
-            plan.samples.feed(block, {first: lambda x, first=first: watch(first, x) for first in hessians})  # type: ignore[misc]
-        for stage in stages:
-            for name in (name for name in stage if specs[name].any):
-                quantizer = quantizers[name]
-                hessian = hessians[stage[0]][quantizer] if specs[name].weight is not None else None
-                quantize_linear(plan, name, specs[name], quantizer, lambda w, n=name, h=hessian: self._codes(n, w, h))  # type: ignore[misc]
+    def _solve(self, name: str, inputs: BlockInputs, moments: "dict[str, list[_Moments]]") -> None:
+        specs = specs_of(self._plan, name)
+        if specs.any:
+            mine = next((m for stage in moments.values() for m in stage if name in m.names), None)
+            chosen = None if mine is None or specs.weight is None else partial(self._codes, name, specs.weight, mine)
+            quantize_linear(self._plan, name, specs, inputs.of(name, specs), chosen)
 
-    def _codes(self, name: str, weight: torch.Tensor, hessian: Hessian | None) -> tuple[torch.Tensor, Grid]:
-        spec = specs_of(self._plan, name).weight
-        if spec is None or hessian is None:
-            raise ValueError("no format for the weight")
+    def _codes(
+        self, name: str, spec: QuantSpec, moments: "_Moments", weight: torch.Tensor
+    ) -> tuple[torch.Tensor, Grid]:
+        hessian = moments.hessian.matrix
+        if moments.cross is not None:
+            weight = corrected_weight(weight, moments.cross.matrix, hessian, self.options.damping)
         labels = labels_of(self._plan, name, spec, "weight")
-        solution: Solution = solve(weight, hessian.matrix, spec, self.options, labels)
+        solution: Solution = solve(weight, hessian, spec, self.options, labels)
         if solution.fallback:
             self._plan.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
         elif solution.damping > self.options.damping:
             self._plan.note(f"gptq: {name}: damping raised to {solution.damping:g}")
         return solution.codes, solution.grid
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Second moments of one tensor, as the Linears `names` get it: rounded by `quantizer`."""
+
+    names: list[str]
+    quantizer: InputQuantizer | None
+    hessian: Hessian
+    cross: CrossMoment | None
+
+    def rounded(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns what the Linears will really multiply by."""
+        y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
+        return y
+
+
+def _see(moments: list[_Moments], x: torch.Tensor) -> None:
+    for m in moments:
+        m.hessian.update(m.rounded(x))
+
+
+def _see_pair(moments: list[_Moments], original: torch.Tensor, x: torch.Tensor) -> None:
+    for m in moments:
+        y = m.rounded(x)
+        m.hessian.update(y)
+        if m.cross is not None:
+            m.cross.update(original, y)

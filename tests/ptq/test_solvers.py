@@ -1,0 +1,77 @@
+"""Solvers on tiny trained models, as whole runs."""
+
+import json
+
+import pytest
+
+from ptq.config import recipe_from
+from ptq.run import run
+
+TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
+
+
+def figures(tmp_path, model, scheme, steps, **changes):
+    """The metrics of a run, and its log."""
+    recipe = recipe_from(
+        {
+            "name": "tiny",
+            "model": {"path": str(model)},
+            "calibration": {"samples": 16, "length": 128},
+            "evaluation": {"windows": 8, "length": 128},
+            "scheme": scheme,
+            "steps": steps,
+            "outputs": str(tmp_path / "outputs"),
+            "store": str(tmp_path / "store"),
+            **changes,
+        }
+    )
+    folder = run(recipe)
+    return json.loads((folder / "metrics.json").read_text()), (folder / "run.log").read_text()
+
+
+def ratio(*args, **changes):
+    """Quantized over baseline perplexity of a run, and its log."""
+    metrics, log = figures(*args, **changes)
+    return metrics["ratio"], log
+
+
+@pytest.mark.parametrize("weight", [{"bits": 3}, {"bits": 3, "granularity": "group", "group_size": 32, "symmetric": False}])
+def test_gptq_beats_rounding_to_nearest_and_the_original_target_beats_both(tmp_path, tiny_llama, weight):
+    steps = ({"rtn": {}}, {"gptq": {}}, {"gptq": {"target": "original"}})
+    rtn, gptq, original = (figures(tmp_path, tiny_llama, {"weight": weight}, s)[0]["kl_mean"] for s in steps)
+    assert 0 < original < gptq < rtn
+
+
+def test_gptq_offloaded_gives_the_same_figures_as_resident(tmp_path, tiny_opt):
+    scheme = {"weight": {"bits": 4}, "input": TOKEN}
+    steps = {"smooth": {}, "gptq": {"target": "original"}}
+    resident, log = ratio(tmp_path, tiny_opt, scheme, steps)
+    offloaded, _ = ratio(tmp_path, tiny_opt, scheme, steps, execution={"weights": "offloaded", "hidden_states": "disk"})
+    assert resident == offloaded
+    assert "smooth: proved on every block, largest relative error" in log
+
+
+@pytest.mark.parametrize("estimator", ["minmax", "percentile", "mse", "ema"])
+def test_static_input_ranges_of_every_estimator_give_a_working_model(tmp_path, tiny_llama, estimator):
+    static = {"bits": 8, "granularity": "tensor", "symmetric": False, "range": estimator}
+    found, _ = ratio(tmp_path, tiny_llama, {"weight": {"bits": 8}, "input": static}, {"rtn": {}})
+    assert 0.99 < found < 1.1
+
+
+def test_clusters_without_reordering_give_the_same_numbers_as_with_it(tmp_path, tiny_llama):
+    spec = {"bits": 4, "granularity": "cluster", "symmetric": False}
+    scheme = {"weight": {"bits": 4, "granularity": "cluster"}, "input": spec}
+    moved, _ = ratio(tmp_path, tiny_llama, scheme, {"cluster": {}, "rtn": {}})
+    still, _ = ratio(tmp_path, tiny_llama, scheme, {"cluster": {"reorder": False}, "rtn": {}})
+    assert moved == pytest.approx(still, rel=1e-5)
+
+
+def test_query_key_value_and_probabilities_are_quantized_each_in_its_own_way(tmp_path, tiny_llama):
+    low = {"bits": 2, "granularity": "token", "symmetric": False, "dynamic": True}
+    found = {t: ratio(tmp_path, tiny_llama, {t: low}, {"rtn": {}})[0] for t in ("query", "key", "value", "attention_probs")}
+    assert all(value > 1.001 for value in found.values()) and len(set(found.values())) == 4
+    static = {"bits": 8, "granularity": "cluster", "symmetric": False}
+    tensors = {"query": static, "key": static, "value": static}
+    probabilities = {"bits": 8, "granularity": "tensor", "symmetric": False}
+    near, _ = ratio(tmp_path, tiny_llama, {**tensors, "attention_probs": probabilities}, {"cluster": {}, "rtn": {}})
+    assert 0.98 < near < 1.05
