@@ -9,11 +9,12 @@ from ptq.config import Recipe
 from ptq.data.sources import check_source
 from ptq.errors import UserError
 from ptq.files import ensure_folder
+from ptq.locations import resolve
 from ptq.models import check as check_model
-from ptq.models import resolve
 from ptq.network import Network, build_network
 from ptq.scheme import check_scheme
 from ptq.statistics import Statistics
+from ptq.store import Store
 
 
 def check_before(recipe: Recipe) -> list[str]:
@@ -50,7 +51,7 @@ def check_before(recipe: Recipe) -> list[str]:
 
 def skeleton(recipe: Recipe) -> Network:
     """Returns the recipe's model without weights (on the meta device), as a network."""
-    config = check_model(recipe.model)
+    config = check_model(recipe.model, Store(pathlib.Path(recipe.store).expanduser()))
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)

@@ -76,8 +76,9 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
     """
+    store = Store(pathlib.Path(recipe.store).expanduser())
     with journal.phase("load"):
-        loaded = load(recipe.model, recipe.execution)
+        loaded = load(recipe.model, recipe.execution, store)
         network = build_network(loaded.model)
     if coverage := network.coverage():
         journal.say(coverage)
@@ -89,7 +90,7 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
     )
     try:
-        yield Session(recipe, journal, loaded, network, stream, Store(pathlib.Path(recipe.store).expanduser()))
+        yield Session(recipe, journal, loaded, network, stream, store)
     finally:
         stream.close()
 

@@ -186,7 +186,7 @@ class Statistics:
             tensors |= {f"{name}/weight/{f}": getattr(w, f).contiguous() for f in _WEIGHT_FIELDS}
         unshared = {key: value.clone() for key, value in tensors.items()}
         metadata = {"kind": FILE_KIND, "provenance": json.dumps(dataclasses.asdict(self.provenance))}
-        write_atomic(path, lambda temporary: _save(unshared, temporary, metadata))
+        write_atomic(path, lambda temporary: save_file(unshared, temporary, metadata=metadata))
 
     @classmethod
     def load(cls, path: pathlib.Path) -> "Statistics":
@@ -206,13 +206,6 @@ class Statistics:
                 f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again"
             ) from None
         return _assemble(tensors, Provenance(**json.loads(metadata["provenance"])))
-
-
-def _save(tensors: dict[str, torch.Tensor], path: pathlib.Path, metadata: dict[str, str]) -> None:
-    try:
-        save_file(tensors, path, metadata=metadata)
-    except SafetensorError as error:
-        raise OSError(28 if "No space" in str(error) else 5, str(error)) from None
 
 
 def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Statistics:

@@ -3,7 +3,6 @@
 import hashlib
 import json
 import math
-import mmap
 import pathlib
 import struct
 from collections.abc import Iterable, Iterator, Mapping
@@ -22,8 +21,6 @@ DTYPES = {
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
     "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
 }  # fmt: skip
-# Bytes of a GGUF metadata value by its type number; 8 is a string, 9 an array.
-GGUF_SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
 class Weights(Protocol):
@@ -230,63 +227,6 @@ def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
         if not shard.is_file():
             raise UserError(f"model.path: {folder} lacks {shard.name}, which its index names: download the model again")
     return shards
-
-
-def check_gguf(path: pathlib.Path) -> None:
-    """Walks over the metadata and the tensor table; every tensor must lie inside the file."""
-    if path.stat().st_size < 24:
-        raise UserError(f"model.path: {path} is truncated ({path.stat().st_size} bytes): download it again")
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        if data[:4] != b"GGUF":
-            raise UserError(f"model.path: {path} is no GGUF file: its first bytes are not 'GGUF'")
-        try:
-            promised = _gguf_end(data)
-        except (struct.error, ValueError, KeyError, OverflowError):
-            raise UserError(
-                f"model.path: {path} is truncated or damaged (its header cannot be read): download it again"
-            ) from None
-        if promised > len(data):
-            raise UserError(f"model.path: {path} is truncated ({len(data)} bytes of {promised}): download it again")
-
-
-def _gguf_end(data: mmap.mmap) -> int:
-    """Returns how many bytes the header of a GGUF file promises."""
-    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
-
-    _, tensors, entries = struct.unpack_from("<IQQ", data, 4)
-    position, alignment = 24, 32
-    for _ in range(entries):
-        (length,) = struct.unpack_from("<Q", data, position)
-        key = data[position + 8 : position + 8 + length]
-        position += 8 + length
-        (kind,) = struct.unpack_from("<I", data, position)
-        if key == b"general.alignment":
-            (alignment,) = struct.unpack_from("<I", data, position + 4)
-        position = _skip_value(data, position + 4, kind)
-    end = 0
-    for _ in range(tensors):
-        position = _skip_value(data, position, 8)
-        (dimensions,) = struct.unpack_from("<I", data, position)
-        *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, position + 4)
-        position += 4 + 8 * dimensions + 12
-        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
-        end = max(end, offset + math.prod(shape) // block * size)
-    return -(-position // alignment) * alignment + end
-
-
-def _skip_value(data: mmap.mmap, position: int, kind: int) -> int:
-    if kind == 8:
-        (length,) = struct.unpack_from("<Q", data, position)
-        return position + 8 + int(length)
-    if kind != 9:
-        return position + GGUF_SIZES[kind]
-    inner, count = struct.unpack_from("<IQ", data, position)
-    position += 12
-    if inner in GGUF_SIZES:
-        return position + int(count) * GGUF_SIZES[inner]
-    for _ in range(count):
-        position = _skip_value(data, position, inner)
-    return position
 
 
 def digest_files(files: Iterable[pathlib.Path]) -> str:

@@ -20,7 +20,7 @@ COMMANDS = {
 }
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
-_FULL = (errno.ENOSPC, errno.EDQUOT)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
 

@@ -16,7 +16,8 @@ from transformers import AutoModel, BertConfig, BertForMaskedLM
 
 from ptq.config import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
-from ptq.models import Location, check, load, load_tokenizer, resolve
+from ptq.locations import Location, resolve
+from ptq.models import check, load, load_tokenizer
 from ptq.testing import byte_tokenizer, random_tiny
 
 CPU = ExecutionConfig(device="cpu")
@@ -263,7 +264,7 @@ def test_the_real_gguf_file_is_whole_has_a_tokenizer_and_cannot_be_offloaded(tmp
     assert location.kind == "gguf" and location.gguf == "SmolLM2-135M-Instruct.Q4_1.gguf"
     tokenizer = load_tokenizer(ModelConfig(SMOL))
     assert tokenizer.decode(tokenizer("Hello there")["input_ids"]) == "Hello there"
-    with pytest.raises(UserError, match="use resident"):
+    with pytest.raises(UserError, match="no store to keep it in"):
         load(ModelConfig(SMOL), OFFLOADED)
     whole = (pathlib.Path(location.base) / location.gguf).read_bytes()
     for cut in (len(whole) - 4096, 3_000_000, 1000, 4):

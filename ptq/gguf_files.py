@@ -1,0 +1,77 @@
+"""GGUF files: whether one is whole, and what identifies its metadata. Reads no tensor."""
+
+import hashlib
+import math
+import mmap
+import pathlib
+import struct
+
+from ptq.errors import UserError
+
+# Bytes of a metadata value by its type number; 8 is a string, 9 an array.
+SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
+
+
+def check_gguf(path: pathlib.Path) -> str:
+    """Walks over the metadata and the tensor table; every tensor must lie inside the file.
+
+    Returns:
+        SHA-256 over the metadata and the tensor table: config and tokenizer depend on nothing else in the file.
+
+    Raises:
+        UserError: for a file that is no GGUF, damaged or cut short.
+    """
+    if path.stat().st_size < 24:
+        raise UserError(f"model.path: {path} is truncated ({path.stat().st_size} bytes): download it again")
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        if data[:4] != b"GGUF":
+            raise UserError(f"model.path: {path} is no GGUF file: its first bytes are not 'GGUF'")
+        try:
+            header, promised = _extent(data)
+        except (struct.error, ValueError, KeyError, OverflowError):
+            raise UserError(
+                f"model.path: {path} is truncated or damaged (its header cannot be read): download it again"
+            ) from None
+        if promised > len(data):
+            raise UserError(f"model.path: {path} is truncated ({len(data)} bytes of {promised}): download it again")
+        return hashlib.sha256(data[:header]).hexdigest()
+
+
+def _extent(data: mmap.mmap) -> tuple[int, int]:
+    """Returns the length of the header in bytes, and the length of the file that it promises."""
+    from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+    _, tensors, entries = struct.unpack_from("<IQQ", data, 4)
+    position, alignment = 24, 32
+    for _ in range(entries):
+        (length,) = struct.unpack_from("<Q", data, position)
+        key = data[position + 8 : position + 8 + length]
+        position += 8 + length
+        (kind,) = struct.unpack_from("<I", data, position)
+        if key == b"general.alignment":
+            (alignment,) = struct.unpack_from("<I", data, position + 4)
+        position = _skip_value(data, position + 4, kind)
+    end = 0
+    for _ in range(tensors):
+        position = _skip_value(data, position, 8)
+        (dimensions,) = struct.unpack_from("<I", data, position)
+        *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, position + 4)
+        position += 4 + 8 * dimensions + 12
+        block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
+        end = max(end, offset + math.prod(shape) // block * size)
+    return position, -(-position // alignment) * alignment + end
+
+
+def _skip_value(data: mmap.mmap, position: int, kind: int) -> int:
+    if kind == 8:
+        (length,) = struct.unpack_from("<Q", data, position)
+        return position + 8 + int(length)
+    if kind != 9:
+        return position + SIZES[kind]
+    inner, count = struct.unpack_from("<IQ", data, position)
+    position += 12
+    if inner in SIZES:
+        return position + int(count) * SIZES[inner]
+    for _ in range(count):
+        position = _skip_value(data, position, inner)
+    return position
