@@ -200,7 +200,7 @@ def _explain(config: ModelConfig, error: BaseException, what: str = "model", unr
     def raised(*types: type[BaseException]) -> bool:
         return any(isinstance(e, types) for e in chain)
 
-    if raised(hub.GatedRepoError) or "gated repo" in text:
+    if raised(hub.GatedRepoError):
         return f"{where} is gated: ask for access on its page, then log in with `hf auth login`"
     if raised(hub.DisabledRepoError):
         return f"{where} has been disabled on the hub: name another model"
@@ -212,6 +212,8 @@ def _explain(config: ModelConfig, error: BaseException, what: str = "model", unr
         )
     if raised(hub.HFValidationError):
         return f"{where} is neither a path that exists nor a hub id (owner/name): check its spelling"
+    if "gated repo" in text:  # transformers' own wording; the hub's of a missing repository names gated ones too
+        return f"{where} is gated: ask for access on its page, then log in with `hf auth login`"
     offline = (hub.LocalEntryNotFoundError, hub.OfflineModeIsEnabled, ConnectionError, TimeoutError)
     if raised(*offline) or (unreachable is not None and isinstance(error, OSError)):
         why = f" ({unreachable})" if unreachable else ""
