@@ -108,12 +108,21 @@ def _through(path: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_folder(path: pathlib.Path, field: str) -> None:
+    """Proves that the folder can be written to, or made, and leaves nothing. Raises `UserError` naming `field` otherwise."""
+    try:
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be written to ({error.strerror}): choose another folder") from None
+
+
 def ensure_folder(path: pathlib.Path, field: str) -> None:
     """Creates the folder and proves that files can be made in it. Raises `UserError` naming `field` when they cannot."""
+    check_folder(path, field)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be written to ({error.strerror}): choose another folder") from None
 

@@ -8,7 +8,7 @@ from transformers import AutoModelForCausalLM
 from ptq.config import Recipe
 from ptq.data.sources import check_source
 from ptq.errors import UserError
-from ptq.files import ensure_folder
+from ptq.files import check_folder
 from ptq.locations import resolve
 from ptq.models import check as check_model
 from ptq.network import Network, build_network
@@ -30,8 +30,8 @@ def check_before(recipe: Recipe) -> list[str]:
     _check_device(recipe)
     if not recipe.steps and _quantizes(recipe):
         raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
-    ensure_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
-    ensure_folder(pathlib.Path(recipe.store).expanduser(), "store")
+    check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
+    check_folder(pathlib.Path(recipe.store).expanduser(), "store")
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
     lines.append("texts: found")

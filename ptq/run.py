@@ -1,7 +1,10 @@
 """One experiment: load, find links, calibrate, evaluate the baseline, quantize block by block, evaluate, report."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -10,6 +13,7 @@ from ptq.baseline import baseline_of
 from ptq.calibrate import needs_statistics, statistics_of
 from ptq.config import TENSORS, Recipe
 from ptq.environment import environment
+from ptq.errors import UserError
 from ptq.evaluate import compare, compare_tokens
 from ptq.files import ensure_folder, write_text
 from ptq.journal import Journal
@@ -18,8 +22,11 @@ from ptq.quantization import QuantizeVisitor, size_of
 from ptq.results import describe_spec, table, write_results
 from ptq.session import Session, check_session_roles, open_session
 from ptq.statistics_report import outlier_table, save_picture
-from ptq.steps.base import Plan
+from ptq.steps.base import Plan, Step
 from ptq.steps.registry import build_steps
+
+_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
+"""What a run writes before its first result."""
 
 
 def run(recipe: Recipe) -> pathlib.Path:
@@ -30,7 +37,11 @@ def run(recipe: Recipe) -> pathlib.Path:
     """
     steps = build_steps(recipe.steps)
     check_before(recipe)
-    folder = output_folder(recipe)
+    with _folder_of_a_run(recipe) as folder:
+        return _run(recipe, steps, folder)
+
+
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathlib.Path:
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
@@ -69,8 +80,11 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check_before(recipe)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
-    folder = output_folder(recipe)
-    path = output or folder / "statistics.safetensors"
+    with _folder_of_a_run(recipe) as folder:
+        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
+
+
+def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     ensure_folder(path.parent, "--output")
     journal = Journal(folder / "statistics.log")
     with open_session(recipe, journal) as session:
@@ -97,6 +111,24 @@ def output_folder(recipe: Recipe) -> pathlib.Path:
     folder = _folder(recipe)
     ensure_folder(folder, "outputs")
     return folder
+
+
+@contextmanager
+def _folder_of_a_run(recipe: Recipe) -> Iterator[pathlib.Path]:
+    """Gives the run's folder. A refusal before there is any result leaves no trace of a folder that was not there before."""
+    folder = _folder(recipe)
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    ensure_folder(folder, "outputs")
+    try:
+        yield folder
+    except UserError:
+        if above and {path.name for path in folder.iterdir()} <= _BEGINNINGS:
+            for path in folder.iterdir():
+                path.unlink()
+            with contextlib.suppress(OSError):  # another run may have put its own folder beside this one
+                for path in above:
+                    path.rmdir()
+        raise
 
 
 def _folder(recipe: Recipe) -> pathlib.Path:
