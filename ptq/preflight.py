@@ -6,7 +6,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptq.config import Recipe
-from ptq.data.sources import check_source
+from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
 from ptq.files import check_folder
 from ptq.locations import resolve
@@ -34,6 +34,7 @@ def check_before(recipe: Recipe) -> list[str]:
     check_folder(pathlib.Path(recipe.store).expanduser(), "store")
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
+    check_disjoint(recipe.data)
     lines.append("texts: found")
     if resolve(recipe.model).kind == "hub":
         lines.append(

@@ -33,6 +33,10 @@ def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
 def grid_from_range(minimum: torch.Tensor, maximum: torch.Tensor, bits: int, symmetric: bool) -> Grid:
     """Returns the grid that spans `minimum` .. `maximum`, widened to contain 0.
 
+    Every value between the ends moves by half a step at most when it is quantized, symmetric or not. A rounded zero point
+    puts the outermost codes up to half a step inside or outside the ends, no further: ``clamp`` takes nothing from a value
+    but what rounding it would. In float32 the bound is ``scale * (1/2 + (high - low) / 2**22)``.
+
     Computed in float32, so fp16 limits do not overflow; a range that is empty or too small for a float32 scale gets
     scale 1, which sends its values (0, or far below any other) to 0. Range ends up to float32's own limits are finite.
     NaN or inf in the range gives NaN or inf in the scale: it spreads to the result instead of being hidden.
