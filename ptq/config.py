@@ -139,6 +139,14 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """A format that another runtime loads: `format` names an exporter, `options` are its own (docs/exports.md)."""
+
+    format: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment. `steps` maps a step's name to its options, in order of execution."""
 
@@ -150,6 +158,7 @@ class Recipe:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    export: ExportConfig | None = None
     outputs: str = "outputs"
     store: str = "~/.cache/ptq"
 
