@@ -115,7 +115,10 @@ def open_llama2c(path: pathlib.Path) -> Q8File:
     shared, group_size = struct.unpack_from("<Bi", head, 36)
     if shared not in (0, 1):
         raise UserError(f"{path}: damaged: the shared-classifier byte is {shared}: expected 0 or 1")
-    header = Q8Header("llama2.c version 2", *sizes, shared=bool(shared), group_size=group_size)
+    dim, hidden, layers, heads, kv_heads, vocabulary, positions = sizes
+    header = Q8Header(
+        "llama2.c version 2", dim, hidden, layers, heads, kv_heads, vocabulary, positions, bool(shared), group_size
+    )
     _check(path, header, 256 + _llama2c_bytes(header), size)
     return Q8File(path, header, list(_places(_llama2c_tensors(header), 256, group_size)))
 
@@ -127,9 +130,10 @@ def open_kuiper(path: pathlib.Path) -> Q8File:
         head = file.read(32)
     if len(head) < 32:
         raise UserError(f"{path}: truncated: {len(head)} bytes, a KuiperLLama header has 32: export it again")
-    *sizes, vocabulary, positions, group_size = struct.unpack("<8i", head)
-    shared = vocabulary > 0
-    header = Q8Header("KuiperLLama int8", *sizes, abs(vocabulary), positions, shared, group_size)
+    dim, hidden, layers, heads, kv_heads, vocabulary, positions, group_size = struct.unpack("<8i", head)
+    header = Q8Header(
+        "KuiperLLama int8", dim, hidden, layers, heads, kv_heads, abs(vocabulary), positions, vocabulary > 0, group_size
+    )
     _check(path, header, 32 + _kuiper_bytes(header), size)
     return Q8File(path, header, list(_places(_kuiper_tensors(header), 32, group_size)))
 

@@ -7,9 +7,10 @@ import torch
 from torch import nn
 
 from ptq.config import SchemeConfig
+from ptq.errors import UserError
 from ptq.network import Network, weight_of
 from quantize.affine import Grid, dequantize, grouped, integer_range
-from quantize.linear import QuantLinear
+from quantize.linear import InputQuantizer, QuantLinear
 from quantize.spec import QuantSpec
 
 
@@ -82,6 +83,14 @@ class ResidentSource:
 
     def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig):
         self.network, self.tokenizer, self.scheme = network, tokenizer, scheme
+        for block in network.blocks:
+            for name, module in block.module.named_modules():
+                ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
+                if ours and not isinstance(module, QuantLinear | InputQuantizer):
+                    raise UserError(
+                        f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
+                        "which no format can hold: leave the step out"
+                    )
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`: the module's own, no copies."""

@@ -7,18 +7,19 @@ import torch
 import transformers
 
 from ptq.export.source import ResidentSource
-from ptq.network import build_network
-from ptq.steps.base import Plan
-from ptq.steps.rtn import Options, Step
+from ptq.network import build_network, replace_module
+from ptq.scheme import resolve
+from quantize.linear import InputQuantizer, QuantLinear
 
 
-def _quantized(model, scheme, tokenizer=None, statistics=None):
-    """A source of `model` quantized by rounding to nearest, without a run around it."""
+def _quantized(model, scheme, tokenizer=None, ranges=None):
+    """A source of `model` quantized by rounding to nearest, without a run around it; `ranges` of inputs by Linear."""
     network = build_network(model)
-    step = Step(Options())
-    step.plan(Plan(network, scheme, {}, {}, statistics))
-    for block in network.blocks:
-        step.apply(block)
+    for name, module in network.linears.items():
+        specs = resolve(scheme, name, None)
+        if specs.any:
+            inputs = None if specs.input is None else InputQuantizer(specs.input, (ranges or {}).get(name))
+            replace_module(model, name, QuantLinear(module.weight, module.bias, specs.weight, inputs))
     return ResidentSource(network, tokenizer, scheme)
 
 
