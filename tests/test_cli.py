@@ -181,13 +181,14 @@ def test_an_export_is_added_changed_or_left_out_whether_or_not_the_recipe_names_
     for name, chosen, expected in (
         ("bare", ["export=llama2c"], "llama2c"), ("bare", ["export=null"], None), ("bare", [], None),
         ("named", ["export=llama2c"], "llama2c"), ("named", ["export=null"], None), ("named", [], "kuiper"),
-        ("direct", ["export=null"], None), ("direct", [], "kuiper"),
+        ("direct", [], "kuiper"),
         ("named", ["export.options.build=llama3"], "kuiper"),
     ):  # fmt: skip
         assert main(["run", "--config", str(tmp_path / f"{name}.yaml"), *chosen]) == 0
         export = work.calls[-1][1].export
         assert (export.format if export else None) == expected
     assert work.calls[-1][1].export.options == {"build": "llama3"}
+    assert main(["run", "--config", str(tmp_path / "direct.yaml"), "export=null"]) == 2
 
 
 @pytest.mark.parametrize(

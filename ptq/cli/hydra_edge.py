@@ -86,9 +86,11 @@ def _parse(overrides: list[str], loader: ConfigLoader, config: pathlib.Path) -> 
             line = f"++{line.lstrip('+')}"
         elif key in OPTIONAL_GROUPS and line.startswith(f"{key}="):
             in_defaults, in_file = _names(config, key)
+            if override.value() is None and in_file:
+                raise UserError(f"{line}: {config.name} itself sets {key}: take it out there")
+            if override.value() is None and not in_defaults:
+                continue
             if override.value() is None:
-                if not (in_defaults or in_file):
-                    continue
                 line = f"~{key}"
             elif not in_defaults:
                 line = f"+{line}"
