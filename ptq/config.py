@@ -253,6 +253,10 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         raise UserError(
             f"{path}.{wrong}: a weight has no tokens and never changes: use dynamic false, granularity channel"
         )
+    if tensor == "weight" and spec.full_range:
+        raise UserError(f"{path}.full_range: true, but it is for activations: use false")
+    if tensor != "weight" and spec.scales != "float32":
+        raise UserError(f"{path}.scales: {spec.scales!r}, but an activation's scale is stored nowhere: use float32")
     if tensor == "weight" and spec.range == "ema":
         raise UserError(f"{path}.range: 'ema' is a mean over samples, and a weight has none: use minmax or mse")
     if tensor != "weight" and spec.dynamic and spec.range == "ema":

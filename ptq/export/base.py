@@ -8,7 +8,7 @@ from ptq.config import SchemeConfig
 from ptq.errors import UserError
 from ptq.export.source import Source
 from ptq.network import Network
-from ptq.scheme import LinearSpecs, resolve
+from ptq.scheme import LinearSpecs, attention_tensors, resolve
 from quantize.spec import QuantSpec
 
 
@@ -41,16 +41,15 @@ class Exporter(Protocol):
 
 def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:
     """Returns the weight and input specs of every Linear of the blocks by full name."""
-    return {name: resolve(scheme, name, None) for name in network.linears}
+    return {name: resolve(scheme, name) for name in network.linears}
 
 
-def refuse_outputs(scheme: SchemeConfig, format_name: str) -> None:
+def refuse_attention(scheme: SchemeConfig, format_name: str) -> None:
     """Raises `UserError` when the scheme quantizes query, key, value or attention probabilities: `format_name` keeps them."""
-    for tensor in ("query", "key", "value", "attention_probs"):
-        if getattr(scheme, tensor) is not None or any(o.tensors.get(tensor) for o in scheme.overrides):
-            raise UserError(
-                f"scheme.{tensor}: quantized, but {format_name} has no field for it: set it to null, or export=null"
-            )
+    for tensor in sorted(attention_tensors(scheme)):
+        raise UserError(
+            f"scheme.{tensor}: quantized, but {format_name} has no field for it: set it to null, or export=null"
+        )
 
 
 def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: str, **allowed: tuple[Any, ...]) -> None:

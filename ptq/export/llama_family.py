@@ -9,7 +9,7 @@ import torch
 
 from ptq.config import SchemeConfig
 from ptq.errors import UserError
-from ptq.export.base import refuse_outputs, require, specs_by_linear
+from ptq.export.base import refuse_attention, require, specs_by_linear
 from ptq.export.source import LinearTensors, Source
 from ptq.network import Network
 from quantize.q8_0 import encode_flat
@@ -121,7 +121,7 @@ def nearest_group_size(network: Network) -> int:
 
 def check_scheme(scheme: SchemeConfig, network: Network, runtime: Runtime) -> None:
     """Raises `UserError` unless every Linear has int8 weights in symmetric groups of one size, and the inputs fit the runtime."""
-    refuse_outputs(scheme, runtime.name)
+    refuse_attention(scheme, runtime.name)
     config, size = network.model.config, nearest_group_size(network)
     specs = specs_by_linear(scheme, network)
     sizes = {s.weight.group_size for s in specs.values() if s.weight is not None and s.weight.group_size is not None}

@@ -129,7 +129,7 @@ class SavedSource:
         if f"{name}.codes" not in self._saved and f"{name}.weight" not in self._saved:
             with self._weights.hold([name]):
                 return tensors_of(name, self.network.model.get_submodule(name))
-        specs = resolve(self.scheme, name, None)
+        specs = resolve(self.scheme, name)
         if (specs.weight is None) != (f"{name}.codes" not in self._saved):
             raise UserError(f"--run: {name} was saved under another scheme than recipe.yaml says: run it again")
         weight = self._maybe(f"{name}.weight")

@@ -46,7 +46,9 @@ class LinearTensors:
         """Returns the weight (out, in) that the simulation multiplies by, in float32."""
         if self.spec is None or self.codes is None or self.scale is None:
             return torch.as_tensor(self.weight).float()
-        grid = Grid(self.scale, self.zero_point, *integer_range(self.spec.bits, self.spec.symmetric))
+        grid = Grid(
+            self.scale, self.zero_point, *integer_range(self.spec.bits, self.spec.symmetric, self.spec.full_range)
+        )
         return dequantize(grouped(self.codes, self.spec), grid).reshape(self.codes.shape)
 
     def row_scales(self) -> torch.Tensor:

@@ -16,7 +16,7 @@ def _quantized(model, scheme, tokenizer=None, ranges=None):
     """A source of `model` quantized by rounding to nearest, without a run around it; `ranges` of inputs by Linear."""
     network = build_network(model)
     for name, module in network.linears.items():
-        specs = resolve(scheme, name, None)
+        specs = resolve(scheme, name)
         if specs.any:
             inputs = None if specs.input is None else InputQuantizer(specs.input, (ranges or {}).get(name))
             replace_module(model, name, QuantLinear(module.weight, module.bias, specs.weight, inputs))
