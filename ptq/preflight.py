@@ -8,6 +8,7 @@ from transformers import AutoModelForCausalLM
 from ptq.config import Recipe
 from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
+from ptq.export.running import check_export
 from ptq.files import check_folder
 from ptq.locations import resolve
 from ptq.models import check as check_model
@@ -45,6 +46,9 @@ def check_before(recipe: Recipe) -> list[str]:
     network = skeleton(recipe)
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
+    check_export(recipe, network)
+    if recipe.export is not None:
+        lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     _check_statistics_file(recipe)
     return lines

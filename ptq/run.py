@@ -16,6 +16,7 @@ from ptq.config import TENSORS, Recipe
 from ptq.environment import environment
 from ptq.errors import UserError
 from ptq.evaluate import compare, compare_tokens
+from ptq.export.running import adapted, check_export, export_session, needs_saved_weights
 from ptq.files import ensure_folder, write_text
 from ptq.journal import Journal
 from ptq.preflight import check_before
@@ -38,6 +39,7 @@ def run(recipe: Recipe) -> pathlib.Path:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
     steps = build_steps(recipe.steps)
+    recipe = adapted(recipe)
     check_before(recipe)
     with _folder_of_a_run(recipe) as folder:
         return _run(recipe, steps, folder)
@@ -48,6 +50,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     with open_session(recipe, journal) as session:
+        check_export(recipe, session.network)
         with journal.phase("links"):
             traces = session.trace()
             attentions = attentions_of(session.network, session.stream) if attention_tensors(recipe.scheme) else {}
@@ -68,7 +71,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
                 step.plan(plan)
         with journal.phase("quantize"):
             flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size)
-            store = folder / "quantized" if recipe.execution.save else None
+            store = folder / "quantized" if needs_saved_weights(recipe) else None
             visitor = QuantizeVisitor(session, plan, steps, flow, store)
             session.stream.run([flow] if samples is None else [flow, samples.flow], visitor, "quantize")
         for name, proof in visitor.proofs.items():
@@ -84,6 +87,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
             folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device)
         )
         journal.show(table(recipe, comparison, size, facts, journal.seconds))
+        export_session(session, folder)
         journal.say(f"results: {folder}")
     return folder
 
@@ -126,6 +130,7 @@ def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path
 def dry_run(recipe: Recipe) -> None:
     """Checks everything that can be checked without running, and says what a run would do."""
     build_steps(recipe.steps)
+    recipe = adapted(recipe)
     for line in check_before(recipe):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")

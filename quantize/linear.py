@@ -85,7 +85,8 @@ class InputQuantizer(nn.Module):
 
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Returns the activation `x` (..., channels) rounded to a grid fitted to its own values."""
-    if spec.symmetric and spec.range == "minmax" and spec.granularity in {"token", "group"}:
+    plain = spec.symmetric and not spec.full_range and spec.scales == "float32"
+    if plain and spec.range == "minmax" and spec.granularity in {"token", "group"}:
         return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
     return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
 
@@ -180,7 +181,7 @@ class QuantLinear(nn.Module):
         spec = self.weight_spec
         if spec is None:
             raise ValueError("the weight is in floating point: it has no grid")
-        grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric))
+        grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
         return grid if self.labels is None else grid.of_channels(self.labels)
 
     def _decoded(self, dtype: torch.dtype) -> torch.Tensor:
@@ -217,12 +218,13 @@ class QuantLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it would be stored: codes packed at their bits, scales and zero points.
 
-        Scales count as 4 bytes (float32), zero points as many bits as a code, labels 2 bytes. An unquantized weight counts
+        Scales count as 4 bytes (2 in fp16), zero points as many bits as a code, labels 2 bytes. An unquantized weight counts
         as 2 bytes a value.
         """
         if self.weight_spec is None:
             return 2 * self.weight.numel()
-        bits = self.weight_spec.bits * self.codes.numel() + 32 * self.scale.numel()
+        scale_bits = 32 if self.weight_spec.scales == "float32" else 16
+        bits = self.weight_spec.bits * self.codes.numel() + scale_bits * self.scale.numel()
         if self.zero_point is not None:
             bits += self.weight_spec.bits * self.zero_point.numel()
         if self.labels is not None:
