@@ -166,7 +166,7 @@ class _Columns:
 
     def with_rows(self, rows: torch.Tensor, other: "_Columns") -> "_Columns":
         """Returns these grids with those of `other` in `rows`, a mask (out,)."""
-        if self.scale is other.scale:
+        if self is other:
             return self
         scale = torch.where(rows[:, None], other.scale, self.scale)
         if self.zero_point is None or other.zero_point is None:
@@ -283,6 +283,7 @@ class _RowGrids:
     def __init__(self, problem: _Problem, labels: torch.Tensor, refit: bool):
         self._problem, self._labels = problem, labels
         self._of = labels.tolist()
+        self._refitted = refit
         self._fitted = [not refit] * problem.grid.scale.shape[1]
         rows = len(problem.weight)
         self._scale = problem.grid.scale.t().expand(-1, rows).contiguous()
@@ -317,7 +318,7 @@ class _RowGrids:
 
     def columns(self) -> _Columns:
         """Returns the grids in use."""
-        if all(self._fitted) and self._problem.grid.scale.shape[0] != len(self._problem.weight):
+        if not self._refitted:
             return self._problem.grid
         zero = None if self._zero is None else self._zero.t().contiguous()
         return replace(self._problem.grid, scale=self._scale.t().contiguous(), zero_point=zero)
