@@ -272,6 +272,10 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         )
     if tensor in {"query", "key", "value"} and not spec.dynamic and spec.range != "minmax":
         raise UserError(f"{path}.range: {spec.range!r} with dynamic false: only inputs have it: use minmax")
+    if tensor not in {"weight", "input"} and spec.dynamic and spec.granularity == "tensor":
+        raise UserError(
+            f"{path}.granularity: 'tensor' with dynamic true: its range would depend on the other samples of the batch: use token"
+        )
     if tensor == "attention_probs" and spec.granularity not in {"token", "tensor"}:
         raise UserError(
             f"{path}.granularity: {spec.granularity!r}: probabilities have no fixed channels: use token or tensor"
