@@ -164,6 +164,10 @@ class Statistics:
     weights: dict[str, WeightStatistics]
     provenance: Provenance
 
+    def copy(self) -> "Statistics":
+        """Returns statistics whose entries can be replaced without touching these."""
+        return Statistics(dict(self.inputs), dict(self.weights), self.provenance)
+
     def merge(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of both runs' tokens together. Raises `UserError` when the models differ."""
         mine, theirs = self.provenance, other.provenance

@@ -1,0 +1,56 @@
+"""What the steps of a recipe plan with: links, captures and attentions of a session's network."""
+
+from collections.abc import Mapping
+
+from ptq.attention import attentions_of, use_simulated_attention
+from ptq.calibrate import statistics_of
+from ptq.scheme import attention_tensors, check_attention
+from ptq.session import Session
+from ptq.steps.base import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
+
+
+def open_plan(session: Session, steps: Mapping[str, Step]) -> Plan:
+    """Finds the links and takes what the steps capture; no step has planned yet.
+
+    Raises:
+        UserError: when the scheme quantizes something inside attentions that cannot be reached.
+    """
+    scheme, journal = session.recipe.scheme, session.journal
+    with journal.phase("links"):
+        traces = session.trace()
+        attentions = attentions_of(session.network, session.stream) if attention_tensors(scheme) else {}
+        check_attention(scheme, sum(len(names) for names in attentions.values()))
+    statistics = statistics_of(session)[0] if STATISTICS in _wanted(session, steps) else None
+    return Plan(
+        session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note
+    )  # fmt: skip
+
+
+def plan_steps(session: Session, steps: Mapping[str, Step], plan: Plan) -> None:
+    """Opens the calibration samples and lets every step plan, in order.
+
+    Where attentions are quantized the model calls them simulated from here on: the baseline has to be known by now.
+    """
+    with session.journal.phase("plan"):
+        if any(plan.attentions.values()):
+            use_simulated_attention(session.network)
+        plan.samples = _samples(session, steps)
+        for step in steps.values():
+            step.plan(plan)
+
+
+def _wanted(session: Session, steps: Mapping[str, Step]) -> frozenset[str]:
+    return frozenset[str]().union(*(step.captures(session.recipe.scheme) for step in steps.values()))
+
+
+def _samples(session: Session, steps: Mapping[str, Step]) -> Samples | None:
+    """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
+    batch, wanted = session.recipe.calibration.batch_size, _wanted(session, steps)
+    if wanted & {SAMPLES, REFERENCE}:
+        ids = session.calibration_tokens().ids
+    elif any(step.kind == TRANSFORM for step in steps.values()):
+        ids = session.calibration_tokens().ids[:batch]
+    else:
+        return None
+    reference = session.stream.open(ids, batch) if REFERENCE in wanted else None
+    return Samples(session.stream, session.stream.open(ids, batch), reference)
