@@ -161,9 +161,12 @@ def _counted(network: Network, seen: set[nn.Module]) -> Iterator[None]:
 def _count(model: Any, tokens: int, cache: Any = None) -> tuple[dict[str, int], Any]:
     """Returns the FLOPs by full module name ("" is the model) of a pass over `tokens` tokens, and the cache."""
     options = {} if cache is None else {"past_key_values": cache}
+    before = 0 if cache is None else cache.get_seq_length()
     ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    # Without a mask some models look for padding among the tokens, and these have no values.
+    mask = torch.ones(1, before + tokens, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        output = model(input_ids=ids, use_cache=True, **options)
+        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
     counts: dict[str, int] = {"": counter.get_total_flops()}
     for name, operations in counter.get_flop_counts().items():
         root, _, inner = name.partition(".")
