@@ -196,12 +196,17 @@ def _read_json(path: pathlib.Path) -> dict[str, Any]:
     return value
 
 
-def check_directory(folder: pathlib.Path) -> None:
-    """Raises `UserError` unless the folder has a config and every byte of the weights that its headers promise."""
+def check_config(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder has a config.json that is a JSON object."""
     path = folder / "config.json"
     if not path.is_file():
         raise UserError(f"model.path: {folder} has no config.json: expected a folder saved by save_pretrained")
     _read_json(path)
+
+
+def check_directory(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder has a config and every byte of the weights that its headers promise."""
+    check_config(folder)
     for shard in shards_of(folder):
         try:
             read_header(shard)
