@@ -88,4 +88,3 @@ def dequantize_scales(parts: Stored) -> torch.Tensor:
 
 NF4 = Codebook()
 FP4 = E2M1Codebook()
-

@@ -35,7 +35,9 @@ def ratio(*args, **changes):
     return metrics["ratio"], log
 
 
-@pytest.mark.parametrize("weight", [{"bits": 3}, {"bits": 3, "granularity": "group", "group_size": 32, "symmetric": False}])
+@pytest.mark.parametrize(
+    "weight", [{"bits": 3}, {"bits": 3, "granularity": "group", "group_size": 32, "symmetric": False}]
+)
 def test_gptq_beats_rounding_to_nearest_and_the_original_target_beats_both(tmp_path, tiny_llama, weight):
     steps = ({"rtn": {}}, {"gptq": {}}, {"gptq": {"target": "original"}})
     rtn, gptq, original = (figures(tmp_path, tiny_llama, {"weight": weight}, s)[0]["kl_mean"] for s in steps)
@@ -68,7 +70,9 @@ def test_clusters_without_reordering_give_the_same_numbers_as_with_it(tmp_path, 
 
 def test_query_key_value_and_probabilities_are_quantized_each_in_its_own_way(tmp_path, tiny_llama):
     low = {"bits": 2, "granularity": "token", "symmetric": False, "dynamic": True}
-    found = {t: ratio(tmp_path, tiny_llama, {t: low}, {"rtn": {}})[0] for t in ("query", "key", "value", "attention_probs")}
+    found = {
+        t: ratio(tmp_path, tiny_llama, {t: low}, {"rtn": {}})[0] for t in ("query", "key", "value", "attention_probs")
+    }
     assert all(value > 1.001 for value in found.values()) and len(set(found.values())) == 4
     static = {"bits": 8, "granularity": "cluster", "symmetric": False}
     tensors = {"query": static, "key": static, "value": static}
