@@ -1,8 +1,10 @@
 """What every block format shares: one pair of functions is both the simulation and the storage."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
+from torch import nn
 
 from quantize.packing import pack, unpack
 from quantize.spec import QuantSpec
@@ -90,3 +92,15 @@ def flat_blocks(x: torch.Tensor, size: int) -> torch.Tensor:
     """Returns `x` as (blocks, size) in row-major order; a shorter last block is filled up with zeros."""
     x = x.reshape(-1)
     return torch.nn.functional.pad(x, (0, -len(x) % size)).view(-1, size)
+
+
+def keep_dtypes(module: nn.Module, names: Sequence[str], apply: Callable[[], Any]) -> Any:
+    """Runs `apply` (what ``.to``, ``.half`` and ``.cuda`` do to buffers), and keeps the types of codes and scales:
+    in another they would no longer be what was encoded, and small scales would become 0.
+    """
+    before = {name: getattr(module, name, None) for name in names}
+    result = apply()
+    for name, tensor in before.items():
+        if tensor is not None and getattr(module, name).dtype != tensor.dtype:
+            setattr(module, name, tensor.to(getattr(module, name).device))
+    return result

@@ -1,7 +1,7 @@
 """The quantized Linear: integer codes and scales, simulated in floating point."""
 
 import weakref
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Self
 
 import torch
@@ -9,7 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from quantize.affine import Grid, dequantize, fake_quantize, grouped, integer_range, quantize
-from quantize.codec import Stored, stored_bytes
+from quantize.codec import Stored, keep_dtypes, stored_bytes
 from quantize.codecs import codec_of
 from quantize.ranges import static_grid, weight_grid
 from quantize.spec import QuantSpec
@@ -82,7 +82,7 @@ class InputQuantizer(nn.Module):
         return {**self.__dict__, "_last": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return _keep_dtypes(self, GRID, lambda: super(InputQuantizer, self)._apply(fn, recurse))
+        return keep_dtypes(self, GRID, lambda: super(InputQuantizer, self)._apply(fn, recurse))
 
     def extra_repr(self) -> str:
         """Names the format."""
@@ -92,18 +92,6 @@ class InputQuantizer(nn.Module):
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Returns the activation `x` (..., channels) rounded to the format, with scales fitted to its own values."""
     return codec_of(spec).fake(x, spec)
-
-
-def _keep_dtypes(module: nn.Module, names: Sequence[str], apply: Callable[[], Any]) -> Any:
-    """Runs `apply` (what ``.to``, ``.half`` and ``.cuda`` do to buffers), and keeps the types of codes and scales:
-    in another they would no longer be what was encoded, and small scales would become 0.
-    """
-    before = {name: getattr(module, name, None) for name in names}
-    result = apply()
-    for name, tensor in before.items():
-        if tensor is not None and getattr(module, name).dtype != tensor.dtype:
-            setattr(module, name, tensor.to(getattr(module, name).device))
-    return result
 
 
 class QuantLinear(nn.Module):
@@ -216,7 +204,7 @@ class QuantLinear(nn.Module):
         return dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return _keep_dtypes(self, self._names, lambda: super(QuantLinear, self)._apply(fn, recurse))
+        return keep_dtypes(self, self._names, lambda: super(QuantLinear, self)._apply(fn, recurse))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

@@ -1,13 +1,14 @@
 """LLM.int8(): int8 products with the outlier columns of the input kept in floating point (Dettmers et al. 2022, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Self
 
 import torch
 from torch import nn
 from torch.nn import functional
 
 from quantize.affine import Grid, dequantize, integer_range, quantize
-from quantize.codec import Codec, Stored, absmax, checked, divided, finite
+from quantize.codec import Codec, Stored, absmax, checked, divided, finite, keep_dtypes
 from quantize.ranges import weight_grid
 from quantize.spec import QuantSpec, spec_of
 
@@ -127,12 +128,16 @@ class LlmInt8Linear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
-        y, self.outlier_share = llm_int8_linear(x, self.codes, self.scale.float(), self.bias, self.threshold)
+        y, self.outlier_share = llm_int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
         return y
 
     def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
         """Returns the weight (out, in) that the codes stand for."""
         return dequantize(self.codes, Grid(self.scale, None, *integer_range(WEIGHT.bits, WEIGHT.symmetric)), dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        moved: Self = keep_dtypes(self, ("scale",), lambda: super(LlmInt8Linear, self)._apply(fn, recurse))
+        return moved
 
     def extra_repr(self) -> str:
         """Names the shape and the threshold."""

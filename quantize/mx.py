@@ -86,7 +86,7 @@ def e8m0_scale(greatest: torch.Tensor, emax: int) -> torch.Tensor:
 
 def e8m0_values(scale: torch.Tensor) -> torch.Tensor:
     """Returns the float32 powers of two that E8M0 codes stand for; NaN for 255."""
-    values = torch.ldexp(torch.ones((), device=scale.device), scale.int() - BIAS)
+    values = torch.ldexp(torch.ones_like(scale, dtype=torch.float32), scale.int() - BIAS)
     return torch.where(scale == NAN_SCALE, torch.full_like(values, torch.nan), values)
 
 
