@@ -31,6 +31,7 @@ def run(recipe: Recipe) -> pathlib.Path:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
     steps = build_steps(recipe.steps)
+    wanted = _wanted(recipe, steps)
     check_before(recipe)
     folder = output_folder(recipe)
     journal = Journal(folder / "run.log")
@@ -42,7 +43,6 @@ def run(recipe: Recipe) -> pathlib.Path:
             attentions = attentions_of(session.network, session.stream) if attention_tensors(recipe.scheme) else {}
             check_attention(recipe.scheme, sum(len(names) for names in attentions.values()))
         tokens = session.evaluation_tokens()
-        wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
         statistics = statistics_of(session)[0] if STATISTICS in wanted else None
         baseline = baseline_of(session, tokens)
         if attentions:
@@ -75,6 +75,11 @@ def run(recipe: Recipe) -> pathlib.Path:
         journal.show(table(recipe, comparison, size, facts, journal.seconds))
         journal.say(f"results: {folder}")
     return folder
+
+
+def _wanted(recipe: Recipe, steps: dict[str, Step]) -> frozenset[str]:
+    """Returns all that the steps capture under the recipe's scheme."""
+    return frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
 
 
 def _samples(session: Session, steps: dict[str, Step], wanted: frozenset[str]) -> Samples | None:
@@ -111,7 +116,7 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
 
 def dry_run(recipe: Recipe) -> None:
     """Checks everything that can be checked without running, and says what a run would do."""
-    build_steps(recipe.steps)
+    _wanted(recipe, build_steps(recipe.steps))
     for line in check_before(recipe):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")

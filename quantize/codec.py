@@ -53,6 +53,10 @@ class Codec:
         """Returns ``decode(encode(x))`` in the type of `x`, without packing; NaN and inf spread instead of being refused."""
         return finite(self.dequantize(self.quantize(x, spec), spec, x.shape), x.dtype)
 
+    def fake_weight(self, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Returns what a weight (out, in) becomes, as `fake`."""
+        return self.fake(weight, spec)
+
 
 def stored_bytes(stored: Stored) -> int:
     """Returns the bytes of all tensors of an encoded tensor."""

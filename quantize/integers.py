@@ -51,5 +51,9 @@ class Integer(Codec):
             return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
         return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
 
+    def fake_weight(self, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Returns a weight (out, in) rounded to the grid fitted to it."""
+        return fake_quantize(grouped(weight, spec), weight_grid(weight, spec)).reshape(weight.shape)
+
 
 INTEGERS = Integer()

@@ -1,5 +1,7 @@
 """E2M1, E8M0, MX and NVFP4 against their definitions and against gguf and compressed-tensors."""
 
+import itertools
+
 import gguf
 import numpy as np
 import pytest
@@ -23,7 +25,7 @@ def test_e2m1_codes_are_sign_exponent_mantissa_and_ties_go_to_the_even_mantissa(
     assert e2m1_values(torch.arange(8, dtype=torch.uint8)).tolist() == LEVELS
     assert e2m1_values(torch.arange(8, 16, dtype=torch.uint8)).tolist() == [-v for v in LEVELS]
     assert e2m1_codes(torch.tensor(LEVELS)).tolist() == list(range(8))
-    middles = torch.tensor([(a + b) / 2 for a, b in zip(LEVELS, LEVELS[1:], strict=False)])
+    middles = torch.tensor([(a + b) / 2 for a, b in itertools.pairwise(LEVELS)])
     assert e2m1_codes(middles).tolist() == [0, 2, 2, 4, 4, 6, 6]
     assert e2m1_codes(torch.tensor([-7.0, -torch.inf, torch.inf])).tolist() == [15, 15, 7]
 
