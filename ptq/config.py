@@ -139,6 +139,14 @@ class ExecutionConfig:
 
 
 @dataclass(frozen=True)
+class ExportConfig:
+    """A format that another runtime loads: `format` names an exporter, `options` are its own (docs/exports.md)."""
+
+    format: str
+    options: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """One experiment. `steps` maps a step's name to its options, in order of execution."""
 
@@ -150,6 +158,7 @@ class Recipe:
     scheme: SchemeConfig = field(default_factory=SchemeConfig)
     steps: dict[str, dict[str, Any]] = field(default_factory=dict)
     execution: ExecutionConfig = field(default_factory=ExecutionConfig)
+    export: ExportConfig | None = None
     outputs: str = "outputs"
     store: str = "~/.cache/ptq"
 
@@ -252,6 +261,10 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         raise UserError(
             f"{path}.{wrong}: a weight has no tokens and never changes: use dynamic false, granularity channel"
         )
+    if tensor == "weight" and spec.full_range:
+        raise UserError(f"{path}.full_range: true, but it is for activations: use false")
+    if tensor != "weight" and spec.scales != "float32":
+        raise UserError(f"{path}.scales: {spec.scales!r}, but an activation's scale is stored nowhere: use float32")
     if tensor == "weight" and spec.range == "ema":
         raise UserError(f"{path}.range: 'ema' is a mean over samples, and a weight has none: use minmax or mse")
     if tensor != "weight" and spec.dynamic and spec.range == "ema":
@@ -267,6 +280,10 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         )
     if tensor in {"query", "key", "value"} and not spec.dynamic and spec.range != "minmax":
         raise UserError(f"{path}.range: {spec.range!r} with dynamic false: only inputs have it: use minmax")
+    if tensor not in {"weight", "input"} and spec.dynamic and spec.granularity == "tensor":
+        raise UserError(
+            f"{path}.granularity: 'tensor' with dynamic true: its range would depend on the other samples of the batch: use token"
+        )
     if tensor == "attention_probs" and spec.granularity not in {"token", "tensor"}:
         raise UserError(
             f"{path}.granularity: {spec.granularity!r}: probabilities have no fixed channels: use token or tensor"

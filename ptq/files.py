@@ -43,6 +43,35 @@ def write_atomic(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> N
             temporary.unlink(missing_ok=True)
 
 
+def write_folder_atomic(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
+    """Lets `fill` fill a temporary folder beside `path`, then renames it; a folder that was there goes only then.
+
+    Raises:
+        UserError: when the place cannot be written to or the disk is full.
+    """
+    temporary: pathlib.Path | None = None
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        fill(temporary)
+        os.chmod(temporary, 0o755)
+        old = temporary.with_name(f"{temporary.name}.old")
+        if path.exists():
+            os.replace(path, old)
+        try:
+            os.replace(temporary, path)
+        except OSError:
+            if old.exists():
+                os.replace(old, path)
+            raise
+        _remove(old)
+    except (OSError, SafetensorError) as error:
+        raise writing_failed(path, error) from None
+    finally:
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
+
+
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes `text` as UTF-8 by `write_atomic`."""
     write_atomic(path, lambda temporary: _fill(temporary, text))
@@ -108,12 +137,21 @@ def _through(path: pathlib.Path) -> None:
         os.fsync(file.fileno())
 
 
+def check_folder(path: pathlib.Path, field: str) -> None:
+    """Proves that the folder can be written to, or made, and leaves nothing. Raises `UserError` naming `field` otherwise."""
+    try:
+        there = next(parent for parent in (path, *path.absolute().parents) if parent.exists())
+        with tempfile.TemporaryFile(dir=there):
+            pass
+    except OSError as error:
+        raise UserError(f"{field}: {path} cannot be written to ({error.strerror}): choose another folder") from None
+
+
 def ensure_folder(path: pathlib.Path, field: str) -> None:
     """Creates the folder and proves that files can be made in it. Raises `UserError` naming `field` when they cannot."""
+    check_folder(path, field)
     try:
         path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
     except OSError as error:
         raise UserError(f"{field}: {path} cannot be written to ({error.strerror}): choose another folder") from None
 

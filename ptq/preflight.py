@@ -6,9 +6,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptq.config import Recipe
-from ptq.data.sources import check_source
+from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
-from ptq.files import ensure_folder
+from ptq.export.running import check_export
+from ptq.files import check_folder
 from ptq.locations import resolve
 from ptq.models import check as check_model
 from ptq.network import Network, build_network
@@ -30,10 +31,11 @@ def check_before(recipe: Recipe) -> list[str]:
     _check_device(recipe)
     if not recipe.steps and _quantizes(recipe):
         raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
-    ensure_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
-    ensure_folder(pathlib.Path(recipe.store).expanduser(), "store")
+    check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
+    check_folder(pathlib.Path(recipe.store).expanduser(), "store")
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
+    check_disjoint(recipe.data)
     lines.append("texts: found")
     if resolve(recipe.model).kind == "hub":
         lines.append(
@@ -44,6 +46,9 @@ def check_before(recipe: Recipe) -> list[str]:
     network = skeleton(recipe)
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
+    check_export(recipe, network)
+    if recipe.export is not None:
+        lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     _check_statistics_file(recipe)
     return lines

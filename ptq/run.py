@@ -1,7 +1,10 @@
 """One experiment: load, find links, calibrate, evaluate the baseline, quantize block by block, evaluate, report."""
 
+import contextlib
 import dataclasses
 import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import yaml
@@ -11,7 +14,9 @@ from ptq.baseline import baseline_of
 from ptq.calibrate import statistics_of
 from ptq.config import TENSORS, Recipe
 from ptq.environment import environment
+from ptq.errors import UserError
 from ptq.evaluate import compare, compare_tokens
+from ptq.export.running import adapted, check_export, export_session, needs_saved_weights
 from ptq.files import ensure_folder, write_text
 from ptq.journal import Journal
 from ptq.preflight import check_before
@@ -23,6 +28,9 @@ from ptq.statistics_report import outlier_table, save_picture
 from ptq.steps.base import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
 from ptq.steps.registry import build_steps
 
+_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
+"""What a run writes before its first result."""
+
 
 def run(recipe: Recipe) -> pathlib.Path:
     """Runs `recipe` from calibration to the report. Returns the folder that holds the results.
@@ -31,13 +39,19 @@ def run(recipe: Recipe) -> pathlib.Path:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
     steps = build_steps(recipe.steps)
+    recipe = adapted(recipe)
     wanted = _wanted(recipe, steps)
     check_before(recipe)
-    folder = output_folder(recipe)
+    with _folder_of_a_run(recipe) as folder:
+        return _run(recipe, steps, wanted, folder)
+
+
+def _run(recipe: Recipe, steps: dict[str, Step], wanted: frozenset[str], folder: pathlib.Path) -> pathlib.Path:
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     with open_session(recipe, journal) as session:
+        check_export(recipe, session.network)
         with journal.phase("links"):
             traces = session.trace()
             attentions = attentions_of(session.network, session.stream) if attention_tensors(recipe.scheme) else {}
@@ -57,7 +71,7 @@ def run(recipe: Recipe) -> pathlib.Path:
                 step.plan(plan)
         with journal.phase("quantize"):
             flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size)
-            store = folder / "quantized" if recipe.execution.save else None
+            store = folder / "quantized" if needs_saved_weights(recipe) else None
             visitor = QuantizeVisitor(session, plan, steps, flow, store)
             session.stream.run([flow] if samples is None else [flow, samples.flow], visitor, "quantize")
         for name, proof in visitor.proofs.items():
@@ -73,6 +87,7 @@ def run(recipe: Recipe) -> pathlib.Path:
             folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device)
         )
         journal.show(table(recipe, comparison, size, facts, journal.seconds))
+        export_session(session, folder)
         journal.say(f"results: {folder}")
     return folder
 
@@ -99,8 +114,11 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check_before(recipe)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
-    folder = output_folder(recipe)
-    path = output or folder / "statistics.safetensors"
+    with _folder_of_a_run(recipe) as folder:
+        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
+
+
+def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     ensure_folder(path.parent, "--output")
     journal = Journal(folder / "statistics.log")
     with open_session(recipe, journal) as session:
@@ -116,7 +134,9 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
 
 def dry_run(recipe: Recipe) -> None:
     """Checks everything that can be checked without running, and says what a run would do."""
-    _wanted(recipe, build_steps(recipe.steps))
+    steps = build_steps(recipe.steps)
+    recipe = adapted(recipe)
+    _wanted(recipe, steps)
     for line in check_before(recipe):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")
@@ -127,6 +147,24 @@ def output_folder(recipe: Recipe) -> pathlib.Path:
     folder = _folder(recipe)
     ensure_folder(folder, "outputs")
     return folder
+
+
+@contextmanager
+def _folder_of_a_run(recipe: Recipe) -> Iterator[pathlib.Path]:
+    """Gives the run's folder. A refusal before there is any result leaves no trace of a folder that was not there before."""
+    folder = _folder(recipe)
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    ensure_folder(folder, "outputs")
+    try:
+        yield folder
+    except UserError:
+        if above and {path.name for path in folder.iterdir()} <= _BEGINNINGS:
+            for path in folder.iterdir():
+                path.unlink()
+            with contextlib.suppress(OSError):  # another run may have put its own folder beside this one
+                for path in above:
+                    path.rmdir()
+        raise
 
 
 def _folder(recipe: Recipe) -> pathlib.Path:

@@ -1,16 +1,19 @@
 """Tiny models for tests and trials: trained ones, outliers injected without changing the function, random ones of every architecture.
 
-A random model cannot show a collapse: quantization changes its noise into other noise. A byte-level model trained for half
-a minute can, once some of its channels are as outlying as those of a large model.
+A random model cannot show a collapse: quantization changes its noise into other noise. A byte-level model trained for less
+than a minute can, once some of its channels are as outlying as those of a large model: rounding to one range a tensor then
+costs it several times its perplexity.
 """
 
+import dataclasses
 import hashlib
 import json
+import math
 import os
 import pathlib
 import shutil
 import tempfile
-from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,19 +22,33 @@ from torch import nn
 
 from ptq.config import TextConfig
 from ptq.data.sources import read_text
-from ptq.links import trace_links
-from ptq.network import build_network, weight_of
+from ptq.links import Link, trace_links
+from ptq.network import Network, build_network, is_linear, weight_of
 from ptq.stream import BlockStream
 from ptq.weights import ResidentWeights
 
+RELEASE = 2
+"""Counts changes of the training and the injection, so that no cache gives a model of older ones."""
 BYTE_VOCABULARY = 258
 """256 bytes, begin and end of text."""
 BOS, EOS = 256, 257
-KINDS = ("opt", "llama")
 ARCHITECTURES = (
     "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "phi", "bloom", "falcon", "gpt2", "mixtral",
 )  # fmt: skip
 
+
+@dataclass(frozen=True)
+class Training:
+    """How a tiny model is trained: `steps` of `batch` x `TRAINED_LENGTH` bytes with AdamW, `rate` at the peak of one cycle."""
+
+    steps: int
+    batch: int
+    rate: float
+
+
+TRAINED_LENGTH = 128
+"""Bytes in a training window. Positions beyond have never been trained: evaluate at this length or less."""
+TRAINING = {"opt": Training(steps=700, batch=8, rate=1.5e-3), "llama": Training(steps=350, batch=16, rate=4e-3)}
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -99,38 +116,54 @@ def tiny_config(kind: str) -> Any:
     return transformers.LlamaConfig(**common, intermediate_size=320, num_key_value_heads=2, tie_word_embeddings=True)
 
 
-def train_tiny(kind: str, folder: pathlib.Path, steps: int = 350, seed: int = 0) -> pathlib.Path:
+def train_tiny(kind: str, folder: pathlib.Path, steps: int | None = None, seed: int = 0) -> pathlib.Path:
     """Trains a byte-level model on CPython's documentation and saves it with its tokenizer, as transformers does.
 
     Args:
         kind: ``opt`` or ``llama``.
         folder: where to; created.
-        steps: optimizer steps of 16 x 128 bytes.
+        steps: optimizer steps; None for those of `TRAINING`.
         seed: of the weights and the batches.
 
     Raises:
         ValueError: for another kind.
     """
-    if kind not in KINDS:
-        raise ValueError(f"kind: {kind!r} is not one of {', '.join(KINDS)}")
+    training = _training(kind, steps)
     tokenizer = byte_tokenizer()
     text = torch.tensor(tokenizer(read_text(TextConfig(), "docs").joined, add_special_tokens=False).input_ids)
     with torch.random.fork_rng(), torch.enable_grad():
         torch.manual_seed(seed)
         model = transformers.AutoModelForCausalLM.from_config(tiny_config(kind)).train()
-        _train(model, text, steps)
+        if kind == "opt":
+            _start_positions(model.model.decoder.embed_positions.weight)
+        _train(model, text, training)
     model.eval()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
 
 
-def _train(model: Any, text: torch.Tensor, steps: int, batch: int = 16, length: int = 128) -> None:
-    optimizer = torch.optim.AdamW(model.parameters(), lr=4e-3, betas=(0.9, 0.95), weight_decay=0.05)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 4e-3, total_steps=steps, pct_start=0.1)
-    for _ in range(steps):
-        starts = torch.randint(len(text) - length, (batch,))
-        ids = torch.stack([text[s : s + length] for s in starts.tolist()])
+def _training(kind: str, steps: int | None) -> Training:
+    if kind not in TRAINING:
+        raise ValueError(f"kind: {kind!r} is not one of {', '.join(TRAINING)}")
+    return TRAINING[kind] if steps is None else dataclasses.replace(TRAINING[kind], steps=steps)
+
+
+@torch.no_grad()
+def _start_positions(weight: torch.Tensor) -> None:
+    """Starts learned positions (positions, channels) as sinusoids: from noise they take longer to learn than all the rest."""
+    positions, channels = weight.shape
+    rate = torch.exp(torch.arange(0, channels, 2) * (-math.log(1000.0) / channels))
+    angle = torch.arange(positions)[:, None] * rate
+    weight[:, 0::2], weight[:, 1::2] = 0.05 * angle.sin(), 0.05 * angle.cos()
+
+
+def _train(model: Any, text: torch.Tensor, training: Training) -> None:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=training.rate, betas=(0.9, 0.95), weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, training.rate, total_steps=training.steps, pct_start=0.1)
+    for _ in range(training.steps):
+        starts = torch.randint(len(text) - TRAINED_LENGTH, (training.batch,))
+        ids = torch.stack([text[s : s + TRAINED_LENGTH] for s in starts.tolist()])
         loss = model(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
@@ -140,19 +173,26 @@ def _train(model: Any, text: torch.Tensor, steps: int, batch: int = 16, length: 
 
 
 def tiny_model(
-    kind: str, cache: pathlib.Path, steps: int = 350, seed: int = 0, outliers: float | None = None
+    kind: str, cache: pathlib.Path, steps: int | None = None, seed: int = 0, outliers: float | None = None
 ) -> pathlib.Path:
     """Returns the folder of a tiny trained model, trained on first use and kept under `cache`.
 
     Args:
         kind: ``opt`` or ``llama``.
         cache: folder for trained models; entries are keyed by options, torch and transformers.
-        steps: optimizer steps.
+        steps: optimizer steps; None for those of `TRAINING`.
         seed: of weights, batches and outlier channels.
         outliers: greatest factor for `inject_outliers`, or None for the model as trained.
+
+    Raises:
+        ValueError: for another kind.
     """
+    training = dataclasses.asdict(_training(kind, steps))
     text = hashlib.sha256(read_text(TextConfig(), "docs").joined.encode()).hexdigest()
-    key = [text, kind, steps, seed, outliers, torch.__version__, transformers.__version__, tiny_config(kind).to_dict()]
+    key = [
+        RELEASE, text, kind, training, seed, outliers,
+        torch.__version__, transformers.__version__, tiny_config(kind).to_dict(),
+    ]  # fmt: skip
     folder = cache / f"{kind}-{hashlib.sha256(json.dumps(key, default=str).encode()).hexdigest()[:12]}"
     if folder.is_dir():
         return folder
@@ -175,39 +215,58 @@ def tiny_model(
 
 
 @torch.no_grad()
-def inject_outliers(model: Any, factor: float = 60.0, channels: int = 4, seed: int = 0) -> list[int]:
-    """Makes some channels of every norm's output outlying without changing the model's function. Returns the channels.
+def inject_outliers(model: Any, factor: float = 60.0, channels: int = 16, seed: int = 0) -> list[int]:
+    """Makes some channels of every link outlying without changing the model's function. Returns those of the norms.
 
-    At every link from a norm its gain and bias at a channel are multiplied by c and the readers' columns divided by c, c
-    between `factor` / 2 and `factor`. The channels are those with the greatest gain in the first block, the same in every
-    block, as in OPT. The logits change by rounding only.
+    At every link the writer's output at a channel (a norm's gain and bias, a Linear's row and bias) is multiplied by c and
+    the readers' columns are divided by c, c between `factor` / 2 and `factor`. The norms' channels are the same in every
+    block, as in OPT; other links have their own. All are those with the greatest weights, so that the others are small
+    beside them. Per tensor both sides suffer: inputs lose the other channels, weights lose the columns of these.
+    The logits change by rounding only.
 
     Args:
-        model: a causal language model whose norm links are found by tracing; norms that multiply by their ``weight``.
+        model: a causal language model whose links are found by tracing; its norms multiply by their ``weight``. Between
+            fc1 and fc2 outliers are put where the activation function is a ReLU, which lets positive factors through.
         factor: greatest c.
-        channels: how many channels.
+        channels: how many channels of a link.
         seed: of the factors.
     """
     network = build_network(model)
     traces = trace_links(network, BlockStream(network, ResidentWeights(), next(model.parameters()).device))
+    pairs = [(link, _writer(network, link)) for trace in traces.values() for link in trace.links]
+    norms = [_size(writer) for link, writer in pairs if link.kind == "norm" and writer is not None]
+    shared = torch.stack(norms).sum(0).topk(channels).indices if norms else torch.empty(0, dtype=torch.long)
     generator = torch.Generator().manual_seed(seed)
-    chosen: list[int] | None = None
-    for trace in traces.values():
-        for link in trace.links:
-            if link.kind != "norm":
-                continue
-            norm = model.get_submodule(link.producer)
-            if chosen is None:
-                chosen = norm.weight.abs().topk(channels).indices.tolist()
-            scale = factor * 2 ** -torch.rand(channels, generator=generator)
-            _scale_channels(norm, [model.get_submodule(r) for r in link.readers], chosen, scale)
-    return chosen or []
+    for link, writer in pairs:
+        if writer is None:
+            continue
+        size = _size(writer)
+        chosen = shared if link.kind == "norm" else size.topk(channels).indices
+        scale = torch.ones_like(size)
+        scale[chosen] = (factor * (1 - torch.rand(channels, generator=generator) / 2)).to(scale)
+        if is_linear(writer):
+            weight_of(writer).mul_(scale[:, None])
+        else:
+            writer.weight.mul_(scale)
+        if getattr(writer, "bias", None) is not None:
+            writer.bias.mul_(scale)
+        for reader in link.readers:
+            weight_of(model.get_submodule(reader)).div_(link.reader_scale(scale))
+    return shared.tolist()
 
 
-def _scale_channels(norm: Any, readers: Iterable[nn.Module], channels: list[int], scale: torch.Tensor) -> None:
-    scale = scale.to(norm.weight)
-    norm.weight[channels] *= scale
-    if getattr(norm, "bias", None) is not None:
-        norm.bias[channels] *= scale
-    for reader in readers:
-        weight_of(reader)[:, channels] /= scale
+def _writer(network: Network, link: Link) -> Any:
+    """Returns the module whose weights scale the link's tensor: the norm, the Linear, or the Linear before a ReLU; else None."""
+    producer: Any = network.model.get_submodule(link.producer)
+    if link.kind != "activation":
+        return producer
+    width = weight_of(network.model.get_submodule(link.readers[0])).shape[1]
+    before = [m for m in network.blocks[link.block].linears.values() if weight_of(m).shape[0] == width]
+    return before[0] if isinstance(producer, nn.ReLU) and len(before) == 1 else None
+
+
+def _size(writer: Any) -> torch.Tensor:
+    """Returns how large each channel of what `writer` writes gets, roughly: four standard deviations beside its bias."""
+    bias = getattr(writer, "bias", None)
+    spread = 4 * (weight_of(writer).norm(dim=1) if is_linear(writer) else writer.weight.abs())
+    return spread if bias is None else spread + bias.abs()

@@ -113,8 +113,10 @@ def read_header(path: pathlib.Path) -> dict[str, Stored]:
     try:
         for name, entry in header.items():
             if name != "__metadata__":
-                start, end = (8 + length + offset for offset in entry["data_offsets"])
                 dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                if not all(isinstance(n, int) and n >= 0 for n in (*shape, *entry["data_offsets"])):
+                    raise ValueError(f"the shape or the place of {name} is no row of whole numbers from 0")
                 if math.prod(shape) * dtype.itemsize != end - start:
                     raise ValueError(f"the shape of {name} does not fit its bytes")
                 tensors[name] = Stored(path, start, end, dtype, shape)

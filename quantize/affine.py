@@ -29,28 +29,41 @@ class Grid:
         return Grid(self.scale[..., labels], zero_point, self.low, self.high)
 
 
-def integer_range(bits: int, symmetric: bool) -> tuple[int, int]:
-    """Returns the least and greatest code: ±(2^(bits-1) - 1) when symmetric, 0 .. 2^bits - 1 otherwise."""
+def integer_range(bits: int, symmetric: bool, full_range: bool = False) -> tuple[int, int]:
+    """Returns the least and greatest code: ±(2^(bits-1) - 1) when symmetric, 0 .. 2^bits - 1 otherwise.
+
+    With `full_range` a symmetric range has the code -2^(bits-1) too.
+    """
     high = 2 ** (bits - 1) - 1
-    return (-high, high) if symmetric else (0, 2**bits - 1)
+    return (-high - full_range, high) if symmetric else (0, 2**bits - 1)
 
 
-def grid_from_range(minimum: torch.Tensor, maximum: torch.Tensor, bits: int, symmetric: bool) -> Grid:
+def grid_from_range(
+    minimum: torch.Tensor, maximum: torch.Tensor, bits: int, symmetric: bool, full_range: bool = False
+) -> Grid:
     """Returns the grid that spans `minimum` .. `maximum`, widened to contain 0.
+
+    Every value between the ends moves by half a step at most when it is quantized, symmetric or not. A rounded zero point
+    puts the outermost codes up to half a step inside or outside the ends, no further: ``clamp`` takes nothing from a value
+    but what rounding it would. In float32 the bound is ``scale * (1/2 + (high - low) / 2**22)``.
+
+    With `full_range` a symmetric grid spreads its 2^bits codes over ±absmax: the step is 2 absmax / (2^bits - 1), and
+    +absmax itself saturates half a step below.
 
     Computed in float32, so fp16 limits do not overflow; a range that is empty or too small for a float32 scale gets
     scale 1, which sends its values (0, or far below any other) to 0. Range ends up to float32's own limits are finite.
     NaN or inf in the range gives NaN or inf in the scale: it spreads to the result instead of being hidden.
     """
-    low, high = integer_range(bits, symmetric)
+    low, high = integer_range(bits, symmetric, full_range)
+    steps = (high - low) / 2 if symmetric else high
     minimum = minimum.float().clamp(max=0)
     maximum = maximum.float().clamp(min=0)
     # Divided before subtracting: max - min of huge values would overflow.
-    scale = torch.maximum(-minimum, maximum) / high if symmetric else maximum / high - minimum / high
+    scale = torch.maximum(-minimum, maximum) / steps if symmetric else maximum / steps - minimum / steps
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     if symmetric:
         # A step that was rounded up would carry the greatest code of float32's own limit to inf: one ulp or two less.
-        ceiling = torch.finfo(torch.float32).max / high * (1 - 2**-23)
+        ceiling = torch.finfo(torch.float32).max / -low * (1 - 2**-23)
         scale = torch.where(torch.isinf(scale), scale, scale.clamp(max=ceiling))
     zero_point = None if symmetric else (-minimum / scale).round_().clamp_(low, high)
     return Grid(scale, zero_point, low, high)

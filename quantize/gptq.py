@@ -166,7 +166,7 @@ class _Columns:
 
     def with_rows(self, rows: torch.Tensor, other: "_Columns") -> "_Columns":
         """Returns these grids with those of `other` in `rows`, a mask (out,)."""
-        if self.scale is other.scale:
+        if self is other:
             return self
         scale = torch.where(rows[:, None], other.scale, self.scale)
         if self.zero_point is None or other.zero_point is None:
@@ -283,17 +283,18 @@ class _RowGrids:
     def __init__(self, problem: _Problem, labels: torch.Tensor, refit: bool):
         self._problem, self._labels = problem, labels
         self._of = labels.tolist()
+        self._refitted = refit
         self._fitted = [not refit] * problem.grid.scale.shape[1]
-        rows = len(problem.weight)
-        self._scale = problem.grid.scale.t().expand(-1, rows).contiguous()
-        zero = problem.grid.zero_point
-        self._zero = None if zero is None else zero.t().expand(-1, rows).contiguous()
-        self._low = None if self._zero is None else problem.grid.low - self._zero
-        self._high = None if self._zero is None else problem.grid.high - self._zero
+        rows, grid = len(problem.weight), problem.grid
+        self._scale = grid.scale.t().expand(-1, rows).contiguous()
+        # Without a zero point, rows of zeros: every column is then clamped by the same operation.
+        zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
+        self._zero = zero.t().expand(-1, rows).contiguous()
+        self._low, self._high = grid.low - self._zero, grid.high - self._zero
 
     def of(
         self, j: int, columns: torch.Tensor, gather: torch.Tensor, errors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor | int, torch.Tensor | int]:
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns scale, least and greatest step of column `j`.
 
         `columns` carry the errors of all earlier blocks; `errors` of the present block so far reach them through `gather`.
@@ -303,23 +304,20 @@ class _RowGrids:
             self._fitted[label] = True
             members = (self._labels == label).nonzero().squeeze(1)
             self._refit(label, torch.addmm(columns[members], gather[members], errors, alpha=-1).t())
-        if self._low is None or self._high is None:
-            return self._scale[label], self._problem.grid.low, self._problem.grid.high
         return self._scale[label], self._low[label], self._high[label]
 
     def _refit(self, label: int, values: torch.Tensor) -> None:
         grid = weight_grid(values, _one_a_row(self._problem.spec))
         self._scale[label] = grid.scale[:, 0]
-        if grid.zero_point is not None and self._zero is not None and self._low is not None and self._high is not None:
+        if grid.zero_point is not None:
             self._zero[label] = grid.zero_point[:, 0]
-            self._low[label] = grid.low - grid.zero_point[:, 0]
-            self._high[label] = grid.high - grid.zero_point[:, 0]
+            self._low[label], self._high[label] = grid.low - self._zero[label], grid.high - self._zero[label]
 
     def columns(self) -> _Columns:
         """Returns the grids in use."""
-        if all(self._fitted) and self._problem.grid.scale.shape[0] != len(self._problem.weight):
+        if not self._refitted:
             return self._problem.grid
-        zero = None if self._zero is None else self._zero.t().contiguous()
+        zero = None if self._problem.grid.zero_point is None else self._zero.t().contiguous()
         return replace(self._problem.grid, scale=self._scale.t().contiguous(), zero_point=zero)
 
 

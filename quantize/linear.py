@@ -186,7 +186,7 @@ class QuantLinear(nn.Module):
         spec = self.weight_spec
         if spec is None or not spec.affine:
             raise ValueError(f"the weight's format, {spec.format if spec else 'floating point'}, has no integer grid")
-        grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric))
+        grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
         return grid if self.labels is None else grid.of_channels(self.labels)
 
     @property
@@ -231,14 +231,15 @@ class QuantLinear(nn.Module):
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it is stored: codes packed at their bits, and what they are scaled by.
 
-        Integers are held here one a byte and counted as packed: scales count as 4 bytes (float32), zero points as many bits
-        as a code, labels 2 bytes. An unquantized weight counts as 2 bytes a value.
+        Integers are held here one a byte and counted as packed: scales count as 4 bytes (2 in fp16), zero points as many
+        bits as a code, labels 2 bytes. An unquantized weight counts as 2 bytes a value.
         """
         if self.weight_spec is None:
             return 2 * self.weight.numel()
         if not self.weight_spec.affine:
             return stored_bytes(self._stored)
-        bits = self.weight_spec.bits * self.codes.numel() + 32 * self.scale.numel()
+        scale_bits = 32 if self.weight_spec.scales == "float32" else 16
+        bits = self.weight_spec.bits * self.codes.numel() + scale_bits * self.scale.numel()
         if self.zero_point is not None:
             bits += self.weight_spec.bits * self.zero_point.numel()
         if self.labels is not None:

@@ -3,6 +3,7 @@
 import torch
 
 from quantize.affine import Grid, fake_quantize, grid_from_range, grouped
+from quantize.scales import rounded_scales
 from quantize.spec import QuantSpec
 
 CHUNK = 1 << 20
@@ -72,7 +73,7 @@ def static_grid(
         maximum = torch.stack([maximum[labels == k].max() for k in clusters])
     elif spec.granularity != "channel":
         raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
-    return grid_from_range(minimum, maximum, spec.bits, spec.symmetric)
+    return _grid(minimum, maximum, spec)
 
 
 def observed_grid(rows: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None) -> Grid:
@@ -134,15 +135,21 @@ def _clusters(labels: torch.Tensor | None, channels: int) -> int:
     return len(counts)
 
 
+def _grid(minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> Grid:
+    """Returns the grid that spans the range as `spec` stores it."""
+    grid = grid_from_range(minimum, maximum, spec.bits, spec.symmetric, spec.full_range)
+    return rounded_scales(grid, minimum, spec.scales)
+
+
 def _fit(x: torch.Tensor, spec: QuantSpec) -> Grid:
     if spec.range == "percentile":
         minimum, maximum = _percentiles(x, spec.percentile)
-        return grid_from_range(minimum, maximum, spec.bits, spec.symmetric)
+        return _grid(minimum, maximum, spec)
     # amin and amax in turn: torch.aminmax along a dimension is many times slower on CPU.
     minimum, maximum = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     if spec.range == "mse":
         return _least_error(x, minimum, maximum, spec)
-    return grid_from_range(minimum, maximum, spec.bits, spec.symmetric)
+    return _grid(minimum, maximum, spec)
 
 
 def _percentiles(x: torch.Tensor, percentile: float) -> tuple[torch.Tensor, torch.Tensor]:
@@ -168,7 +175,7 @@ def _least_error(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, 
         parts.append(_best_shrink(rows, minimum[start:end], maximum[start:end], spec))
         start = end
     shrink = torch.cat(parts)
-    return grid_from_range((minimum * shrink).view(shape), (maximum * shrink).view(shape), spec.bits, spec.symmetric)
+    return _grid((minimum * shrink).view(shape), (maximum * shrink).view(shape), spec)
 
 
 def _best_shrink(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
@@ -179,7 +186,7 @@ def _best_shrink(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, 
     extent = torch.where(extent == 0, torch.ones_like(extent), extent)
     for step in range(SHRINKS):
         shrink = 1 - step / 100
-        grid = grid_from_range(minimum * shrink, maximum * shrink, spec.bits, spec.symmetric)
+        grid = _grid(minimum * shrink, maximum * shrink, spec)
         error = torch.zeros_like(best)
         # One row may be a whole tensor: its error is summed piece by piece.
         for part in x.split(CHUNK, dim=-1):

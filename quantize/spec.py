@@ -7,6 +7,7 @@ from quantize.formats import FORMATS, INTEGER
 
 GRANULARITIES = ("tensor", "token", "channel", "group", "cluster")
 RANGES = ("minmax", "percentile", "mse", "ema")
+SCALES = ("float32", "float16", "float16_min")
 
 
 class SpecError(ValueError):
@@ -34,6 +35,10 @@ class QuantSpec:
         range: how a range is chosen: ``minmax``, ``percentile``, ``mse`` (search for the least squared error), or ``ema``
             (running mean of the samples' minima and maxima: static activations only).
         percentile: share in percent of the values inside the range, with range ``percentile``.
+        scales: type of the scales: ``float32``, ``float16`` (GGUF's Q8_0 and Q4_0), or ``float16_min`` (the least value,
+            scale x zero point, is exact in fp16 too: GGUF's Q4_1). Weights only.
+        full_range: a symmetric format that uses the code -2^(bits-1) too, with a step of 2 absmax / (2^bits - 1), as
+            compressed-tensors rounds at run time. Activations only.
         double_quant: quantize the scales too (QLoRA); formats ``nf4`` and ``fp4``.
         threshold: magnitude from which a channel is an outlier and stays in floating point; format ``llm_int8``.
     """
@@ -46,19 +51,30 @@ class QuantSpec:
     dynamic: bool = False
     range: str = "minmax"
     percentile: float = 99.99
+    scales: str = "float32"
+    full_range: bool = False
     double_quant: bool = False
     threshold: float = 6.0
 
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError("bits", self.bits, f"2 to 8 (nearest: {min(max(self.bits, 2), 8)})")
-        for field, choices in (("format", tuple(FORMATS)), ("granularity", GRANULARITIES), ("range", RANGES)):
+        for field, choices in (
+            ("format", tuple(FORMATS)),
+            ("granularity", GRANULARITIES),
+            ("range", RANGES),
+            ("scales", SCALES),
+        ):
             if getattr(self, field) not in choices:
                 raise SpecError(field, getattr(self, field), f"one of {', '.join(choices)}", choices)
         if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
             raise SpecError("group_size", self.group_size, "a positive number with granularity group, such as 64")
         if self.granularity != "group" and self.group_size is not None:
             raise SpecError("group_size", self.group_size, f"null with granularity {self.granularity}")
+        if self.scales == "float16_min" and (self.symmetric or self.bits > 6):
+            raise SpecError("scales", self.scales, "float16 for a symmetric format or one of more than 6 bits")
+        if self.full_range and not self.symmetric:
+            raise SpecError("full_range", self.full_range, "false without symmetric: every code is used already")
         if not 50 < self.percentile <= 100:
             raise SpecError("percentile", self.percentile, "a number above 50, up to 100")
         self._check_format()
@@ -86,6 +102,10 @@ class QuantSpec:
             raise SpecError("symmetric", self.symmetric, f"true {name}: only int has zero points")
         if self.range != "minmax":
             raise SpecError("range", self.range, f"minmax {name}: it fits its own scales")
+        if self.scales != "float32":
+            raise SpecError("scales", self.scales, f"float32 {name}: it has its own type of scales")
+        if self.full_range:
+            raise SpecError("full_range", self.full_range, f"false {name}: only int has it")
 
     @property
     def affine(self) -> bool:

@@ -16,6 +16,12 @@ CACHE = pathlib.Path(os.environ.get("PTQ_TEST_CACHE", pathlib.Path.home() / ".ca
 
 
 @pytest.fixture(scope="session")
+def cache() -> pathlib.Path:
+    """Folder kept between sessions, for what takes long to make."""
+    return CACHE
+
+
+@pytest.fixture(scope="session")
 def tiny_opt() -> pathlib.Path:
     """Folder of a trained byte-level OPT."""
     from ptq.testing import tiny_model

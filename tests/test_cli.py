@@ -174,6 +174,23 @@ def test_a_group_that_the_recipe_lacks_can_be_added(tmp_path, work, capsys):
     assert work.calls[0][1].scheme.weight.bits == 4
 
 
+def test_an_export_is_added_changed_or_left_out_whether_or_not_the_recipe_names_one(tmp_path, work):
+    (tmp_path / "bare.yaml").write_text("model: {path: x}\n")
+    (tmp_path / "named.yaml").write_text("defaults: [{export: kuiper}, _self_]\nmodel: {path: x}\n")
+    (tmp_path / "direct.yaml").write_text("model: {path: x}\nexport: {format: kuiper}\n")
+    for name, chosen, expected in (
+        ("bare", ["export=llama2c"], "llama2c"), ("bare", ["export=null"], None), ("bare", [], None),
+        ("named", ["export=llama2c"], "llama2c"), ("named", ["export=null"], None), ("named", [], "kuiper"),
+        ("direct", [], "kuiper"),
+        ("named", ["export.options.build=llama3"], "kuiper"),
+    ):  # fmt: skip
+        assert main(["run", "--config", str(tmp_path / f"{name}.yaml"), *chosen]) == 0
+        export = work.calls[-1][1].export
+        assert (export.format if export else None) == expected
+    assert work.calls[-1][1].export.options == {"build": "llama3"}
+    assert main(["run", "--config", str(tmp_path / "direct.yaml"), "export=null"]) == 2
+
+
 @pytest.mark.parametrize(
     ("raised", "status", "said"),
     [

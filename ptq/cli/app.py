@@ -7,10 +7,11 @@ import os
 import pathlib
 import sys
 from collections.abc import Callable
-from typing import Any, NoReturn
+from typing import Any
 
 import ptq
-from ptq.cli import catalog
+from ptq.cli import catalog, files
+from ptq.cli.parser import Parser
 from ptq.config import Recipe
 from ptq.errors import UserError
 
@@ -80,13 +81,6 @@ def rewrite(arguments: list[str]) -> list[str]:
     return done
 
 
-class _Parser(argparse.ArgumentParser):
-    """An argument parser whose complaints are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message}: see --help")
-
-
 def _dispatch(arguments: list[str], program: str | None) -> int:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview())
@@ -95,9 +89,12 @@ def _dispatch(arguments: list[str], program: str | None) -> int:
         print(f"ptq {ptq.__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
+    if command in files.COMMANDS:
+        return files.COMMANDS[command][1](rest, program or f"ptq {command}")
     if command not in COMMANDS:
-        close = difflib.get_close_matches(command, COMMANDS, n=1)
-        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(COMMANDS)}"
+        known = [*COMMANDS, *files.COMMANDS]
+        close = difflib.get_close_matches(command, known, n=1)
+        hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
         raise UserError(f"{command!r} is not a command; {hint}")
     return _command(command, rest, program or f"ptq {command}")
 
@@ -153,7 +150,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
 
 
 def _parser(command: str, program: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=program, allow_abbrev=False, add_help=False, description=f"{COMMANDS[command].capitalize()}.",
         usage=f"{program} [--config RECIPE] [key=value ...] [-m] [--dry-run] [--cfg job] [--help]",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
@@ -178,7 +175,8 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    rows = "\n".join(f"  {name:6} {what}" for name, what in COMMANDS.items())
+    commands = COMMANDS | {name: what for name, (what, _) in files.COMMANDS.items()}
+    rows = "\n".join(f"  {name:8} {what}" for name, what in commands.items())
     return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq --version the version.\n"
 
 

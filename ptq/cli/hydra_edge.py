@@ -29,6 +29,9 @@ from ptq.cli.catalog import config_folder, groups
 from ptq.config import Recipe, recipe_from
 from ptq.errors import UserError, nearest
 
+OPTIONAL_GROUPS = ("export",)
+"""Groups that a recipe need not name in its defaults for `group=choice` to add them."""
+
 
 @dataclass(frozen=True)
 class Job:
@@ -50,7 +53,7 @@ def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = Fa
         UserError: one line for the first mistake in the file or in an override.
     """
     with _hydra(config.parent) as loader, _one_line(config):
-        points = list(_points(_parse(overrides, loader, config.parent), multirun))
+        points = list(_points(_parse(overrides, loader, config), multirun))
         return [_job(config, list(point)) for point in points]
 
 
@@ -70,7 +73,8 @@ def _hydra(folder: pathlib.Path) -> Iterator[ConfigLoader]:
         yield GlobalHydra.instance().config_loader()
 
 
-def _parse(overrides: list[str], loader: ConfigLoader, folder: pathlib.Path) -> list[Override]:
+def _parse(overrides: list[str], loader: ConfigLoader, config: pathlib.Path) -> list[Override]:
+    folder = config.parent
     parser = OverridesParser.create(config_loader=loader)
     lines = []
     for override in parser.parse_overrides(overrides):
@@ -80,8 +84,33 @@ def _parse(overrides: list[str], loader: ConfigLoader, folder: pathlib.Path) -> 
         if not (override.is_delete() or override.package is not None or _is_group(key, folder)):
             # Forced, a value may be set whether or not the YAML mentions its key: the schema judges, not the file.
             line = f"++{line.lstrip('+')}"
+        elif key in OPTIONAL_GROUPS and line.startswith(f"{key}="):
+            in_defaults, in_file = _names(config, key)
+            if override.value() is None and in_file:
+                raise UserError(f"{line}: {config.name} itself sets {key}: take it out there")
+            if override.value() is None and not in_defaults:
+                continue
+            if override.value() is None:
+                line = f"~{key}"
+            elif not in_defaults:
+                line = f"+{line}"
         lines.append(line)
     return parser.parse_overrides(lines)
+
+
+def _names(config: pathlib.Path, group: str) -> tuple[bool, bool]:
+    """Returns whether the file's defaults list has an entry for `group`, and whether the file itself has that key.
+
+    A broken file has neither: it is told of when it is composed.
+    """
+    try:
+        content = yaml.safe_load(config.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError):
+        return False, False
+    if not isinstance(content, dict):
+        return False, False
+    entries = [entry for entry in content.get("defaults") or [] if isinstance(entry, dict)]
+    return group in {str(key).split()[-1] for entry in entries for key in entry}, group in content
 
 
 def _is_group(key: str, folder: pathlib.Path) -> bool:

@@ -1,6 +1,7 @@
 """Token windows out of a text, with a fingerprint that goes into every result."""
 
 import hashlib
+import random
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import torch
 import transformers
 
 from ptq.config import TextConfig
-from ptq.data.sources import Text, read_text, shuffled
+from ptq.data.sources import Text, read_text
 from ptq.errors import UserError
 
 
@@ -41,7 +42,8 @@ def sample_tokens(
     """Draws `samples` windows (None: all) of `length` tokens from the text that `config` names.
 
     The text is tokenised once, without special tokens. ``contiguous`` windows follow each other from the start and the
-    tail is dropped; ``random`` windows start at places drawn by `seed`. With `bos` each window begins with the
+    tail is dropped; ``random`` windows start at places drawn by `seed`. C4 old is random slices of single documents whatever
+    `sampling` says, as its protocol has it. With `bos` each window begins with the
     tokenizer's BOS and holds one text token less.
 
     Raises:
@@ -108,20 +110,26 @@ def _windows(
 
 
 def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, field: str) -> torch.Tensor:
-    """Takes each window from inside one document longer than it, at a random place."""
-    generator = torch.Generator().manual_seed(seed)
+    """Takes each window from inside one document longer than it: a document at random, with replacement, then a place in it.
+
+    These are the draws of GPTQ's public code (`random.seed(seed)`, `randint` for the document until one is long enough,
+    `randint` for the place), so that C4 old is the C4 of the papers. Documents exactly as long as a window are passed over,
+    on which that code fails.
+    """
+    drawn = random.Random(seed)
+    tokens: dict[int, list[int]] = {}
     windows: list[torch.Tensor] = []
-    for document in shuffled(text.documents, seed):
-        ids = _tokenise(tokenizer, document)
-        if len(ids) > length:
-            start = int(torch.randint(len(ids) - length, (1,), generator=generator))
+    while len(windows) < samples:
+        index = drawn.randint(0, len(text.documents) - 1)
+        if index not in tokens:
+            ids = _tokenise(tokenizer, text.documents[index])
+            tokens[index] = ids if len(ids) > length else []
+        if ids := tokens[index]:
+            start = drawn.randint(0, len(ids) - length - 1)
             windows.append(torch.tensor(ids[start : start + length], dtype=torch.int64))
-        if len(windows) == samples:
-            return torch.stack(windows)
-    raise UserError(
-        f"{field}: {text.name} has {len(windows)} documents longer than {length} tokens, {samples} were asked for: "
-        "ask for fewer, or shorten the windows"
-    )
+        elif not windows and len(tokens) == len(text.documents):
+            raise UserError(f"{field}: {text.name} has no document longer than {length} tokens: shorten the windows")
+    return torch.stack(windows)
 
 
 def _tokenise(tokenizer: Any, text: str) -> list[int]:

@@ -7,12 +7,11 @@ import hashlib
 import importlib
 import json
 import pathlib
-import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptq.config import TextConfig
+from ptq.config import DataConfig, TextConfig
 from ptq.errors import UserError, nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -124,13 +123,16 @@ def _first_line(error: BaseException) -> str:
 def _docs(split: str) -> list[str]:
     """Topics of `pydoc_data.topics`, shared out by a hash of their text: parts that never overlap, in any CPython.
 
-    Several topics have the same text under different names: each text is taken once. Of ten texts six calibrate (train),
-    one validates and three test.
+    Several topics have the same text under different names: each text is taken once.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
+    return _share([text for _, text in sorted(topics.items())], split)
+
+
+def _share(texts: Iterable[str], split: str) -> list[str]:
+    """Returns the different texts that belong to `split` by a hash of their own: of ten six train, one validates, three test."""
     share = {"train": range(6), "validation": range(6, 7), "test": range(7, 10)}[split]
-    texts = dict.fromkeys(text for _, text in sorted(topics.items()))
-    return [text for text in texts if hashlib.sha256(text.encode()).digest()[0] % 10 in share]
+    return [text for text in dict.fromkeys(texts) if hashlib.sha256(text.encode()).digest()[0] % 10 in share]
 
 
 def _read_utf8(path: pathlib.Path, field: str) -> str:
@@ -200,7 +202,8 @@ class _HubText:
     """Where a named variant lies on the hub, and how its rows become a text.
 
     `splits` maps a recipe's split to that of the data set where they differ, `files` holds the files by split. `rows`
-    limits the documents, `windows` what "all windows" means (METHODS.md section 8).
+    limits the documents, `windows` what "all windows" means (METHODS.md section 8). With `shared` the data set has one part
+    only, whose documents are shared out among the splits.
     """
 
     dataset: str
@@ -213,6 +216,11 @@ class _HubText:
     rows: int | None = None
     windows: int | None = None
     slices: bool = False
+    shared: bool = False
+
+    def part(self, split: str) -> str:
+        """Returns the data set's own name of what a recipe's `split` reads."""
+        return (self.splits or {}).get(split, split)
 
 
 _C4_FILES = {"train": "en/c4-train.00000-of-01024.json.gz", "validation": "en/c4-validation.00000-of-00008.json.gz"}
@@ -228,17 +236,46 @@ _HUB = {
     ("c4", "old"): _HubText("allenai/c4", None, "text", "", _ON_VALIDATION, _C4_FILES, windows=256, slices=True),
     ("c4", "new"): _HubText("allenai/c4", None, "text", " ", _ON_VALIDATION, _C4_FILES, rows=1100, windows=256),
     ("pile", None): _HubText(
-        "mit-han-lab/pile-val-backup", None, "text", "\n\n", {"train": "validation", "test": "validation"}
+        "mit-han-lab/pile-val-backup", None, "text", "\n\n", {"train": "validation", "test": "validation"}, shared=True
     ),
 }
 
 
 def _hub_text(config: TextConfig, field: str) -> Text:
     place = _HUB[config.source, config.variant]
-    split = (place.splits or {}).get(config.split, config.split)
-    name = "/".join(p for p in (config.source, config.variant, split) if p)
-    rows = _load_rows(place, split, f"{field}.source: {config.source}")
-    return Text(name, tuple(str(row) for row in rows[: place.rows]), place.joiner, place.slices, place.windows)
+    part = place.part(config.split)
+    name = _join(config.source, config.variant, part)
+    rows = [str(row) for row in _load_rows(place, part, f"{field}.source: {config.source}")]
+    if place.shared:
+        name, rows = _join(name, config.split), _share(rows, config.split)
+    return Text(name, tuple(rows[: place.rows]), place.joiner, place.slices, place.windows)
+
+
+def _join(*names: str | None) -> str:
+    return "/".join(name for name in names if name)
+
+
+def check_disjoint(data: DataConfig) -> None:
+    """Refuses to calibrate on the part of a data set that the recipe evaluates on, also where two splits read one part.
+
+    Raises:
+        UserError: naming both fields.
+    """
+    evaluated = dict(_parts(data.evaluation, "data.evaluation"))
+    for part, field in _parts(data.calibration, "data.calibration"):
+        if part in evaluated:
+            raise UserError(
+                f"{field}.split: reads {part}, which {evaluated[part]}.split evaluates on: calibrate on split train"
+            )
+
+
+def _parts(config: TextConfig, field: str) -> Iterator[tuple[str, str]]:
+    for i, item in enumerate(config.mix):
+        yield from _parts(item, f"{field}.mix[{i}]")
+    place = _HUB.get((config.source, config.variant))
+    if place is not None:
+        # Variants differ in how the rows are joined, not in the rows.
+        yield _join(config.source, place.part(config.split), config.split if place.shared else None), field
 
 
 def _load_rows(place: _HubText, split: str, field: str) -> list[Any]:
@@ -277,10 +314,3 @@ def _cache_only_unless_reachable(place: _HubText) -> Iterator[None]:
         yield
     finally:
         datasets.config.HF_HUB_OFFLINE = before
-
-
-def shuffled(documents: tuple[str, ...], seed: int) -> list[str]:
-    """Returns the documents in an order drawn by `seed`."""
-    order = list(documents)
-    random.Random(seed).shuffle(order)
-    return order

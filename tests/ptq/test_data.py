@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+import random
 import subprocess
 import sys
 from types import SimpleNamespace
@@ -14,10 +15,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ptq.config import TextConfig
+from ptq.config import DataConfig, TextConfig
 from ptq.data import sources
 from ptq.data.sampling import fingerprint, sample_tokens
-from ptq.data.sources import check_source, read_text
+from ptq.data.sources import check_disjoint, check_source, read_text
 from ptq.errors import UserError
 
 
@@ -227,8 +228,57 @@ def test_old_c4_takes_256_slices_each_inside_one_document(hub):
     assert tokens.ids.shape == (256, 30) and tokens.source == "c4/old/validation"
     assert all(any(bytes(row.tolist()).decode() in d for d in hub.long) for row in tokens.ids)
     assert tokens.fingerprint == draw(config, None, 30).fingerprint != draw(config, None, 30, seed=1).fingerprint
-    with pytest.raises(UserError, match="0 documents longer than 60 tokens, 3 were asked for"):
+    with pytest.raises(UserError, match="no document longer than 60 tokens: shorten"):
         draw(config, 3, 60)
+
+
+@pytest.mark.parametrize("seed", [0, 3])
+def test_old_c4_makes_the_draws_of_the_published_protocol(hub, seed):
+    random.seed(seed)
+    documents = ["short", *hub.long]
+    expected = []
+    for _ in range(300):
+        while len(document := documents[random.randint(0, len(documents) - 1)]) <= 45:
+            pass
+        start = random.randint(0, len(document) - 45 - 1)
+        expected.append(document[start : start + 45])
+    ids = draw(TextConfig("c4", variant="old", split="test"), 300, 45, "contiguous", seed).ids
+    assert [bytes(row.tolist()).decode() for row in ids] == expected
+
+
+def test_one_long_document_is_drawn_again_and_again(monkeypatch):
+    monkeypatch.setattr(sources, "_load_rows", lambda place, split, field: ["short", "x" * 40])
+    assert draw(TextConfig("c4", variant="old"), 20, 30).ids.shape == (20, 30)
+
+
+def test_the_parts_of_the_pile_are_disjoint_though_it_has_a_validation_part_only(hub):
+    parts = {s: read_text(TextConfig("pile", split=s), "x") for s in ("train", "validation", "test")}
+    assert [part for _, part in hub.asked] == ["validation"] * 3
+    assert {p.name for p in parts.values()} == {f"pile/validation/{s}" for s in parts}
+    documents = [set(p.documents) for p in parts.values()]
+    assert set.union(*documents) == {"short", *hub.long} and sum(map(len, documents)) == len({"short", *hub.long})
+    assert len(documents[0]) > len(documents[2]) > len(documents[1]) > 0
+
+
+@pytest.mark.parametrize(
+    ("calibration", "evaluation", "part"),
+    [
+        (TextConfig("c4", "new", "validation"), TextConfig("c4", "old", "test"), "c4/validation"),
+        (TextConfig("ptb", "old", "test"), TextConfig("ptb", "new", "validation"), "ptb/validation"),
+        (TextConfig("mix", mix=(TextConfig(), TextConfig("wikitext2", split="test"))), TextConfig("wikitext2", split="test"), "wikitext2/test"),
+        (TextConfig("pile", split="test"), TextConfig("pile", split="test"), "pile/validation/test"),
+    ],
+)  # fmt: skip
+def test_calibrating_on_what_is_evaluated_is_refused(calibration, evaluation, part):
+    with pytest.raises(UserError, match=f"split: reads {part}, which data.evaluation.split evaluates on"):
+        check_disjoint(DataConfig(calibration, evaluation))
+
+
+def test_disjoint_parts_and_the_own_files_of_a_user_are_not_refused(text):
+    pile = DataConfig(TextConfig("pile"), TextConfig("pile", split="test"))
+    ptb = DataConfig(TextConfig("ptb", "old", "validation"), TextConfig("ptb", "new", "test"))
+    for data in (pile, ptb, DataConfig(), DataConfig(text, text)):
+        assert check_disjoint(data) is None
 
 
 def test_new_c4_joins_1100_documents_and_takes_256_windows_of_them(hub):
@@ -265,7 +315,7 @@ def test_a_dead_endpoint_is_told_at_once_and_the_cache_still_serves(tmp_path):
 
     folder = tmp_path / "datasets" / "Salesforce___wikitext" / "wikitext-2-raw-v1" / "0.0.0" / ("b" * 40)
     code = (
-        "import time; from ptq.config import TextConfig; from ptq.data.sources import read_text\n"
+        "import time; from ptq.config import DataConfig, TextConfig; from ptq.data.sources import read_text\n"
         "from ptq.errors import UserError\n"
         "start = time.monotonic()\n"
         "try: print(read_text(TextConfig('wikitext2', split='test'), 'x').documents)\n"

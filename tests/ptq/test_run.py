@@ -89,12 +89,22 @@ def test_offloaded_and_resident_runs_give_the_same_figures(tmp_path, tiny_opt):
     assert codes.dtype == torch.int8 and codes.abs().max() == 127
 
 
-def test_outlier_channels_make_per_tensor_quantization_collapse(tmp_path, tiny_llama, tiny_llama_outliers):
-    plain = metrics(run(make(tmp_path, tiny_llama, PER_TENSOR)))
-    injected = metrics(run(make(tmp_path, tiny_llama_outliers, PER_TENSOR)))
-    assert abs(injected["baseline_perplexity"] / plain["baseline_perplexity"] - 1) < 1e-3
-    assert plain["ratio"] < 1.02
-    assert injected["ratio"] > 1.15 and injected["difference_low"] > 0
+@pytest.mark.parametrize("kind", ["tiny_opt", "tiny_llama"])
+def test_outlier_channels_make_per_tensor_quantization_collapse(tmp_path, kind, request):
+    plain = request.getfixturevalue(kind)
+    injected = request.getfixturevalue(f"{kind}_outliers")
+    tensor, channel = PER_TENSOR, {"weight": {"bits": 8}}
+    before = metrics(run(make(tmp_path, plain, tensor)))
+    after = {
+        name: metrics(run(make(tmp_path, injected, scheme)))
+        for name, scheme in (("tensor", tensor), ("token", W8A8), ("weights", channel))
+    }
+    assert abs(after["tensor"]["baseline_perplexity"] / before["baseline_perplexity"] - 1) < 1e-3
+    assert before["ratio"] < 1.01
+    assert after["tensor"]["ratio"] > 3 and after["tensor"]["difference_low"] > 0
+    # A range a token still holds the outliers beside the rest, one range a row of the weight holds no other row.
+    assert 1.1 < after["token"]["ratio"] < 0.6 * after["tensor"]["ratio"]
+    assert after["weights"]["ratio"] < 1.02
 
 
 def test_four_bit_inputs_cost_more_than_eight(tmp_path, tiny_llama):

@@ -25,13 +25,33 @@ def weight_roundtrip(x, s):
     return fake_quantize(grouped(x, s), grid).reshape(x.shape), grid
 
 
+def most_moved(grid):
+    """Half a step, and what float32 rounds in the division, the zero point and the product of codes up to `high`."""
+    return grid.scale.double() * (0.5 + (grid.high - grid.low) * 2.0**-22)
+
+
 @given(values, bits, st.booleans())
 def test_a_value_inside_the_range_moves_by_half_a_step_at_most(array, b, symmetric):
     x = torch.from_numpy(array)
     y, grid = weight_roundtrip(x, spec(b, symmetric))
-    # A rounded zero point shifts an asymmetric range's ends by up to half a step more.
-    limit = grid.scale * (0.5 if symmetric else 1.0) + 1e-6 * x.abs().amax()
-    assert ((x - y).abs() <= limit * 1.0001).all()
+    assert ((x.double() - y.double()).abs() <= most_moved(grid)).all()
+
+
+@given(st.integers(-(10**6), 0), st.integers(0, 10**6), st.sampled_from([1e-4, 1.0, 3e5]), bits)
+def test_the_ends_of_an_asymmetric_range_move_by_half_a_step_at_most_though_its_zero_point_is_rounded(a, c, unit, b):
+    low, high = torch.tensor([a * unit]), torch.tensor([c * unit])
+    grid = grid_from_range(low, high, b, False)
+    x = torch.lerp(low, high, torch.linspace(0, 1, 3001)).clamp(low, high)
+    assert ((x.double() - fake_quantize(x, grid).double()).abs() <= most_moved(grid)).all()
+
+
+@given(st.integers(0, 2**8 - 2))
+def test_a_zero_point_half_way_between_two_codes_costs_half_a_step_at_both_ends(k):
+    # -minimum / scale is exactly k + 1/2: the worst case of rounding it.
+    x = torch.tensor([-(k + 0.5), 255 - (k + 0.5)])
+    grid = grid_from_range(x[:1], x[1:], 8, False)
+    assert grid.scale.item() == pytest.approx(1, rel=1e-6)
+    torch.testing.assert_close((x - fake_quantize(x, grid)).abs(), torch.full((2,), 0.5), rtol=1e-4, atol=0)
 
 
 @given(values, bits, st.booleans())

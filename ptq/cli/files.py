@@ -1,0 +1,66 @@
+"""The commands that work on files instead of recipes: export a finished run, inspect a model file."""
+
+import argparse
+import pathlib
+
+import yaml
+
+from ptq.cli.parser import Parser
+from ptq.errors import UserError
+
+
+def export_command(arguments: list[str], program: str) -> int:
+    """``ptq export --run FOLDER --format NAME [--output PATH] [--force] [option=value ...]``."""
+    parser = Parser(prog=program, allow_abbrev=False, description="Exports a finished run, without quantizing again.")
+    parser.add_argument("options", nargs="*", metavar="option=value", help="options of the format: docs/exports.md")
+    parser.add_argument("--run", metavar="FOLDER", required=True, help="a run made with execution.save=true")
+    parser.add_argument("--format", metavar="NAME", required=True, help="compressed-tensors, gguf, llama2c or kuiper")
+    parser.add_argument("--output", metavar="PATH", help="where to (default: export/NAME in the run's folder)")
+    parser.add_argument("--force", action="store_true", help="replace what is there")
+    given = _parse(parser, arguments)
+    from ptq.config import ExportConfig
+    from ptq.export.running import export_run
+
+    options = dict(_option(text) for text in given.options)
+    output = pathlib.Path(given.output).expanduser() if given.output else None
+    export_run(pathlib.Path(given.run).expanduser(), ExportConfig(given.format, options), output, given.force)
+    return 0
+
+
+def inspect_command(arguments: list[str], program: str) -> int:
+    """``ptq inspect FILE``."""
+    parser = Parser(prog=program, allow_abbrev=False, description="Prints what a model file or folder holds.")
+    parser.add_argument("file", metavar="FILE", help="llama2.c, KuiperLLama, GGUF, safetensors, or a folder of them")
+    given = _parse(parser, arguments)
+    from rich.console import Console
+
+    from ptq.export.inspect import inspect, table
+
+    path = pathlib.Path(given.file).expanduser()
+    console = Console(soft_wrap=True, highlight=False, markup=False)
+    for part in table(inspect(path), path):
+        console.print(part)
+    return 0
+
+
+COMMANDS = {
+    "export": ("another format for a finished run: compressed-tensors, gguf, llama2c, kuiper", export_command),
+    "inspect": ("what a model file holds: header, tensors, sizes, greatest error", inspect_command),
+}
+
+
+def _parse(parser: Parser, arguments: list[str]) -> argparse.Namespace:
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; see --help")
+    return given
+
+
+def _option(text: str) -> tuple[str, object]:
+    key, equals, value = text.partition("=")
+    if not key or not equals:
+        raise UserError(f"{text}: not an option: expected option=value")
+    try:
+        return key.removeprefix("export.options."), yaml.safe_load(value)
+    except yaml.YAMLError:
+        raise UserError(f"{text}: {value!r} is no value: quote it") from None

@@ -1,0 +1,1 @@
+"""Formats that other runtimes load, one file an exporter."""

@@ -1,0 +1,75 @@
+"""What an exporter is: it says what its format can express before the work, and writes the quantized model after it."""
+
+import pathlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ptq.config import SchemeConfig
+from ptq.errors import UserError
+from ptq.export.source import Source
+from ptq.network import Network
+from ptq.scheme import LinearSpecs, attention_tensors, resolve
+from quantize.spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Exported:
+    """What was written: the file or folder, its bytes, and sentences on what the format keeps differently."""
+
+    path: pathlib.Path
+    bytes: int
+    notes: tuple[str, ...] = ()
+
+
+class Exporter(Protocol):
+    """Writes a quantized model in one format. Beside it in its module stands a dataclass `Options`."""
+
+    filename: str
+
+    def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
+        """Returns `scheme` with the details that the format fixes (the type of a scale, the range of a code) filled in."""
+
+    def check(self, scheme: SchemeConfig, network: Network) -> None:
+        """Raises `UserError`, naming the field and the nearest expressible value, for what the format cannot express.
+
+        Needs no weights: works on a model on the meta device.
+        """
+
+    def write(self, source: Source, path: pathlib.Path) -> Exported:
+        """Writes the model to `path`, whole or not at all; what was there is replaced."""
+
+
+def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:
+    """Returns the weight and input specs of every Linear of the blocks by full name."""
+    return {name: resolve(scheme, name) for name in network.linears}
+
+
+def refuse_attention(scheme: SchemeConfig, format_name: str) -> None:
+    """Raises `UserError` when the scheme quantizes query, key, value or attention probabilities: `format_name` keeps them."""
+    for tensor in sorted(attention_tensors(scheme)):
+        raise UserError(
+            f"scheme.{tensor}: quantized, but {format_name} has no field for it: set it to null, or export=null"
+        )
+
+
+def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: str, **allowed: tuple[Any, ...]) -> None:
+    """Raises `UserError` when a field of `spec` has a value that the format does not express.
+
+    Args:
+        spec: the format of one tensor.
+        path: its place in the recipe, such as ``scheme.weight``.
+        name: the Linear that it belongs to.
+        format_name: the exporter.
+        nearest: the nearest expressible scheme, in the recipe's words.
+        allowed: the expressible values of each field.
+    """
+    for field, values in allowed.items():
+        value = getattr(spec, field)
+        if value not in values:
+            raise UserError(f"{path}.{field}: {value!r} of {name} cannot be exported to {format_name}: use {nearest}")
+
+
+def refuse_existing(path: pathlib.Path, force: bool) -> None:
+    """Raises `UserError` when `path` is taken and `force` is not given."""
+    if path.exists() and not force:
+        raise UserError(f"--output: {path} exists: add --force to replace it, or name another path")

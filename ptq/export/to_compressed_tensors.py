@@ -1,0 +1,286 @@
+"""compressed-tensors: safetensors with ``quantization_config``, as transformers and vLLM load it; its package's own classes.
+
+Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
+token, tensor or group, or static per tensor; any mixture by overrides. A Linear with quantized inputs is ``int-quantized``
+(codes as int8), one without ``pack-quantized`` (codes packed into int32).
+"""
+
+import json
+import pathlib
+import warnings
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.config import Override, SchemeConfig
+from ptq.errors import UserError
+from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
+from ptq.export.source import LinearTensors, Source
+from ptq.files import write_folder_atomic, write_text
+from ptq.network import Network
+from ptq.scheme import LinearSpecs
+from quantize.spec import QuantSpec
+
+SHARD_BYTES = 100_000_000
+"""What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
+NAME = "compressed-tensors"
+NEAREST = (
+    "weight {granularity: channel or group} and input {granularity: token, dynamic: true} or {granularity: tensor}"
+)
+
+
+@dataclass(frozen=True)
+class Options:
+    """No options: the scheme says everything."""
+
+
+class Exporter:
+    """Writes a folder: safetensors, config.json, the tokenizer's files."""
+
+    filename = ""
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
+        """Returns `scheme` with symmetric inputs in the full range of codes, which is how the format rounds them."""
+        overrides = tuple(
+            Override(o.modules, {t: _full(s) if t == "input" else s for t, s in o.tensors.items()})
+            for o in scheme.overrides
+        )
+        return replace(scheme, input=_full(scheme.input), overrides=overrides)
+
+    def check(self, scheme: SchemeConfig, network: Network) -> None:
+        """Refuses what no `QuantizationArgs` describes."""
+        _package()
+        refuse_attention(scheme, NAME)
+        weight = {"format": ("int",), "granularity": ("tensor", "channel", "group")}
+        dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group")}
+        specs = specs_by_linear(scheme, network)
+        if not any(s.any for s in specs.values()):
+            raise UserError(f"scheme: nothing is quantized, so {NAME} has nothing to hold: use {NEAREST}")
+        for name, spec in specs.items():
+            if spec.any and not isinstance(network.linears[name], nn.Linear):
+                kind = type(network.linears[name]).__name__
+                raise UserError(f"export: {NAME} holds Linears, and {name} is a {kind}: use another model or format")
+            if spec.weight is not None and spec.input is None and type(network.linears[name]) is not nn.Linear:
+                kind = type(network.linears[name]).__name__
+                raise UserError(
+                    f"scheme.input: null for {name}: packed weights load into torch's own Linear only, and it is a {kind}: "
+                    "quantize its input too, or exclude it"
+                )
+            if spec.weight is not None:
+                require(spec.weight, "scheme.weight", name, NAME, NEAREST, **weight)
+            if spec.input is not None:
+                if spec.weight is None:
+                    raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {NEAREST}")
+                allowed = dynamic if spec.input.dynamic else {**dynamic, "granularity": ("tensor",)}
+                require(spec.input, "scheme.input", name, NAME, NEAREST, **allowed)
+
+    def write(self, source: Source, path: pathlib.Path) -> Exported:
+        """Writes the folder, a shard in memory at a time."""
+        self.check(source.scheme, source.network)
+        groups = _groups(source)
+        notes = []
+        if not groups.exact:
+            notes.append(
+                "transformers rounds symmetric inputs to -2^(bits-1) .. 2^(bits-1) - 1, and the run did not: its logits "
+                "differ slightly; a run with export=compressed-tensors rounds them so too"
+            )
+        if any(s.input_activations is None and not s.weights.symmetric for s in groups.schemes.values()):
+            notes.append(
+                "packed zero points: transformers loads them with quantization_config=CompressedTensorsConfig(dequantize=True)"
+            )
+
+        def fill(folder: pathlib.Path) -> None:
+            _write_shards(folder, _tensors(source, groups))
+            _write_config(folder, source, groups)
+            if source.tokenizer is not None:
+                source.tokenizer.save_pretrained(folder)
+
+        write_folder_atomic(path, fill)
+        size = sum(file.stat().st_size for file in path.iterdir())
+        return Exported(path, size, tuple(notes))
+
+
+@dataclass(frozen=True)
+class _Groups:
+    """The scheme in the package's words: `schemes` by group name, `of` the group of each quantized Linear."""
+
+    schemes: dict[str, Any]
+    of: dict[str, str]
+    ignore: list[str]
+    exact: bool
+
+
+def _package() -> Any:
+    try:
+        import compressed_tensors
+        import compressed_tensors.compressors
+        import compressed_tensors.quantization
+    except ImportError as error:
+        raise UserError(
+            f"export.format: {NAME!r} needs a package that is not there ({error.name}): pip install 'ptq-framework[export]'"
+        ) from None
+    return compressed_tensors
+
+
+def _full(spec: QuantSpec | None) -> QuantSpec | None:
+    return replace(spec, full_range=True) if spec is not None and spec.symmetric else spec
+
+
+def _arguments(spec: QuantSpec | None) -> Any:
+    """Returns the package's `QuantizationArgs` of a spec."""
+    if spec is None:
+        return None
+    make = _package().quantization.QuantizationArgs
+    return make(
+        num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy=spec.granularity,
+        group_size=spec.group_size, dynamic=spec.dynamic,
+    )  # fmt: skip
+
+
+def _stored(specs: LinearSpecs) -> tuple[Any, ...]:
+    """Returns what of the specs the file holds: Linears that agree in it are one group."""
+    kept = ("bits", "symmetric", "granularity", "group_size", "dynamic")
+    return tuple(None if s is None else tuple(getattr(s, f) for f in kept) for s in (specs.weight, specs.input))
+
+
+def _groups(source: Source) -> _Groups:
+    """Returns config groups with targets: the class Linear for the only group, else the names of its Linears."""
+    specs = specs_by_linear(source.scheme, source.network)
+    members: dict[tuple[Any, ...], list[str]] = {}
+    for name, spec in specs.items():
+        if spec.any:
+            members.setdefault(_stored(spec), []).append(name)
+    linears = [name for name, module in source.network.model.named_modules() if _is_linear(module)]
+    of: dict[str, str] = {}
+    schemes: dict[str, Any] = {}
+    make = _package().quantization.QuantizationScheme
+    for number, names in enumerate(members.values()):
+        first = specs[names[0]]
+        schemes[f"group_{number}"] = make(
+            targets=["Linear"] if len(members) == 1 else names,
+            weights=_arguments(first.weight),
+            input_activations=_arguments(first.input),
+            format="pack-quantized" if first.input is None else "int-quantized",
+        )
+        of |= dict.fromkeys(names, f"group_{number}")
+    exact = all(s.input is None or s.input.full_range or not s.input.symmetric for s in specs.values())
+    return _Groups(schemes, of, sorted(name for name in linears if name not in of), exact)
+
+
+def _is_linear(module: nn.Module) -> bool:
+    return isinstance(module, nn.Linear) or type(module).__name__ == "QuantLinear"
+
+
+def _tensors(source: Source, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of the checkpoint in the order of the model; tied ones once."""
+    model = source.network.model
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    linears = set(source.network.linears)
+    for owner, module in model.named_modules():
+        if owner in linears:
+            yield from _linear(source.linear(owner), groups)
+        elif not any(owner.startswith(f"{name}.") for name in linears):
+            own = [name for name, _ in module.named_parameters(recurse=False)]
+            own += [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+            for name in (f"{owner}.{n}" if owner else n for n in own):
+                if name not in tied:
+                    yield name, lossless(source.tensor(name))
+
+
+def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields the tensors of a Linear, compressed by the package where it is quantized."""
+    if tensors.bias is not None:
+        yield f"{tensors.name}.bias", lossless(tensors.bias)
+    if tensors.spec is None:
+        yield f"{tensors.name}.weight", lossless(torch.as_tensor(tensors.weight))
+        return
+    scheme = groups.schemes[groups.of[tensors.name]]
+    scale, zero_point = tensors.row_scales(), tensors.row_zero_points()
+    state = {"weight": tensors.dense(), "weight_scale": scale.reshape(-1) if _one(tensors) else scale}
+    if zero_point is not None:
+        shifted = _shifted(zero_point, tensors.spec)
+        state["weight_zero_point"] = shifted.reshape(-1) if _one(tensors) else shifted
+    if tensors.input_scale is not None and tensors.input_spec is not None:
+        state["input_scale"] = tensors.input_scale.reshape(1)
+        if tensors.input_zero_point is not None:
+            state["input_zero_point"] = _shifted(tensors.input_zero_point, tensors.input_spec).reshape(1)
+    registry = _package().compressors.BaseCompressor
+    compressed = registry.get_value_from_registry(scheme.format).compress(state, scheme)
+    for name, value in compressed.items():
+        yield f"{tensors.name}.{name}", value.contiguous()
+
+
+def _one(tensors: LinearTensors) -> bool:
+    return tensors.spec is not None and tensors.spec.granularity == "tensor"
+
+
+def _shifted(zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+    """Returns zero points for signed codes -2^(bits-1) .. 2^(bits-1) - 1, as int8."""
+    return (zero_point - 2 ** (spec.bits - 1)).to(torch.int8)
+
+
+def lossless(tensor: torch.Tensor) -> torch.Tensor:
+    """Returns a float tensor in 16 bits where that loses nothing, else as it is; weights were rounded to 16 bits before."""
+    tensor = tensor.detach()
+    for dtype in (torch.float16, torch.bfloat16) if tensor.dtype == torch.float32 else ():
+        half = tensor.to(dtype)
+        if torch.equal(half.float(), tensor):
+            return half.contiguous()
+    return tensor.contiguous()
+
+
+def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+    """Writes ``model.safetensors``, or shards with an index where there is more than one shard's worth."""
+    shard: dict[str, torch.Tensor] = {}
+    names: list[list[str]] = []
+
+    def flush() -> None:
+        if shard:
+            save_file(shard, folder / f"part-{len(names)}", metadata={"format": "pt"})
+            names.append(list(shard))
+            shard.clear()
+
+    total, held = 0, 0
+    for name, tensor in tensors:
+        size = tensor.numel() * tensor.element_size()
+        if held + size > SHARD_BYTES:
+            flush()
+            held = 0
+        # On the CPU already, or copied there: a shard at a time.
+        shard[name] = tensor.cpu()
+        held, total = held + size, total + size
+    flush()
+    if len(names) == 1:
+        (folder / "part-0").rename(folder / "model.safetensors")
+        return
+    weight_map: dict[str, str] = {}
+    for number, part in enumerate(names):
+        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
+        (folder / f"part-{number}").rename(folder / file)
+        weight_map |= dict.fromkeys(part, file)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
+
+
+def _write_config(folder: pathlib.Path, source: Source, groups: _Groups) -> None:
+    """Writes config.json with the ``quantization_config`` that the package makes of the groups."""
+    package, model = _package(), source.network.model
+    formats = {scheme.format for scheme in groups.schemes.values()}
+    config = package.quantization.QuantizationConfig(
+        config_groups=groups.schemes, ignore=groups.ignore, quantization_status="compressed",
+        format=formats.pop() if len(formats) == 1 else "mixed-precision",
+    )  # fmt: skip
+    saved = type(model.config).from_dict(model.config.to_dict())
+    saved.architectures, saved.use_cache = [type(model).__name__], True
+    saved.dtype = next(iter(model.parameters())).dtype
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        saved.save_pretrained(folder)
+        package.compressors.ModelCompressor(quantization_config=config).update_config(str(folder))

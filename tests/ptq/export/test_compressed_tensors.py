@@ -1,0 +1,208 @@
+"""compressed-tensors folders: transformers loads them and computes what the simulation computed."""
+
+import json
+import os
+import pathlib
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+import transformers
+
+from ptq.config import Override, SchemeConfig, recipe_from
+from ptq.errors import UserError
+from ptq.export.inspect import inspect
+from ptq.export.to_compressed_tensors import Exporter, Options, lossless
+from ptq.network import build_network
+from ptq.run import run
+from ptq.testing import random_tiny
+from quantize.spec import QuantSpec
+
+pytest.importorskip("compressed_tensors")
+
+ROOT = pathlib.Path(__file__).resolve().parents[3]
+IDS = (torch.arange(40) * 7 % 60)[None]
+W8, W4 = QuantSpec(), QuantSpec(4)
+TOKEN = QuantSpec(granularity="token", dynamic=True)
+STATIC = QuantSpec(granularity="tensor", symmetric=False)
+SCHEMES = {
+    "w8a8": SchemeConfig(weight=W8, input=TOKEN),
+    "w8a8 per tensor": SchemeConfig(weight=QuantSpec(granularity="tensor"), input=QuantSpec(granularity="tensor", dynamic=True)),
+    "w8a8 static": SchemeConfig(weight=W8, input=STATIC),
+    "w8a8 static symmetric": SchemeConfig(weight=W8, input=QuantSpec(granularity="tensor")),
+    "w4a8 groups": SchemeConfig(
+        weight=QuantSpec(4, granularity="group", group_size=16),
+        input=QuantSpec(granularity="group", group_size=16, dynamic=True),
+    ),
+    "w4a16": SchemeConfig(weight=W4),
+    "w3a16 groups": SchemeConfig(weight=QuantSpec(3, granularity="group", group_size=8)),
+    "mixed": SchemeConfig(
+        weight=W8, input=TOKEN, exclude=("*.0.*o_proj",),
+        overrides=(Override("*.down_proj", {"weight": W4, "input": None}), Override("*.1.*up_proj", {"weight": None, "input": None})),
+    ),
+}  # fmt: skip
+ASYMMETRIC = {
+    "w4a16 groups": SchemeConfig(weight=QuantSpec(4, granularity="group", group_size=16, symmetric=False)),
+    "w4a16": SchemeConfig(weight=QuantSpec(4, symmetric=False)),
+}
+
+
+def export(model, scheme, path, quantized):
+    """Quantizes and exports `model`; returns the simulated logits and what the exporter said."""
+    exporter = Exporter(Options())
+    scheme = exporter.adapt(scheme)
+    with torch.no_grad():
+        ranges = input_ranges(model)
+        source = quantized(model, scheme, ranges=ranges)
+        return model(IDS).logits, exporter.write(source, path)
+
+
+def input_ranges(model):
+    """(min, max) of every Linear's input on `IDS`."""
+    ranges, handles = {}, []
+    for name, module in build_network(model).linears.items():
+
+        def hook(module, args, name=name):
+            rows = args[0].flatten(0, -2)
+            ranges[name] = rows.amin(0), rows.amax(0)
+
+        handles.append(module.register_forward_pre_hook(hook))
+    model(IDS)
+    for handle in handles:
+        handle.remove()
+    return ranges
+
+
+def load(path, **options):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(path, output_loading_info=True, **options)
+    assert not any(info.values())
+    with torch.no_grad():
+        return model(IDS).logits
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_transformers_computes_the_simulated_logits(tmp_path, llama_model, quantized, name):
+    model = llama_model(tied=name == "w8a8")
+    before = model(IDS).logits
+    simulated, exported = export(model, SCHEMES[name], tmp_path / "out", quantized)
+    assert (simulated - before).abs().max() > 1e-3
+    assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
+    assert exported.notes == ()
+    assert exported.bytes == sum(f.stat().st_size for f in (tmp_path / "out").iterdir())
+
+
+@pytest.mark.parametrize("name", ASYMMETRIC)
+def test_packed_zero_points_load_dequantized_and_a_note_says_so(tmp_path, llama_model, quantized, name):
+    simulated, exported = export(llama_model(), ASYMMETRIC[name], tmp_path / "out", quantized)
+    config = transformers.CompressedTensorsConfig(dequantize=True)
+    assert (load(tmp_path / "out", quantization_config=config) - simulated).abs().max() < 1e-5
+    assert "dequantize=True" in exported.notes[0]
+
+
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral", "phi", "bloom", "gpt_neox", "mixtral"])
+def test_other_architectures_reload_too(tmp_path, quantized, architecture):
+    simulated, _ = export(random_tiny(architecture), SCHEMES["w8a8"], tmp_path / "out", quantized)
+    assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
+
+
+def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
+    scheme = {"weight": {"bits": 8}, "input": {"granularity": "token", "dynamic": True}}
+    recipe = recipe_from(
+        {
+            "name": "ct", "model": {"path": str(tiny_llama)}, "evaluation": {"windows": 2, "length": 128},
+            "calibration": {"samples": 2, "length": 64},
+            "scheme": scheme, "steps": {"rtn": {}}, "export": {"format": "compressed-tensors"},
+            "outputs": str(tmp_path / "outputs"), "store": str(tmp_path / "store"),
+        }
+    )  # fmt: skip
+    folder = run(recipe)
+    metrics = json.loads((folder / "metrics.json").read_text())
+    exported = folder / "export" / "compressed-tensors"
+    code = f"""
+import torch, transformers
+from ptq.config import TextConfig
+from ptq.data.sampling import sample_tokens
+model = transformers.AutoModelForCausalLM.from_pretrained({str(exported)!r})
+tokenizer = transformers.AutoTokenizer.from_pretrained({str(exported)!r})
+ids = sample_tokens(tokenizer, TextConfig(split="test"), 2, 128, "contiguous", 0, False, None, "data").ids
+with torch.no_grad():
+    print([float(model(input_ids=w[None], labels=w[None]).loss) for w in ids])
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    assert done.returncode == 0, done.stderr
+    losses = json.loads(done.stdout.splitlines()[-1])
+    assert losses == pytest.approx(metrics["window_losses"]["quantized"], abs=1e-5)
+
+
+def test_large_models_are_written_in_shards_with_an_index(tmp_path, llama_model, quantized, monkeypatch):
+    monkeypatch.setattr("ptq.export.to_compressed_tensors.SHARD_BYTES", 8000)
+    simulated, _ = export(llama_model(), SCHEMES["w8a8"], tmp_path / "out", quantized)
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    assert len(set(index["weight_map"].values())) > 2
+    assert all((tmp_path / "out" / file).is_file() for file in index["weight_map"].values())
+    assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
+
+
+def test_inspect_describes_the_folder(tmp_path, llama_model, quantized):
+    export(llama_model(), SCHEMES["mixed"], tmp_path / "out", quantized)
+    report = inspect(tmp_path / "out")
+    assert report.format == "compressed-tensors" and report.header["format"] == "mixed-precision"
+    errors = {t.name: t.greatest_error for t in report.tensors}
+    assert errors["model.layers.0.mlp.down_proj.weight_packed"] > errors["model.layers.0.mlp.up_proj.weight"] > 0
+    assert errors["model.norm.weight"] is None
+
+
+def test_only_what_16_bits_hold_is_stored_in_16_bits():
+    exact = torch.tensor([1.0, 0.5])
+    assert lossless(exact).dtype == torch.float16 and lossless(exact / 3).dtype == torch.float32
+    assert lossless(torch.tensor([1e30]).bfloat16().float()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (SchemeConfig(weight=QuantSpec(granularity="cluster")), "scheme.weight.granularity: 'cluster'"),
+        (SchemeConfig(weight=W8, input=QuantSpec(granularity="channel")), "scheme.input.granularity: 'channel'"),
+        (SchemeConfig(input=TOKEN), "scheme.weight: null"),
+        (SchemeConfig(weight=W8, value=TOKEN), "scheme.value"),
+        (SchemeConfig(), "nothing is quantized"),
+    ],
+)
+def test_what_the_format_has_no_words_for_is_refused(llama_model, scheme, words):
+    with pytest.raises(UserError) as error:
+        Exporter(Options()).check(scheme, build_network(llama_model()))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_modules_that_are_no_linears_are_refused():
+    with pytest.raises(UserError, match="is a Conv1D"):
+        Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("gpt2")))
+    with pytest.raises(UserError, match="is a FalconLinear"):
+        Exporter(Options()).check(SCHEMES["w4a16"], build_network(random_tiny("falcon")))
+
+
+def test_a_run_that_did_not_use_the_formats_rounding_is_told(tmp_path, llama_model, quantized):
+    source = quantized(llama_model(), SCHEMES["w8a8"])
+    exported = Exporter(Options()).write(source, tmp_path / "out")
+    assert "differ slightly" in exported.notes[0]
+    (tmp_path / "out" / "stale").write_text("")
+    Exporter(Options()).write(source, tmp_path / "out")
+    assert not (tmp_path / "out" / "stale").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_missing_package_is_named(llama_model, monkeypatch):
+    monkeypatch.setitem(sys.modules, "compressed_tensors", None)
+    with pytest.raises(UserError, match=r"pip install 'ptq-framework\[export\]'"):
+        Exporter(Options()).check(SCHEMES["w8a8"], build_network(llama_model()))
