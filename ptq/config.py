@@ -193,10 +193,12 @@ def build(cls: type, value: Any, path: str = "") -> Any:
     try:
         return cls(**arguments)
     except SpecError as error:
-        close = nearest(str(error.value), error.choices) if error.choices else ""
-        raise UserError(
-            f"{_join(path, error.field)}: {error.value!r} is not valid: expected {error.expected}{close}"
-        ) from None
+        raise _refused(path, error) from None
+
+
+def _refused(path: str, error: SpecError) -> UserError:
+    close = nearest(str(error.value), error.choices) if error.choices else ""
+    return UserError(f"{_join(path, error.field)}: {error.value!r} is not valid: expected {error.expected}{close}")
 
 
 def recipe_from(value: dict[str, Any]) -> Recipe:
@@ -248,6 +250,12 @@ def _check_text(path: str, text: TextConfig) -> None:
 def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
     if spec is None:
         return
+    try:
+        spec.check_weight() if tensor == "weight" else spec.check_activation()
+    except SpecError as error:
+        raise _refused(path, error) from None
+    if spec.format == "llm_int8" and tensor != "input":
+        raise UserError(f"{path}.format: 'llm_int8' is for what a Linear reads: use int, or llm_int8 for scheme.input")
     if tensor == "weight" and (spec.dynamic or spec.granularity == "token"):
         wrong = "dynamic: true" if spec.dynamic else "granularity: 'token'"
         raise UserError(
@@ -280,7 +288,7 @@ def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
         raise UserError(
             f"{path}.granularity: {spec.granularity!r}: probabilities have no fixed channels: use token or tensor"
         )
-    if tensor == "attention_probs" and spec.symmetric:
+    if tensor == "attention_probs" and spec.affine and spec.symmetric:
         raise UserError(
             f"{path}.symmetric: true, but probabilities are never negative: half the codes would be lost: use false"
         )

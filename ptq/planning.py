@@ -4,6 +4,7 @@ from collections.abc import Mapping
 
 from ptq.attention import attentions_of, use_simulated_attention
 from ptq.calibrate import statistics_of
+from ptq.config import SchemeConfig
 from ptq.scheme import attention_tensors, check_attention
 from ptq.session import Session
 from ptq.steps.base import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
@@ -20,10 +21,8 @@ def open_plan(session: Session, steps: Mapping[str, Step]) -> Plan:
         traces = session.trace()
         attentions = attentions_of(session.network, session.stream) if attention_tensors(scheme) else {}
         check_attention(scheme, sum(len(names) for names in attentions.values()))
-    statistics = statistics_of(session)[0] if STATISTICS in _wanted(session, steps) else None
-    return Plan(
-        session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note
-    )  # fmt: skip
+    statistics = statistics_of(session)[0] if STATISTICS in captures_of_steps(session.recipe.scheme, steps) else None
+    return Plan(session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note)
 
 
 def plan_steps(session: Session, steps: Mapping[str, Step], plan: Plan) -> None:
@@ -39,13 +38,14 @@ def plan_steps(session: Session, steps: Mapping[str, Step], plan: Plan) -> None:
             step.plan(plan)
 
 
-def _wanted(session: Session, steps: Mapping[str, Step]) -> frozenset[str]:
-    return frozenset[str]().union(*(step.captures(session.recipe.scheme) for step in steps.values()))
+def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozenset[str]:
+    """Returns all that the steps capture under `scheme`. Raises `UserError` where one cannot work with it."""
+    return frozenset[str]().union(*(step.captures(scheme) for step in steps.values()))
 
 
 def _samples(session: Session, steps: Mapping[str, Step]) -> Samples | None:
     """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
-    batch, wanted = session.recipe.calibration.batch_size, _wanted(session, steps)
+    batch, wanted = session.recipe.calibration.batch_size, captures_of_steps(session.recipe.scheme, steps)
     if wanted & {SAMPLES, REFERENCE}:
         ids = session.calibration_tokens().ids
     elif any(step.kind == TRANSFORM for step in steps.values()):

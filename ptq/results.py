@@ -54,6 +54,10 @@ def describe_spec(spec: QuantSpec | None, bits: int) -> str:
         return f"{bits}-bit float"
     group = f" {spec.group_size}" if spec.group_size else ""
     when = " dynamic" if spec.dynamic else ""
+    if not spec.affine:
+        scales = " double-quantized" if spec.double_quant else ""
+        kept = f" threshold {spec.threshold:g}" if spec.format == "llm_int8" else ""
+        return f"{spec.format} {spec.granularity}{group}{when}{scales}{kept}"
     return f"{spec.format}{spec.bits} {spec.granularity}{group}{when} {'symmetric' if spec.symmetric else 'asymmetric'}"
 
 

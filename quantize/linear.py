@@ -8,9 +8,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from quantize.affine import Grid, dequantize, fake_quantize, fake_quantize_absmax, grouped, integer_range, quantize
-from quantize.ranges import dynamic_grid, static_grid, weight_grid
+from quantize.affine import Grid, dequantize, fake_quantize, grouped, integer_range, quantize
+from quantize.codec import Stored, keep_dtypes, stored_bytes
+from quantize.codecs import codec_of
+from quantize.ranges import static_grid, weight_grid
 from quantize.spec import QuantSpec
+
+GRID = ("scale", "zero_point")
+"""The buffers of an integer grid."""
 
 
 class InputQuantizer(nn.Module):
@@ -35,6 +40,7 @@ class InputQuantizer(nn.Module):
         grid: Grid | None = None,
     ):
         super().__init__()
+        spec.check_activation()
         if not spec.dynamic and ranges is None and grid is None:
             raise ValueError(f"dynamic: {spec.dynamic} needs ranges from statistics")
         self.spec = spec
@@ -76,7 +82,7 @@ class InputQuantizer(nn.Module):
         return {**self.__dict__, "_last": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return _keep_grid_dtype(self, lambda: super(InputQuantizer, self)._apply(fn, recurse))
+        return keep_dtypes(self, GRID, lambda: super(InputQuantizer, self)._apply(fn, recurse))
 
     def extra_repr(self) -> str:
         """Names the format."""
@@ -84,30 +90,16 @@ class InputQuantizer(nn.Module):
 
 
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Returns the activation `x` (..., channels) rounded to a grid fitted to its own values."""
-    plain = spec.symmetric and not spec.full_range and spec.scales == "float32"
-    if plain and spec.range == "minmax" and spec.granularity in {"token", "group"}:
-        return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
-    return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
-
-
-def _keep_grid_dtype(module: nn.Module, apply: Callable[[], Any]) -> Any:
-    """Runs `apply` (what ``.to``, ``.half`` and ``.cuda`` do to buffers), and keeps scale and zero point in float32:
-    in 16 bits they would no longer be what the codes were made with, and small scales would become 0.
-    """
-    before = {name: getattr(module, name, None) for name in ("scale", "zero_point")}
-    result = apply()
-    for name, tensor in before.items():
-        if tensor is not None and getattr(module, name).dtype != tensor.dtype:
-            setattr(module, name, tensor.to(getattr(module, name).device))
-    return result
+    """Returns the activation `x` (..., channels) rounded to the format, with scales fitted to its own values."""
+    return codec_of(spec).fake(x, spec)
 
 
 class QuantLinear(nn.Module):
-    """A Linear whose weight is integer codes and whose input is rounded to its grid; simulated.
+    """A Linear whose weight is codes and whose input is rounded to its format; simulated.
 
-    `codes` and `scale` (and `zero_point`) are what is stored; the dequantized weight beside them, in the compute dtype,
-    is what the simulation multiplies by and is not saved.
+    Codes and scales are what is stored, in buffers: `codes`, `scale` (and `zero_point`) for integers, one code a byte, what
+    `Codec.encode` gives for other formats. The dequantized weight beside them, in the compute dtype, is what the simulation
+    multiplies by and is not saved.
 
     Args:
         weight: (out, in), floating point.
@@ -119,8 +111,8 @@ class QuantLinear(nn.Module):
         labels: cluster of each input channel, int64 (in,); only with a weight of granularity cluster.
 
     Raises:
-        ValueError: for NaN or inf in the weight, a group size that does not divide its columns, or codes of another
-            shape or outside the format's range.
+        ValueError: for NaN or inf in the weight, a format that weights cannot have, a group size that does not divide its
+            columns, codes of another shape or outside the format's range, or codes for a format that is not integer.
     """
 
     scale: torch.Tensor
@@ -148,9 +140,22 @@ class QuantLinear(nn.Module):
         self.weight_spec, self.inputs = weight_spec, inputs
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
         self.register_buffer("labels", labels if clustered else None)
+        self._names: tuple[str, ...] = ()
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
+        elif not weight_spec.affine:
+            weight_spec.check_weight()
+            if grid is not None or codes is not None:
+                raise ValueError(
+                    f"format: {weight_spec.format!r} has no grid that a solver could choose codes on: use int"
+                )
+            stored = codec_of(weight_spec).encode(weight, weight_spec)
+            self._names = tuple(stored)
+            for name, tensor in stored.items():
+                self.register_buffer(name, tensor)
+            self.register_buffer("weight", self._decoded(weight.dtype), persistent=False)
         else:
+            self._names = GRID
             grid = grid or weight_grid(weight, weight_spec, self.labels)
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
@@ -179,19 +184,27 @@ class QuantLinear(nn.Module):
     def _grid(self) -> Grid:
         """The weight's grid, as it broadcasts to the weight in its `grouped` shape."""
         spec = self.weight_spec
-        if spec is None:
-            raise ValueError("the weight is in floating point: it has no grid")
+        if spec is None or not spec.affine:
+            raise ValueError(f"the weight's format, {spec.format if spec else 'floating point'}, has no integer grid")
         grid = Grid(self.scale, self.zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
         return grid if self.labels is None else grid.of_channels(self.labels)
+
+    @property
+    def _stored(self) -> Stored:
+        """The buffers that hold an encoded weight."""
+        return {name: getattr(self, name) for name in self._names}
 
     def _decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight (out, in) that the codes stand for."""
         if self.weight_spec is None:
             return self.weight
+        if not self.weight_spec.affine:
+            shape = (self.out_features, self.in_features)
+            return codec_of(self.weight_spec).decode(self._stored, self.weight_spec, shape, dtype)
         return dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return _keep_grid_dtype(self, lambda: super(QuantLinear, self)._apply(fn, recurse))
+        return keep_dtypes(self, self._names, lambda: super(QuantLinear, self)._apply(fn, recurse))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -216,13 +229,15 @@ class QuantLinear(nn.Module):
         return functional.linear(x, self.weight, self.bias)
 
     def stored_bytes(self) -> int:
-        """Returns the bytes of the weight as it would be stored: codes packed at their bits, scales and zero points.
+        """Returns the bytes of the weight as it is stored: codes packed at their bits, and what they are scaled by.
 
-        Scales count as 4 bytes (2 in fp16), zero points as many bits as a code, labels 2 bytes. An unquantized weight counts
-        as 2 bytes a value.
+        Integers are held here one a byte and counted as packed: scales count as 4 bytes (2 in fp16), zero points as many
+        bits as a code, labels 2 bytes. An unquantized weight counts as 2 bytes a value.
         """
         if self.weight_spec is None:
             return 2 * self.weight.numel()
+        if not self.weight_spec.affine:
+            return stored_bytes(self._stored)
         scale_bits = 32 if self.weight_spec.scales == "float32" else 16
         bits = self.weight_spec.bits * self.codes.numel() + scale_bits * self.scale.numel()
         if self.zero_point is not None:

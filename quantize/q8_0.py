@@ -1,6 +1,17 @@
-"""Q8_0 of flat groups, as llama2.c and KuiperLLama store it: int8 codes and one float32 scale a group (METHODS.md section 1)."""
+"""Q8_0: int8 absmax in groups. Two forms share the name (METHODS.md section 1): llama2.c's flat groups with float32 scales,
+which KuiperLLama stores too, and GGUF's blocks of 32 with fp16 scales.
+"""
+
+from collections.abc import Sequence
 
 import torch
+
+from quantize.affine import grouped
+from quantize.codec import Codec, Stored, absmax, checked, divided, finite, flat_blocks
+from quantize.spec import QuantSpec
+
+GREATEST = 127
+FP16_MAX = torch.finfo(torch.float16).max
 
 
 def encode_flat(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor, float]:
@@ -21,18 +32,53 @@ def encode_flat(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     count = weight.numel()
     if group_size < 1 or count % group_size:
         raise ValueError(f"group_size: {group_size} does not divide the {count} values of the tensor")
-    groups = weight.detach().float().reshape(-1, group_size)
-    if not torch.isfinite(groups).all():
-        raise ValueError("the weight holds NaN or inf")
-    greatest = torch.maximum(-groups.amin(-1, keepdim=True), groups.amax(-1, keepdim=True))
-    scale = greatest / 127
+    groups = flat_blocks(checked(weight).float(), group_size)
+    scale = absmax(groups) / GREATEST
     scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
     values = (groups / scale).round_()
     codes = values.to(torch.int8)
-    error = float(values.mul_(scale).sub_(groups).abs_().max()) if count else 0.0
+    error = float((finite(values.mul_(scale), torch.float32) - groups).abs_().max()) if count else 0.0
     return codes.reshape(-1), scale.reshape(-1), error
 
 
 def decode_flat(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Returns the float32 values (n,) that `codes` (n,) and `scales` (groups,) stand for."""
-    return (codes.reshape(len(scales), -1).float() * scales.float()[:, None]).reshape(-1)
+    return finite((codes.reshape(len(scales), -1).float() * scales.float()[:, None]).reshape(-1), torch.float32)
+
+
+class FlatQ8(Codec):
+    """llama2.c's form: the groups run through the rows, so the group size divides all values, not each row."""
+
+    def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
+        """Codes int8 in the shape of `x`; scales float32 (groups,)."""
+        codes, scale, _ = encode_flat(x, spec.group_size or 1)
+        return {"codes": codes.view(x.shape), "scale": scale}
+
+    def dequantize(self, parts: Stored, spec: QuantSpec, shape: Sequence[int]) -> torch.Tensor:
+        """Code times scale."""
+        return decode_flat(parts["codes"], parts["scale"]).view(*shape)
+
+
+class GgufQ8(Codec):
+    """GGUF's form: blocks of 32 of a row, fp16 scales; 34 bytes a block."""
+
+    def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
+        """Codes int8 (..., n), rounded half away from zero on the scale before its own rounding; scales fp16 (..., blocks)."""
+        blocks = grouped(x, spec)
+        scale = absmax(blocks) / GREATEST
+        stored = finite(scale, torch.float16)
+        # Times the inverse, as ggml-quants.c does it: a division rounds some ties to the other side.
+        inverse = divided(torch.ones_like(scale), torch.where(scale > FP16_MAX, stored.float(), scale))
+        values = blocks.float() * inverse
+        whole = values.abs().floor()
+        whole += (2 * (values.abs() - whole)).floor_()
+        codes = torch.copysign(whole.clamp_(max=GREATEST), values).to(torch.int8)
+        return {"codes": codes.view(x.shape), "scale": stored.squeeze(-1)}
+
+    def dequantize(self, parts: Stored, spec: QuantSpec, shape: Sequence[int]) -> torch.Tensor:
+        """Code times scale."""
+        return (grouped(parts["codes"].float(), spec) * parts["scale"].float().unsqueeze(-1)).reshape(shape)
+
+
+Q8_0 = FlatQ8()
+Q8_0_GGUF = GgufQ8()

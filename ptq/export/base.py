@@ -9,6 +9,7 @@ from ptq.errors import UserError
 from ptq.export.source import Source
 from ptq.network import Network
 from ptq.scheme import LinearSpecs, attention_tensors, resolve
+from quantize.formats import INTEGER
 from quantize.spec import QuantSpec
 
 
@@ -61,9 +62,9 @@ def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: st
         name: the Linear that it belongs to.
         format_name: the exporter.
         nearest: the nearest expressible scheme, in the recipe's words.
-        allowed: the expressible values of each field.
+        allowed: the expressible values of each field; ``format`` is int unless it is given.
     """
-    for field, values in allowed.items():
+    for field, values in {"format": (INTEGER,), **allowed}.items():
         value = getattr(spec, field)
         if value not in values:
             raise UserError(f"{path}.{field}: {value!r} of {name} cannot be exported to {format_name}: use {nearest}")

@@ -130,7 +130,7 @@ def _package() -> Any:
 
 
 def _full(spec: QuantSpec | None) -> QuantSpec | None:
-    return replace(spec, full_range=True) if spec is not None and spec.symmetric else spec
+    return replace(spec, full_range=True) if spec is not None and spec.affine and spec.symmetric else spec
 
 
 def _arguments(spec: QuantSpec | None) -> Any:

@@ -11,7 +11,7 @@ from ptq.errors import UserError, nearest
 from ptq.network import Block, weight_of
 from ptq.steps.attention_inputs import quantize_attention
 from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan
-from ptq.steps.solving import BlockInputs, captures_of, labels_of, quantize_linear, specs_of
+from ptq.steps.solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
 from quantize.affine import Grid
 from quantize.gptq import GptqOptions, Hessian, Solution, solve
 from quantize.linear import InputQuantizer
@@ -64,7 +64,8 @@ class Step:
         self.sequential, self.corrects = options.sequential, options.target == "original"
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
-        """Needs the calibration samples, and what static input ranges need."""
+        """Needs the calibration samples, and what static input ranges need. `UserError` for weights that are not integers."""
+        check_integers(scheme, "gptq")
         return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.corrects else frozenset())
 
     def plan(self, plan: Plan) -> None:

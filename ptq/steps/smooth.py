@@ -14,9 +14,8 @@ from ptq.norms import gain_offset
 from ptq.statistics import ChannelStatistics, WeightStatistics
 from ptq.steps.base import STATISTICS, TRANSFORM, Plan, Samples
 from ptq.steps.solving import Rows, specs_of
-from quantize.affine import fake_quantize, grouped
+from quantize.codecs import codec_of
 from quantize.linear import InputQuantizer, fake_quantize_dynamic
-from quantize.ranges import weight_grid
 from quantize.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
 from quantize.spec import QuantSpec
 
@@ -202,8 +201,7 @@ class _Trial:
         for weight in self.readers:
             scaled = weight * scale
             if self.weight is not None:
-                values = grouped(scaled, self.weight)
-                scaled = fake_quantize(values, weight_grid(scaled, self.weight)).reshape(scaled.shape)
+                scaled = codec_of(self.weight).fake_weight(scaled, self.weight)
             total += float((self.rows @ weight.t() - x @ scaled.t()).square_().sum())
         return total
 

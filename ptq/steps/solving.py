@@ -49,7 +49,9 @@ class BlockInputs:
             raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
         if spec.range == "ema":
             running, length = RunningRange(), plan.samples.flow.ids.shape[1]
-            plan.samples.feed(self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))})
+            plan.samples.feed(
+                self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))}
+            )
             return InputQuantizer(spec, running.range(), labels)
         rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
         plan.samples.feed(self._block, {name: rows.add})
@@ -132,6 +134,16 @@ def captures_of(scheme: SchemeConfig) -> frozenset[str]:
     wanted = {STATISTICS} if "minmax" in ranges else set()
     watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in _specs(scheme, tensor))
     return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
+
+
+def check_integers(scheme: SchemeConfig, step: str) -> None:
+    """Raises `UserError` for a weight whose format is no integer grid, which is what the solver `step` chooses codes on."""
+    for spec in _specs(scheme, "weight"):
+        if not spec.affine:
+            raise UserError(
+                f"scheme.weight.format: {spec.format!r} has no integer grid for steps.{step} to choose codes on: "
+                f"use int, or steps.rtn"
+            )
 
 
 def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:

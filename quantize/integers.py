@@ -1,0 +1,62 @@
+"""The integer format as a codec: the grid and codes of `quantize.affine`, codes packed at their bits."""
+
+from collections.abc import Sequence
+
+import torch
+
+from quantize.affine import (
+    Grid,
+    dequantize,
+    fake_quantize,
+    fake_quantize_absmax,
+    grouped,
+    integer_range,
+    quantize,
+)
+from quantize.codec import Codec, Stored, checked
+from quantize.packing import pack, unpack
+from quantize.ranges import dynamic_grid, weight_grid
+from quantize.spec import QuantSpec
+
+SCALE_TYPES = {"float32": torch.float32, "float16": torch.float16, "float16_min": torch.float16}
+
+
+class Integer(Codec):
+    """Absmax and zero point, 2 to 8 bits, of weights (out, in). A solver's codes are packed by `store`."""
+
+    def store(self, codes: torch.Tensor, grid: Grid, spec: QuantSpec) -> Stored:
+        """Returns what is stored of codes (out, in) on `grid`: both packed, the scales in the type that `spec` names, which holds them exactly."""
+        stored = {"codes": pack(codes, spec.bits), "scale": grid.scale.to(SCALE_TYPES[spec.scales])}
+        if grid.zero_point is not None:
+            stored["zero_point"] = pack(grid.zero_point.flatten().to(torch.uint8), spec.bits)
+        return stored
+
+    def encode(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
+        """Returns the packed codes, scales and packed zero points of a weight rounded to nearest."""
+        grid = weight_grid(checked(x), spec)
+        return self.store(quantize(grouped(x.detach(), spec), grid).view(x.shape), grid, spec)
+
+    def decode(
+        self, stored: Stored, spec: QuantSpec, shape: Sequence[int], dtype: torch.dtype = torch.float32
+    ) -> torch.Tensor:
+        """Returns the weight of shape `shape` that `stored` stands for, clamped to the finite range of `dtype`."""
+        scale, zero_point = stored["scale"].float(), None
+        if not spec.symmetric:
+            zero_point = unpack(stored["zero_point"], spec.bits, scale.numel()).float().view(scale.shape)
+        grid = Grid(scale, zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
+        codes = unpack(stored["codes"], spec.bits, shape[-1], spec.symmetric)
+        return dequantize(grouped(codes, spec), grid, dtype).reshape(*shape)
+
+    def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Returns an activation rounded to a grid fitted to its own values."""
+        plain = spec.symmetric and not spec.full_range and spec.scales == "float32"
+        if plain and spec.range == "minmax" and spec.granularity in {"token", "group"}:
+            return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
+        return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)
+
+    def fake_weight(self, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """Returns a weight (out, in) rounded to the grid fitted to it."""
+        return fake_quantize(grouped(weight, spec), weight_grid(weight, spec)).reshape(weight.shape)
+
+
+INTEGERS = Integer()

@@ -1,0 +1,147 @@
+"""LLM.int8(): int8 products with the outlier columns of the input kept in floating point (Dettmers et al. 2022, section 3)."""
+
+from collections.abc import Callable, Sequence
+from typing import Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from quantize.affine import Grid, dequantize, integer_range, quantize
+from quantize.codec import Codec, Stored, absmax, checked, divided, finite, keep_dtypes
+from quantize.ranges import weight_grid
+from quantize.spec import QuantSpec, spec_of
+
+GREATEST = 127
+WEIGHT = QuantSpec(bits=8, granularity="channel")
+"""The weight's format: absmax int8, one scale an output channel (the paper's column-wise scaling of its transposed weight)."""
+INT_MM_ROWS = 32
+"""Rows that torch's int8 product on CUDA needs at least (more than 16), in a multiple of 8."""
+
+
+class MixedInt8(Codec):
+    """The format of the input: int8 absmax a token, except the columns that hold a magnitude of `threshold` or more.
+
+    The columns are chosen from all tokens of the call, and keep the type of the input (fp16 in the paper's models).
+    """
+
+    def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
+        """Codes int8 (..., n), 0 in outlier columns; scale float32 (..., 1); columns int64 (k,); outliers (..., k)."""
+        outlier = outlier_columns(x, spec.threshold)
+        columns = outlier.nonzero().squeeze(-1)
+        kept = x.masked_fill(outlier, 0)
+        scale = absmax(kept) / GREATEST
+        codes = divided(kept, scale).round_().to(torch.int8)
+        return {"codes": codes, "scale": scale, "columns": columns, "outliers": x[..., columns]}
+
+    def dequantize(self, parts: Stored, spec: QuantSpec, shape: Sequence[int]) -> torch.Tensor:
+        """Code times scale, and the outlier columns as they were."""
+        return (parts["codes"].float() * parts["scale"]).index_copy(-1, parts["columns"], parts["outliers"].float())
+
+    def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+        """What `decode` gives of `encode`; outliers by mask, so that the device is not waited for."""
+        outlier = outlier_columns(x, spec.threshold)
+        kept = x.masked_fill(outlier, 0)
+        scale = absmax(kept) / GREATEST
+        return torch.where(outlier, x, finite(divided(kept, scale).round_().mul_(scale), x.dtype))
+
+
+def outlier_columns(x: torch.Tensor, threshold: float) -> torch.Tensor:
+    """Returns which columns of `x` (..., n) hold a magnitude of `threshold` or more, bool (n,)."""
+    rows = x.detach().reshape(-1, x.shape[-1])
+    if not len(rows):
+        return torch.zeros(x.shape[-1], dtype=torch.bool, device=x.device)
+    return torch.maximum(-rows.amin(0), rows.amax(0)) >= threshold
+
+
+def llm_int8_linear(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scale: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    threshold: float = 6.0,
+) -> tuple[torch.Tensor, float]:
+    """Returns ``x @ W.T + bias`` by LLM.int8(), in the type of `x`, and the share of outlier columns of this call.
+
+    The int8 part has int32 sums, multiplied by the outer product of the scales; the outlier columns meet the same columns
+    of the dequantized weight in the type of `x`; the two are added.
+
+    Args:
+        x: (..., in).
+        codes: the weight's codes, int8 (out, in).
+        scale: the weight's scales, float32 (out, 1).
+        bias: (out,).
+        threshold: magnitude from which a column is an outlier.
+    """
+    parts = MIXED_INT8.quantize(x, spec_of("llm_int8", activation=True, threshold=threshold))
+    rows = parts["codes"].reshape(-1, x.shape[-1])
+    sums = int8_product(rows, codes).float()
+    y = (sums * parts["scale"].reshape(-1, 1) * scale.reshape(1, -1)).view(*x.shape[:-1], len(codes))
+    columns = parts["columns"]
+    if len(columns):
+        weight = finite(codes[:, columns].float() * scale, x.dtype)
+        y = y + functional.linear(parts["outliers"], weight).float()
+    if bias is not None:
+        y = y + bias.float()
+    return finite(y, x.dtype), len(columns) / x.shape[-1]
+
+
+def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns ``a @ b.T`` in int32 for int8 `a` (rows, n) and `b` (out, n), exact."""
+    if a.device.type != "cuda":
+        return torch._int_mm(a.contiguous(), b.t())
+    # CUDA's kernel wants more than 16 rows and sizes in multiples of 8; zeros change no sum.
+    rows, out, n = len(a), len(b), a.shape[1]
+    a = functional.pad(a, (0, -n % 8, 0, max(INT_MM_ROWS - rows, -rows % 8)))
+    b = functional.pad(b, (0, -n % 8, 0, -out % 8))
+    return torch._int_mm(a, b.t())[:rows, :out]
+
+
+class LlmInt8Linear(nn.Module):
+    """A Linear in int8 with outlier columns in floating point; the weight is held as int8 only.
+
+    `outlier_share` is the share of outlier columns of the last call, None before the first.
+
+    Args:
+        weight: (out, in), floating point.
+        bias: (out,) or None.
+        threshold: magnitude from which an input column is an outlier.
+
+    Raises:
+        ValueError: for a weight that `quantize.codec.checked` refuses.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, threshold: float = 6.0):
+        super().__init__()
+        weight = checked(weight)
+        self.out_features, self.in_features = weight.shape
+        grid = weight_grid(weight, WEIGHT)
+        self.threshold = threshold
+        self.outlier_share: float | None = None
+        self.register_buffer("codes", quantize(weight, grid))
+        self.register_buffer("scale", grid.scale)
+        self.register_buffer("bias", None if bias is None else bias.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
+        y, self.outlier_share = llm_int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
+        return y
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns the weight (out, in) that the codes stand for."""
+        return dequantize(self.codes, Grid(self.scale, None, *integer_range(WEIGHT.bits, WEIGHT.symmetric)), dtype)
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        moved: Self = keep_dtypes(self, ("scale",), lambda: super(LlmInt8Linear, self)._apply(fn, recurse))
+        return moved
+
+    def extra_repr(self) -> str:
+        """Names the shape and the threshold."""
+        return f"in_features={self.in_features}, out_features={self.out_features}, threshold={self.threshold}"
+
+
+MIXED_INT8 = MixedInt8()
