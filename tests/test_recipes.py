@@ -7,7 +7,7 @@ from ptq.cli.hydra_edge import compose_jobs
 
 SHIPPED = {
     "demo", "smollm2-135m_w8a8", "smollm2-135m_w4a16", "smollm2-135m_w4a4",
-    "opt-1.3b_w8a8", "opt-1.3b_w4a4", "llama-2-7b_w8a8",
+    "opt-1.3b_w8a8", "opt-1.3b_w4a4", "llama-2-7b_w8a8", "chatglm-like", "moss-like",
 }  # fmt: skip
 CHOICES = [(group, choice) for group, choices in catalog.groups().items() for choice in choices]
 
