@@ -3,7 +3,7 @@
     echo '{"model": "m.gguf", "windows": [[1, 2, 3]], "text": "hello"}' | python experiments/bench/llama_cpp.py
 
 Runs in any environment with numpy and a package that holds llama.cpp as a cffi module: llama-cpp-py-sync (a current
-llama.cpp, glibc 2.38 or newer) or llama-cpp-cffi (of April 2025, glibc 2.34). Needs nothing else of this project.
+llama.cpp; glibc 2.38 or newer) or llama-cpp-cffi (of April 2025; libstdc++ of GCC 14). Needs nothing else of this project.
 """
 
 import importlib.util
