@@ -202,6 +202,19 @@ def test_a_run_that_did_not_use_the_formats_rounding_is_told(tmp_path, llama_mod
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 
+def test_an_interrupted_export_leaves_the_old_folder_whole(tmp_path, llama_model, quantized, monkeypatch):
+    source = quantized(llama_model(), SCHEMES["w8a8"])
+    Exporter(Options()).write(source, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(
+        "ptq.export.to_compressed_tensors._write_config", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Exporter(Options()).write(source, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
 def test_a_missing_package_is_named(llama_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(UserError, match=r"pip install 'ptq-framework\[export\]'"):
