@@ -164,9 +164,10 @@ class OffloadedWeights:
                 stored = self._stored[full]
                 if stored not in read:
                     read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
-                before, value = owner[name], read[stored]
-                held.append((owner, name, before))
-                owner[name] = nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value
+                held.append((owner, name, owner[name]))
+                owner[name] = _in_place_of(owner[name], read[stored])
+            # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
+            read.clear()
             yield
         finally:
             for owner, name, before in held:
@@ -182,6 +183,10 @@ class OffloadedWeights:
                     for name, tensor in list(owner.items()):
                         if tensor is not None and tensor.device.type == "meta":
                             yield owner, name, f"{prefix}.{name}" if prefix else name
+
+
+def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from ptq.links import Link, Trace
 from ptq.network import Block, Network
 from ptq.statistics import Statistics
 from ptq.stream import BlockStream, Flow
+from quantize.linear import QuantLinear
 
 TRANSFORM = "transform"
 """A step that rewrites a block without changing its function: smooth, cluster, ..."""
@@ -134,6 +135,8 @@ class Plan:
         attentions: full names of the modules that call transformers' attention interface, by block.
         head_clusters: clusters of each head's query, key and value; written by cluster.
         note: writes a line into the run's log.
+        quantized: called with (full name, the Linear, the `QuantLinear` in its place), right after the replacement; a step
+            that still needs the original's weight takes what it needs before.
     """
 
     network: Network
@@ -146,6 +149,7 @@ class Plan:
     attentions: dict[int, list[str]] = field(default_factory=dict)
     head_clusters: int = 0
     note: Callable[[str], None] = lambda line: None
+    quantized: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
     @property
     def roles(self) -> dict[str, str]:

@@ -111,6 +111,7 @@ def quantize_linear(
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     replace_module(plan.network.model, name, quantized)
+    plan.quantized(name, module, quantized)
     return quantized
 
 
