@@ -31,5 +31,5 @@ def test_static_per_tensor_inputs_collapse_without_smoothing_and_lose_one_percen
 def test_four_bit_weights_and_inputs_with_clusters_lose_ten_percent_at_most(ratio):
     clusters = ratio("scheme=w4a4_cluster", "method=smooth_cluster_gptq")
     without = ratio("scheme=w4a4_cluster", "scheme.input.granularity=tensor", "method=smooth_gptq")
-    assert clusters < 1.10
-    assert without - 1 > 1.3 * (clusters - 1)
+    assert 1 < clusters < 1.10
+    assert clusters < without
