@@ -15,7 +15,16 @@ from ptq.run import dry_run, run
 from quantize.codecs import CODECS
 from quantize.spec import spec_of
 
-BITS = {"nf4": 4.5, "q8_0": 8.5, "mxfp4": 4.25, "nvfp4": 4.5, "llm_int8": 8.2, "fp8": 8.2, "nf4_dq": 4.13, "mxfp8": 8.25}
+BITS = {
+    "nf4": 4.5,
+    "q8_0": 8.5,
+    "mxfp4": 4.25,
+    "nvfp4": 4.5,
+    "llm_int8": 8.2,
+    "fp8": 8.2,
+    "nf4_dq": 4.13,
+    "mxfp8": 8.25,
+}
 RECIPES = {"llm-int8": "llm_int8", **{name: name for name in ("nf4", "q8_0", "mxfp4", "nvfp4", "fp8")}}
 OTHERS = ("nf4_dq", "fp4", "mxfp8", "nvfp4_w4a4", "q8_0_gguf")
 SMALL = ["data=docs", "calibration.samples=2", "calibration.length=64", "evaluation.windows=4", "evaluation.length=64"]
@@ -106,7 +115,9 @@ def test_an_impossible_combination_is_refused_with_the_nearest_choice(scheme, me
 
 def test_a_solver_of_integer_codes_refuses_another_format_before_any_work(places):
     recipe = made("smollm2-135m_nf4", "method=gptq", *SMALL, *places)
-    with pytest.raises(UserError, match=r"^scheme.weight.format: 'nf4' has no integer grid for steps.gptq .*: use int, or"):
+    with pytest.raises(
+        UserError, match=r"^scheme.weight.format: 'nf4' has no integer grid for steps.gptq .*: use int, or"
+    ):
         dry_run(recipe)
 
 
