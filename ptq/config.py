@@ -90,7 +90,7 @@ class EvaluationConfig:
     length: int = 1024
     bos: bool = False
     batch_size: int = 1
-    chunk: int = 256
+    chunk: int = 128
     resamples: int = 10000
     confidence: float = 0.95
     seed: int = 0

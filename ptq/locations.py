@@ -109,8 +109,8 @@ class Source:
             raise UserError(_explain(self.config, error, what, self.unreachable)) from error
 
 
-def source_of(config: ModelConfig) -> Source:
-    """Finds the model; the hub is asked once whether it has it, in safetensors.
+def source_of(config: ModelConfig, weights: bool = True) -> Source:
+    """Finds the model; the hub is asked once whether it has it, in safetensors unless no `weights` are wanted.
 
     Raises:
         UserError: for a path that is not there, and what the hub refuses: no such repository, gated, no such revision,
@@ -125,13 +125,13 @@ def source_of(config: ModelConfig) -> Source:
     if config.revision is not None:
         arguments["revision"] = config.revision
     # Downloads are retried for half a minute when nobody answers. One question first; without an answer, the cache.
-    unreachable = _ask_hub(config)
+    unreachable = _ask_hub(config, weights)
     arguments["local_files_only"] = unreachable is not None
     return Source(config, location, arguments, unreachable)
 
 
-def _ask_hub(config: ModelConfig) -> str | None:
-    """Returns None when the hub has the model in safetensors, or why it cannot be asked."""
+def _ask_hub(config: ModelConfig, weights: bool) -> str | None:
+    """Returns None when the hub has the model, in safetensors where `weights` are wanted, or why it cannot be asked."""
     try:
         info = huggingface_hub.HfApi().model_info(config.path, revision=config.revision, timeout=10)
     except (
@@ -153,7 +153,7 @@ def _ask_hub(config: ModelConfig) -> str | None:
     except Exception as error:  # the type depends on the HTTP library below huggingface_hub
         return type(error).__name__
     names = {sibling.rfilename for sibling in info.siblings or []}
-    if names and not names & SAFETENSORS:
+    if weights and names and not names & SAFETENSORS:
         raise UserError(_without_safetensors(config, names))
     return None
 

@@ -18,7 +18,7 @@ from ptq.gguf_files import check_gguf
 from ptq.locations import Location, Source, quiet, source_of
 from ptq.reading import read_offloaded, read_resident
 from ptq.store import Store
-from ptq.weights import Weights, check_directory, digest_files, shards_of
+from ptq.weights import Weights, check_config, check_directory, digest_files, shards_of
 
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
@@ -48,22 +48,23 @@ class LoadedModel:
     revision: str | None
 
 
-def check(config: ModelConfig, store: Store | None = None) -> Any:
+def check(config: ModelConfig, store: Store | None = None, weights: bool = True) -> Any:
     """Checks a model's files without reading its weights and returns its transformers config.
 
     Args:
         config: which model.
         store: where what has been read out of a GGUF file is kept; transformers parses it for seconds each time.
+        weights: whether weights have to be there; without, a config.json is enough, on the hub as well.
 
     Raises:
         UserError: for anything missing, cut short, out of reach, or no decoder with a language model head.
     """
-    return _checked(source_of(config), store)
+    return _checked(source_of(config, weights), store, weights)
 
 
-def _checked(source: Source, store: Store | None) -> Any:
+def _checked(source: Source, store: Store | None, weights: bool = True) -> Any:
     config = source.config
-    found = _config(source, store)
+    found = _config(source, store, weights)
     if source.location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
         raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
     # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
@@ -79,10 +80,10 @@ def _checked(source: Source, store: Store | None) -> Any:
     return found
 
 
-def _config(source: Source, store: Store | None) -> Any:
+def _config(source: Source, store: Store | None, weights: bool = True) -> Any:
     base = source.location.base
     if source.location.kind == "directory":
-        check_directory(pathlib.Path(base))
+        (check_directory if weights else check_config)(pathlib.Path(base))
 
     def read() -> Any:
         return source.guarded(lambda: AutoConfig.from_pretrained(base, **source.arguments))

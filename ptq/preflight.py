@@ -54,15 +54,23 @@ def check_before(recipe: Recipe) -> list[str]:
     return lines
 
 
-def skeleton(recipe: Recipe) -> Network:
-    """Returns the recipe's model without weights (on the meta device), as a network."""
-    config = check_model(recipe.model, Store(pathlib.Path(recipe.store).expanduser()))
+def skeleton(recipe: Recipe, weights: bool = True) -> Network:
+    """Returns the recipe's model without weights (on the meta device), as a network.
+
+    `weights` says whether the model's own must be there; without, its config.json is enough.
+    """
+    config = check_model(recipe.model, Store(pathlib.Path(recipe.store).expanduser()), weights)
     with torch.device("meta"):
         try:
             model = AutoModelForCausalLM.from_config(config, trust_remote_code=recipe.model.trust_remote_code)
         except ValueError as error:
             raise UserError(
                 f"model.path: {recipe.model.path} is no causal language model ({str(error).splitlines()[0]})"
+            ) from None
+        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+            reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
+            raise UserError(
+                f"model.path: {recipe.model.path}: no model of its config.json can be built ({reason}): mend the config"
             ) from None
         model.tie_weights()
     return build_network(model)

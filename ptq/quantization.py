@@ -42,22 +42,19 @@ class QuantizeVisitor:
         self.stored = 0
         self.quantized = 0
         self._modules: dict[str, nn.Module] = {}
+        self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        plan.quantized = self._measure
 
     def enter(self, block: Block) -> None:
         """Transforms the block, then quantizes it, in place."""
-        model = self.session.network.model
         self._modules = dict(block.module.named_modules(prefix=block.name))
         witness = self.plan.samples.flow if self.plan.samples is not None else self.flow
         for name, step in self.transforms.items():
             self.proofs[name].add(*prove(name, step, block, self.session.stream, witness))
-        samples = self._sample(block)
-        originals = dict(block.linears)
+        self._samples = self._sample(block)
         for step in self.solvers:
             step.apply(block)
-        for name, original in originals.items():
-            module = model.get_submodule(name)
-            if isinstance(module, QuantLinear):
-                self._measure(name, original, module, *samples[name])
+        self._samples = {}
 
     def leave(self, block: Block) -> None:
         """Writes the quantized block, and gives the originals back where the block's weights are about to go."""
@@ -94,10 +91,10 @@ class QuantizeVisitor:
                 handle.remove()
         return seen
 
-    def _measure(
-        self, name: str, original: nn.Module, module: QuantLinear, inputs: torch.Tensor, outputs: torch.Tensor
-    ) -> None:
+    def _measure(self, name: str, original: nn.Module, module: QuantLinear) -> None:
+        """Adds the result of one Linear; its original weight may go after that, where it is read from disk anyway."""
         weight = weight_of(original)
+        inputs, outputs = self._samples.pop(name)
         role = self.plan.roles.get(name, "")
         bits = 8 * weight.element_size()
         self.stored += module.stored_bytes()
@@ -115,6 +112,8 @@ class QuantizeVisitor:
                 parameters=weight.numel(),
             )
         )
+        if not self.session.loaded.weights.resident:
+            original.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
 
 
 def restore(model: nn.Module, modules: dict[str, nn.Module]) -> None:

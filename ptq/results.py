@@ -5,6 +5,7 @@ import dataclasses
 import io
 import json
 import pathlib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -97,13 +98,68 @@ def table(
         ),
         ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
         ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts['evaluation_source']}"),
-        *((tensor, words) for tensor, words in facts["tensors"].items()),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
     ]
     result = Table(title=recipe.name, show_header=False, title_justify="left")
     for row in rows:
         result.add_row(*row)
     return result
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """Tensors of one kind in one format: `tensor` such as ``q_proj weight``, how many modules have it, and their `share`
+    of the model's parameters (0 for activations).
+    """
+
+    tensor: str
+    format: str
+    modules: int
+    share: float
+
+
+def tensor_kinds(
+    layers: list[LayerResult], size: Size, attention: Mapping[str, Mapping[str, str]], weight_bits: int
+) -> list[TensorKind]:
+    """Returns every kind of tensor with its format: weights and inputs of Linears, tensors inside attentions, and the rest.
+
+    Args:
+        layers: the quantized Linears.
+        size: for the number of parameters.
+        attention: formats by tensor (query, key, value, attention_probs) by attention module.
+        weight_bits: bits of a baseline weight.
+    """
+    groups: dict[tuple[str, str], list[LayerResult]] = {}
+    for layer in layers:
+        kind = layer.name.rpartition(".")[2]
+        groups.setdefault((f"{kind} weight", layer.weight), []).append(layer)
+        groups.setdefault((f"{kind} input", layer.input), []).append(layer)
+    rows = [
+        TensorKind(
+            tensor, words, len(found), sum(x.parameters for x in found) / size.parameters if "weight" in tensor else 0.0
+        )
+        for (tensor, words), found in groups.items()
+    ]
+    for tensor in ("query", "key", "value", "attention_probs"):
+        formats = [found[tensor] for found in attention.values() if tensor in found]
+        rows += [TensorKind(tensor, words, formats.count(words), 0.0) for words in dict.fromkeys(formats)]
+    covered = sum(layer.parameters for layer in layers) / size.parameters
+    return [
+        *rows,
+        TensorKind("everything else (embedding, head, norms, ...)", f"{weight_bits}-bit float", 0, 1 - covered),
+    ]
+
+
+def tensor_table(kinds: list[TensorKind]) -> Table:
+    """Returns the table of every kind of tensor with its format and its share of the parameters."""
+    table = Table(title="tensors", title_justify="left")
+    for column in ("tensor", "format"):
+        table.add_column(column)
+    for column in ("modules", "share of parameters"):
+        table.add_column(column, justify="right")
+    for kind in kinds:
+        table.add_row(kind.tensor, kind.format, str(kind.modules or ""), f"{kind.share:.1%}" if kind.share else "")
+    return table
 
 
 def _csv(layers: list[LayerResult]) -> str:

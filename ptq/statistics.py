@@ -121,12 +121,19 @@ class WeightStatistics:
 
     @classmethod
     def of(cls, weight: torch.Tensor) -> "WeightStatistics":
-        """Takes the statistics of a weight (out, in)."""
-        figures = []
-        for dim in (0, 1):
-            spread = weight.float().std(dim=dim, correction=0)
-            figures += [weight.amin(dim).float(), weight.amax(dim).float(), spread]
-        return cls(*figures)
+        """Takes the statistics of a weight (out, in).
+
+        In pieces of `CHUNK_ROWS` rows, by sums of squared distances: torch's std is some forty times slower on CPU.
+        """
+        columns = ChannelStatistics.empty(weight.shape[1], weight.device)
+        rows: list[tuple[torch.Tensor, ...]] = []
+        for chunk in weight.detach().split(CHUNK_ROWS):
+            columns.update(chunk)
+            wide = chunk.float()
+            spread = (wide - wide.mean(1, keepdim=True)).square_().mean(1).sqrt_()
+            rows.append((wide.amin(1), wide.amax(1), spread))
+        ends = (torch.cat(figures) for figures in zip(*rows, strict=True))
+        return cls(columns.min, columns.max, columns.std.float(), *ends)
 
     def reordered_inputs(self, order: torch.Tensor) -> "WeightStatistics":
         """Returns the statistics of the weight with its columns in the order `order`, int64 (in,)."""
@@ -163,6 +170,10 @@ class Statistics:
     inputs: dict[str, ChannelStatistics]
     weights: dict[str, WeightStatistics]
     provenance: Provenance
+
+    def copy(self) -> "Statistics":
+        """Returns statistics whose entries can be replaced without touching these."""
+        return Statistics(dict(self.inputs), dict(self.weights), self.provenance)
 
     def merge(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of both runs' tokens together. Raises `UserError` when the models differ."""

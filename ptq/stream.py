@@ -104,7 +104,7 @@ class BlockStream:
                 first, calls = self._record(ids[start : start + batch_size].to(self.device))
                 if flow is None:
                     shape = (len(ids), *first.shape[1:])
-                    flow = Flow(ids, batch_size, self._allocate(shape, first))
+                    flow = Flow(ids, batch_size, self.allocate(shape, first))
                 flow.hidden[start : start + batch_size].copy_(first)
                 flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
         if flow is None:
@@ -197,7 +197,8 @@ class BlockStream:
             self.network.model(input_ids=ids, use_cache=False)
         return first[0], calls, intact[0]
 
-    def _allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+    def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Returns room for hidden states, in memory or in a memory-mapped file as `hidden_states` says, not initialised."""
         if self.hidden_states == "memory":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
         folder = tempfile.TemporaryDirectory(prefix="ptq-hidden-")

@@ -48,7 +48,7 @@ class Training:
 
 TRAINED_LENGTH = 128
 """Bytes in a training window. Positions beyond have never been trained: evaluate at this length or less."""
-TRAINING = {"opt": Training(steps=700, batch=8, rate=1.5e-3), "llama": Training(steps=350, batch=16, rate=4e-3)}
+TRAINING = {"opt": Training(steps=850, batch=8, rate=1.5e-3), "llama": Training(steps=350, batch=16, rate=4e-3)}
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -219,7 +219,7 @@ def inject_outliers(model: Any, factor: float = 60.0, channels: int = 16, seed: 
     """Makes some channels of every link outlying without changing the model's function. Returns those of the norms.
 
     At every link the writer's output at a channel (a norm's gain and bias, a Linear's row and bias) is multiplied by c and
-    the readers' columns are divided by c, c between `factor` / 2 and `factor`. The norms' channels are the same in every
+    the readers' columns are divided by c, c between 0.9 and 1 times `factor`. The norms' channels are the same in every
     block, as in OPT; other links have their own. All are those with the greatest weights, so that the others are small
     beside them. Per tensor both sides suffer: inputs lose the other channels, weights lose the columns of these.
     The logits change by rounding only.
@@ -243,7 +243,7 @@ def inject_outliers(model: Any, factor: float = 60.0, channels: int = 16, seed: 
         size = _size(writer)
         chosen = shared if link.kind == "norm" else size.topk(channels).indices
         scale = torch.ones_like(size)
-        scale[chosen] = (factor * (1 - torch.rand(channels, generator=generator) / 2)).to(scale)
+        scale[chosen] = (factor * (1 - 0.1 * torch.rand(channels, generator=generator))).to(scale)
         if is_linear(writer):
             weight_of(writer).mul_(scale[:, None])
         else:

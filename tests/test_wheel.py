@@ -58,3 +58,9 @@ def test_the_unpacked_wheel_resolves_groups_for_a_file_of_the_user(unpacked, tmp
     done = call(unpacked, tmp_path, "run", "--config", "mine.yaml", "--cfg", "job")
     assert done.returncode == 0, done.stderr
     assert yaml.safe_load(done.stdout)["model"]["path"] == "facebook/opt-125m"
+
+
+def test_the_unpacked_wheel_finds_the_shapes_that_it_ships(unpacked, tmp_path):
+    done = call(unpacked, tmp_path, "footprint", "--config", "chatglm-like")
+    assert done.returncode == 0, done.stderr
+    assert "ptq/_configs/shapes/chatglm-6b-like, 28 blocks" in done.stdout

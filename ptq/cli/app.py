@@ -18,6 +18,7 @@ from ptq.errors import UserError
 COMMANDS = {
     "run": "one experiment: calibrate, quantize, evaluate against the baseline, report",
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
+    "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
@@ -137,6 +138,10 @@ def _config_path(options: argparse.Namespace) -> pathlib.Path:
 
 def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     """Returns what a job's recipe is given to; torch and transformers come in here."""
+    if command == "footprint":
+        from ptq.footprint_report import show_footprint
+
+        return lambda recipe: show_footprint(recipe, options.context)
     from ptq.run import collect_statistics, dry_run, run
 
     if options.dry_run:
@@ -152,7 +157,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
 def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=program, allow_abbrev=False, add_help=False, description=f"{COMMANDS[command].capitalize()}.",
-        usage=f"{program} [--config RECIPE] [key=value ...] [-m] [--dry-run] [--cfg job] [--help]",
+        usage=f"{program} [--config RECIPE] [key=value ...] [-m] {'[--context N]' if command == 'footprint' else '[--dry-run]'} [--cfg job] [--help]",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
     )  # fmt: skip
     parser.add_argument(
@@ -166,7 +171,10 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
         "--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})"
     )
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each of the values key=a,b,c")
-    parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
+    if command == "footprint":
+        parser.add_argument("--context", type=int, metavar="N", help="tokens of the prefill and in the KV cache (2048)")
+    else:
+        parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
     if command == "stats":
         parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")
@@ -176,7 +184,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
 
 def _overview() -> str:
     commands = COMMANDS | {name: what for name, (what, _) in files.COMMANDS.items()}
-    rows = "\n".join(f"  {name:8} {what}" for name, what in commands.items())
+    rows = "\n".join(f"  {name:9} {what}" for name, what in commands.items())
     return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq --version the version.\n"
 
 

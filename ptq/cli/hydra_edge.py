@@ -69,6 +69,8 @@ class ShippedConfigs(SearchPathPlugin):
 def _hydra(folder: pathlib.Path) -> Iterator[ConfigLoader]:
     """Hydra set up to search `folder` first and then the shipped configs."""
     Plugins.instance().register(ShippedConfigs)
+    # ${shipped:shapes/x} in a recipe is a path below the shipped configs, wherever those are installed.
+    OmegaConf.register_new_resolver("shipped", lambda path: str(config_folder() / path), replace=True)
     with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
         yield GlobalHydra.instance().config_loader()
 

@@ -45,7 +45,7 @@ def export_session(session: Session, folder: pathlib.Path) -> Exported | None:
     if recipe.export is None:
         return None
     exporter = build_exporter(recipe.export)
-    source: Source = ResidentSource(session.network, loaded.tokenizer, recipe.scheme)
+    source: Source = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, _origin(session))
     if not loaded.weights.resident:
         source = SavedSource(session, folder / "quantized")
     with session.journal.phase("export"):
@@ -76,6 +76,11 @@ def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path 
             raise UserError(f"--run: {recipe.model.path} holds other weights than when {folder} was run: run it again")
         exporter.check(recipe.scheme, session.network)
         return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
+
+
+def _origin(session: Session) -> pathlib.Path | None:
+    location = session.loaded.location
+    return pathlib.Path(location.base) / location.gguf if location.gguf is not None else None
 
 
 def _default_path(folder: pathlib.Path, config: ExportConfig, exporter: Exporter) -> pathlib.Path:
@@ -113,6 +118,7 @@ class SavedSource:
         self.network: Network = session.network
         self.tokenizer: Any = session.loaded.tokenizer
         self.scheme: SchemeConfig = session.recipe.scheme
+        self.origin = _origin(session)
         self._weights = session.loaded.weights
         self._saved: dict[str, Stored] = {}
         for block in self.network.blocks:

@@ -1,5 +1,6 @@
 """What exporters read from: the quantized model's tensors, one at a time, from memory or from a finished run's folder."""
 
+import pathlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -72,6 +73,8 @@ class Source(Protocol):
     network: Network
     tokenizer: Any
     scheme: SchemeConfig
+    origin: pathlib.Path | None
+    """The GGUF file that the model was read from, or None."""
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`."""
@@ -83,8 +86,8 @@ class Source(Protocol):
 class ResidentSource:
     """A quantized model that is in memory."""
 
-    def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig):
-        self.network, self.tokenizer, self.scheme = network, tokenizer, scheme
+    def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig, origin: pathlib.Path | None = None):
+        self.network, self.tokenizer, self.scheme, self.origin = network, tokenizer, scheme, origin
         for block in network.blocks:
             for name, module in block.module.named_modules():
                 ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}

@@ -3,7 +3,6 @@
 import torch
 from torch import nn
 
-from group_methods.kmeans import cluster_heads, max_min_features, share_heads
 from group_methods.reorder import repeat_heads
 from ptq.attention import CHILD, AttentionQuantizers
 from ptq.errors import UserError
@@ -66,6 +65,9 @@ def _labels(
     wanted = [tensor for tensor, spec in specs.items() if spec.granularity == "cluster"]
     if not wanted:
         return {}
+    # scikit-learn takes some 100 MiB: only runs that cluster load it.
+    from group_methods.kmeans import cluster_heads, max_min_features, share_heads
+
     if not plan.head_clusters:
         raise UserError(
             f"scheme.{wanted[0]}.granularity: 'cluster', but steps.cluster.clusters.heads gives no clusters for {name}: "

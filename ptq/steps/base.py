@@ -1,7 +1,7 @@
 """What a step is: one stage of a recipe, and what it may see and ask for."""
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -9,12 +9,12 @@ from typing import Any, ClassVar, Protocol
 import torch
 from torch import nn
 
-from ptq.attention import AttentionQuantizers
 from ptq.config import SchemeConfig
 from ptq.links import Link, Trace
-from ptq.network import Block, Network, replace_module
+from ptq.network import Block, Network
 from ptq.statistics import Statistics
 from ptq.stream import BlockStream, Flow
+from quantize.linear import QuantLinear
 
 TRANSFORM = "transform"
 """A step that rewrites a block without changing its function: smooth, cluster, ..."""
@@ -29,6 +29,10 @@ REFERENCE = "reference"
 """Capture: the same samples once more, as they reach each block of the unquantized network."""
 
 
+Watcher = Callable[[torch.Tensor, slice], None]
+"""Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
+
+
 class _Seen(Exception):
     """Raised inside a block's forward when every watcher has seen its input."""
 
@@ -41,6 +45,7 @@ class Samples:
 
     def __init__(self, stream: BlockStream, flow: Flow, reference: Flow | None = None):
         self.stream, self.flow, self.reference = stream, flow, reference
+        self._kept: dict[int, torch.Tensor] = {}
 
     @property
     def tokens(self) -> int:
@@ -48,87 +53,71 @@ class Samples:
         return self.flow.ids.numel()
 
     @torch.no_grad()
-    def feed(self, block: Block, watchers: Mapping[str, Callable[[torch.Tensor], None]]) -> None:
+    def feed(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
         """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
 
         Args:
             block: the present block, weights in memory.
-            watchers: by full name of a module, what looks at its input (batch, tokens, channels). A batch stops at
-                the last of them.
+            watchers: by full name of a module, what looks at its input. A batch stops at the last of them.
         """
-        for i, _ in self.flow.slices():
-            self._pass(self.flow, block, i, watchers)
+        for i, rows in self.flow.slices():
+            self._pass(self.flow, block, i, rows, watchers)
 
     @torch.no_grad()
-    def feed_pairs(
-        self,
-        block: Block,
-        watchers: Mapping[str, Callable[[torch.Tensor, torch.Tensor], None]],
-        originals: Mapping[str, nn.Module],
-    ) -> None:
-        """As `feed`, but a watcher sees (original input, present input) of the same tokens.
+    def advance_reference(self, block: Block, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Carries the reference samples through the block, which is not quantized yet.
 
-        Args:
-            block: the present block, weights in memory, some of its Linears quantized.
-            watchers: by full name of a module.
-            originals: the unquantized Linears of the block by full name; they take their places for the reference.
+        Returns:
+            The inputs (tokens of all samples, channels) of the modules `names`, in memory or memory-mapped as the execution
+            asks for hidden states; they are overwritten by the next call.
+
+        Raises:
+            ValueError: when no step captures `REFERENCE`.
         """
-        if self.reference is None:
+        reference = self.reference
+        if reference is None:
             raise ValueError("no step captures the reference samples")
-        for i, _ in self.flow.slices():
-            seen: dict[str, torch.Tensor] = {}
-            with originals_in_place(self.stream.network.model, originals):
-                self._pass(self.reference, block, i, {name: partial(seen.__setitem__, name) for name in watchers})
-            self._pass(self.flow, block, i, {name: partial(look, seen[name]) for name, look in watchers.items()})
+        kept: dict[str, torch.Tensor] = {}
 
-    @torch.no_grad()
-    def advance_reference(self, block: Block, originals: Mapping[str, nn.Module]) -> None:
-        """Carries the reference samples through the unquantized block."""
-        if self.reference is not None:
-            with originals_in_place(self.stream.network.model, originals):
-                self.stream.step(self.reference, block)
+        def keep(place: int, name: str, x: torch.Tensor, tokens: slice) -> None:
+            shape = (reference.ids.numel(), x.shape[-1])
+            if self._kept.get(place) is None or self._kept[place].shape != shape:
+                self._kept[place] = self.stream.allocate(shape, x)
+            kept[name] = self._kept[place]
+            kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))
+
+        watchers = {name: partial(keep, place, name) for place, name in enumerate(names)}
+        for i, rows in reference.slices():
+            reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
+        return kept
 
     def _pass(
-        self, flow: Flow, block: Block, batch: int, watchers: Mapping[str, Callable[[torch.Tensor], None]]
-    ) -> None:
+        self, flow: Flow, block: Block, batch: int, rows: slice, watchers: Mapping[str, Watcher], whole: bool = False
+    ) -> torch.Tensor:
+        """Calls the block for one batch; stops at the last watcher unless the `whole` block is wanted."""
         left = set(watchers)
+        length = flow.ids.shape[1]
+        tokens = slice(rows.start * length, min(rows.stop, len(flow.ids)) * length)
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-                watchers[name](args[0])
+                watchers[name](args[0], tokens)
                 left.discard(name)
-                if not left:
+                if not left and not whole:
                     raise _Seen
 
             return look
 
         model = self.stream.network.model
         handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers]
-        rows = slice(batch * flow.batch_size, (batch + 1) * flow.batch_size)
+        hidden = flow.hidden[rows].to(self.stream.device)
         try:
             with suppress(_Seen):
-                self.stream.call(flow, block, batch, flow.hidden[rows].to(self.stream.device))
+                return self.stream.call(flow, block, batch, hidden)
         finally:
             for handle in handles:
                 handle.remove()
-
-
-@contextmanager
-def originals_in_place(model: nn.Module, originals: Mapping[str, nn.Module]) -> Iterator[None]:
-    """Inside the context the Linears `originals` (by full name) are in the model, and its attentions quantize nothing."""
-    present = {name: model.get_submodule(name) for name in originals}
-    attentions = [m for m in model.modules() if isinstance(m, AttentionQuantizers) and m.enabled]
-    try:
-        for name, module in originals.items():
-            replace_module(model, name, module)
-        for attention in attentions:
-            attention.enabled = False
-        yield
-    finally:
-        for name, module in present.items():
-            replace_module(model, name, module)
-        for attention in attentions:
-            attention.enabled = True
+        return hidden
 
 
 @dataclass
@@ -146,6 +135,8 @@ class Plan:
         attentions: full names of the modules that call transformers' attention interface, by block.
         head_clusters: clusters of each head's query, key and value; written by cluster.
         note: writes a line into the run's log.
+        quantized: called with (full name, the Linear, the `QuantLinear` in its place), right after the replacement; a step
+            that still needs the original's weight takes what it needs before.
     """
 
     network: Network
@@ -158,6 +149,7 @@ class Plan:
     attentions: dict[int, list[str]] = field(default_factory=dict)
     head_clusters: int = 0
     note: Callable[[str], None] = lambda line: None
+    quantized: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
     @property
     def roles(self) -> dict[str, str]:

@@ -32,7 +32,7 @@ class Options:
             give (true sequential); otherwise all on the unquantized block's inputs, in one pass.
         target: ``present``: each Linear keeps its own output on the input it gets now, as published; ``original``: it
             is to give the original output on the original input, and makes up for the layers before it. The second
-            carries the samples through the unquantized network too: about twice the time.
+            carries the samples through the unquantized network too, and keeps a block's inputs of it.
     """
 
     damping: float = 0.01
@@ -74,21 +74,21 @@ class Step:
 
     def apply(self, block: Block) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        plan, originals = self._plan, dict(block.linears)
+        plan = self._plan
         if plan.samples is None:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
+        stages = plan.stages(block)
+        firsts = [stage[0] for stage in stages]
+        originals = plan.samples.advance_reference(block, firsts) if self.corrects else {}
         quantize_attention(plan, block)
         inputs = BlockInputs(plan, block)
-        stages = plan.stages(block)
         for group in [[stage] for stage in stages] if self.sequential else [stages]:
             moments = {stage[0]: self._moments(stage, inputs) for stage in group}
-            if self.corrects:
-                plan.samples.feed_pairs(block, {n: partial(_see_pair, m) for n, m in moments.items() if m}, originals)
-            else:
-                plan.samples.feed(block, {n: partial(_see, m) for n, m in moments.items() if m})
+            watchers = {name: partial(_see, m, originals.get(name)) for name, m in moments.items() if m}
+            if watchers:
+                plan.samples.feed(block, watchers)
             for name in (name for stage in group for name in stage):
                 self._solve(name, inputs, moments)
-        plan.samples.advance_reference(block, originals)
 
     def _moments(self, stage: tuple[str, ...], inputs: BlockInputs) -> "list[_Moments]":
         """Returns empty moments for the Linears of a stage whose weights are to be solved, one for each input quantizer."""
@@ -141,14 +141,9 @@ class _Moments:
         return y
 
 
-def _see(moments: list[_Moments], x: torch.Tensor) -> None:
-    for m in moments:
-        m.hessian.update(m.rounded(x))
-
-
-def _see_pair(moments: list[_Moments], original: torch.Tensor, x: torch.Tensor) -> None:
+def _see(moments: list[_Moments], originals: torch.Tensor | None, x: torch.Tensor, tokens: slice) -> None:
     for m in moments:
         y = m.rounded(x)
         m.hessian.update(y)
-        if m.cross is not None:
-            m.cross.update(original, y)
+        if m.cross is not None and originals is not None:
+            m.cross.update(originals[tokens].to(y.device), y.reshape(-1, y.shape[-1]))

@@ -48,8 +48,10 @@ class BlockInputs:
         if plan.samples is None:
             raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
         if spec.range == "ema":
-            running = RunningRange()
-            plan.samples.feed(self._block, {name: running.update_all})
+            running, length = RunningRange(), plan.samples.flow.ids.shape[1]
+            plan.samples.feed(
+                self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))}
+            )
             return InputQuantizer(spec, running.range(), labels)
         rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
         plan.samples.feed(self._block, {name: rows.add})
@@ -64,8 +66,8 @@ class Rows:
         self._kept: list[torch.Tensor] = []
         self._next = 0
 
-    def add(self, x: torch.Tensor) -> None:
-        """Keeps some rows of `x` (..., channels)."""
+    def add(self, x: torch.Tensor, tokens: slice) -> None:
+        """Keeps some rows of `x` (..., channels); a watcher of `Samples`."""
         rows = x.reshape(-1, x.shape[-1])
         every = max(1, self._tokens * rows.shape[1] // self._values)
         self._kept.append(rows[self._next :: every].clone())
@@ -109,6 +111,7 @@ def quantize_linear(
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     replace_module(plan.network.model, name, quantized)
+    plan.quantized(name, module, quantized)
     return quantized
 
 

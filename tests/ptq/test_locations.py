@@ -120,6 +120,12 @@ def test_a_repository_with_safetensors_is_read_from_the_hub_at_its_revision(api)
         assert source.arguments["revision"] == "v2" and not source.arguments["local_files_only"]
 
 
+def test_pickled_weights_do_not_matter_where_none_are_wanted(api):
+    api.info = holds("config.json", "pytorch_model.bin")
+    assert source_of(CONFIG, weights=False).unreachable is None
+    assert "only pickled weights" in refusal(CONFIG)
+
+
 def test_pickled_weights_are_refused_with_the_branch_of_the_hubs_own_conversion(api):
     api.info = holds("config.json", "pytorch_model.bin", "tf_model.h5")
     asked = {}

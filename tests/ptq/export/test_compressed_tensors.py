@@ -1,5 +1,6 @@
 """compressed-tensors folders: transformers loads them and computes what the simulation computed."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,6 +123,9 @@ def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     folder = run(recipe)
     metrics = json.loads((folder / "metrics.json").read_text())
     exported = folder / "export" / "compressed-tensors"
+    again = dataclasses.replace(recipe, execution=dataclasses.replace(recipe.execution, weights="offloaded"))
+    weights = "export/compressed-tensors/model.safetensors"
+    assert (run(again) / weights).read_bytes() == (folder / weights).read_bytes()
     code = f"""
 import torch, transformers
 from ptq.config import TextConfig
@@ -199,6 +203,19 @@ def test_a_run_that_did_not_use_the_formats_rounding_is_told(tmp_path, llama_mod
     (tmp_path / "out" / "stale").write_text("")
     Exporter(Options()).write(source, tmp_path / "out")
     assert not (tmp_path / "out" / "stale").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+def test_an_interrupted_export_leaves_the_old_folder_whole(tmp_path, llama_model, quantized, monkeypatch):
+    source = quantized(llama_model(), SCHEMES["w8a8"])
+    Exporter(Options()).write(source, tmp_path / "out")
+    before = {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()}
+    monkeypatch.setattr(
+        "ptq.export.to_compressed_tensors._write_config", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt)
+    )
+    with pytest.raises(KeyboardInterrupt):
+        Exporter(Options()).write(source, tmp_path / "out")
+    assert {p.name: p.read_bytes() for p in (tmp_path / "out").iterdir()} == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
 

@@ -1,0 +1,288 @@
+"""GGUF for llama.cpp: LLaMA, Mistral, Qwen2 and Gemma3 (text) with Q8_0, Q4_0, Q4_1 and 16-bit weights, side by side.
+
+Expresses: weights int, symmetric up to 4 bits (Q4_0) or 8 (Q8_0), or with zero points up to 4 bits (Q4_1), in groups of
+32 or of whole multiples of it, per channel or per tensor (a block of 32 repeats the scale that it shares); inputs and
+attention unquantized, because the file does not say how a runtime rounds them. Embedding, head and Linears left alone
+are stored in 16 bits where that loses nothing, norms and biases in fp32.
+"""
+
+import pathlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+
+from ptq.config import Override, SchemeConfig
+from ptq.errors import UserError
+from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
+from ptq.export.gguf_blocks import BLOCK, blocks_of, type_of
+from ptq.export.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
+from ptq.export.llama_family import unpermuted
+from ptq.export.source import LinearTensors, Source
+from ptq.files import write_atomic
+from ptq.network import Network
+from quantize.spec import QuantSpec
+
+NEAREST = "weight {bits: 8 or 4, granularity: group, group_size: 32, symmetric: true} (symmetric: false with 4 bits) and input null"
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32, "F32": 0}
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """How llama.cpp computes one: its number in `gguf`, whether q and k rows are in the order of interleaved rotary pairs,
+    and what its norms add to their stored gain (Gemma's are stored with the 1 that transformers adds when it computes).
+    """
+
+    number: gguf.MODEL_ARCH
+    interleaved: bool = False
+    norm_offset: float = 0.0
+
+
+ARCHITECTURES = {
+    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
+    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2),
+    "gemma3_text": Architecture(gguf.MODEL_ARCH.GEMMA3, norm_offset=1.0),
+}
+GEMMA_PERIOD, GEMMA_LOCAL_BASE = 6, 1e4
+"""llama.cpp fixes Gemma3's pattern, every sixth layer full attention, and the rotary base of the others."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """`pre`: llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer."""
+
+    pre: str | None = None
+
+
+class Exporter:
+    """Writes ``model.gguf``."""
+
+    filename = "model.gguf"
+
+    def __init__(self, options: Options):
+        self.options = options
+
+    def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
+        """Returns `scheme` with scales, and least values, that are exact in fp16."""
+        overrides = tuple(
+            Override(o.modules, {t: _half(s) if t == "weight" else s for t, s in o.tensors.items()})
+            for o in scheme.overrides
+        )
+        return replace(scheme, weight=_half(scheme.weight), overrides=overrides)
+
+    def check(self, scheme: SchemeConfig, network: Network) -> None:
+        """Refuses other models than llama.cpp computes from this file, and weights that no block format holds."""
+        _check_model(network)
+        refuse_attention(scheme, "gguf")
+        for name, specs in specs_by_linear(scheme, network).items():
+            if specs.input is not None:
+                raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {NEAREST}")
+            if specs.weight is not None:
+                _check_weight(specs.weight, name, network.shapes[name][1])
+
+    def write(self, source: Source, path: pathlib.Path) -> Exported:
+        """Writes the file, a tensor in memory at a time."""
+        self.check(source.scheme, source.network)
+        config = source.network.model.config
+        architecture = ARCHITECTURES[config.model_type]
+        moved: list[float] = []
+
+        def fill(temporary: pathlib.Path) -> None:
+            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture.number])
+            rows = source.network.model.get_input_embeddings().num_embeddings
+            add_sizes(writer, config, type(source.network.model).__name__, rows)
+            if source.origin is not None:
+                copy_tokenizer(writer, source.origin)
+            else:
+                add_tokenizer(writer, source.tokenizer, rows, self.options.pre)
+            plan = list(_tensors(source, architecture, moved))
+            for tensor in plan:
+                writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.bytes, tensor.type)
+            quantized = Counter(t.type.name for t in plan if t.name.startswith("blk.") and len(t.shape) > 1)
+            writer.add_file_type(FILE_TYPES[quantized.most_common(1)[0][0]])
+            writer.write_header_to_file(temporary)
+            writer.write_kv_data_to_file()
+            writer.write_ti_data_to_file()
+            for tensor in plan:
+                writer.write_tensor_data(tensor.read())
+            writer.close()
+
+        write_atomic(path, fill)
+        notes = []
+        if max(moved, default=0.0) > 0:
+            notes.append(
+                f"scales were rounded to fp16: weights moved by at most {max(moved):.3g}; "
+                "a run with export=gguf computes with such scales"
+            )
+        return Exported(path, path.stat().st_size, tuple(notes))
+
+
+def _half(spec: QuantSpec | None) -> QuantSpec | None:
+    if spec is None or (not spec.symmetric and spec.bits > 6):
+        return spec
+    return replace(spec, scales="float16" if spec.symmetric else "float16_min")
+
+
+def _check_weight(spec: QuantSpec, name: str, columns: int) -> None:
+    bits = tuple(range(2, 9)) if spec.symmetric else (2, 3, 4)
+    granularity = ("tensor", "channel", "group")
+    require(spec, "scheme.weight", name, "gguf", NEAREST, format=("int",), bits=bits, granularity=granularity)
+    if columns % BLOCK:
+        raise UserError(
+            f"scheme.weight: {name} has rows of {columns} values, and gguf's blocks hold {BLOCK}: exclude it (scheme.exclude)"
+        )
+    if spec.group_size is not None and spec.group_size % BLOCK:
+        raise UserError(
+            f"scheme.weight.group_size: {spec.group_size} of {name} is no multiple of gguf's {BLOCK}: use {NEAREST}"
+        )
+
+
+def _check_model(network: Network) -> None:
+    config = network.model.config
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"export: gguf is written for {', '.join(ARCHITECTURES)}, and the model's model_type is {config.model_type!r}: "
+            "use another format"
+        )
+    names = _names(network)
+    unknown = next((n for n, _ in network.model.named_parameters() if names(n) is None), None)
+    if unknown is not None:
+        raise UserError(f"export: llama.cpp's {config.model_type} has no tensor for {unknown}: use another format")
+    rope = config.rope_parameters or {}
+    expected: list[tuple[str, Any, Any]] = []
+    for part in (rope.get("full_attention", rope), rope.get("sliding_attention", {})):
+        expected.append(("rope_parameters.rope_type", part.get("rope_type", "default"), "default"))
+    act = getattr(config, "hidden_act", None) or getattr(config, "hidden_activation", None)
+    layers = getattr(config, "layer_types", None) or ()
+    if config.model_type == "gemma3_text":
+        pattern = ["full_attention" if (i + 1) % GEMMA_PERIOD == 0 else "sliding_attention" for i in range(len(layers))]
+        local = rope.get("sliding_attention", {}).get("rope_theta")
+        expected += [
+            ("hidden_activation", act, "gelu_pytorch_tanh"), ("layer_types", list(layers), pattern),
+            ("rope_parameters.sliding_attention.rope_theta", float(local), GEMMA_LOCAL_BASE),
+            ("query_pre_attn_scalar", config.query_pre_attn_scalar, config.head_dim),
+            ("final_logit_softcapping", config.final_logit_softcapping, None),
+            ("attn_logit_softcapping", config.attn_logit_softcapping, None),
+        ]  # fmt: skip
+    else:
+        window = getattr(config, "sliding_window", None)
+        sliding = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
+        expected += [("hidden_act", act, "silu"), ("sliding_window", window if sliding else None, None)]
+    for field, value, wanted in expected:
+        if value != wanted:
+            raise UserError(
+                f"export: gguf has no place for {field} {value!r}: llama.cpp computes this architecture with {wanted!r}: "
+                "use another format"
+            )
+
+
+def _names(network: Network) -> Callable[[str], str | None]:
+    """Returns the function from transformers' name of a parameter to GGUF's, None where there is none."""
+    architecture = ARCHITECTURES[network.model.config.model_type]
+    table = gguf.get_tensor_name_map(architecture.number, len(network.blocks))
+
+    def name_of(name: str) -> str | None:
+        return table.get_name(name, try_suffixes=(".weight", ".bias"))
+
+    return name_of
+
+
+@dataclass(frozen=True)
+class _Tensor:
+    """One tensor to come: what the header says of it, and how it is read when its turn is there."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: Any
+    bytes: int
+    type: gguf.GGMLQuantizationType
+    read: Callable[[], np.ndarray]
+
+
+def _tensors(source: Source, architecture: Architecture, moved: list[float]) -> Iterator[_Tensor]:
+    """Yields every tensor in the order of the model; `moved` gathers what rounding scales to fp16 did."""
+    model, names = source.network.model, _names(source.network)
+    config = model.config
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    specs = {name: s.weight for name, s in specs_by_linear(source.scheme, source.network).items()}
+    for name in _parameters(source):
+        owner, _, last = name.rpartition(".")
+        turned = heads.get(owner.rpartition(".")[2]) if architecture.interleaved and owner in specs else None
+        stored = names(name)
+        if name in tied or stored is None:
+            continue
+        spec = specs.get(owner) if last == "weight" else None
+        if spec is not None:
+            rows, columns = source.network.shapes[owner]
+            kind = gguf.GGMLQuantizationType[type_of(spec)]
+            size = gguf.GGML_QUANT_SIZES[kind][1] * columns // BLOCK
+
+            def read(owner: str = owner, turned: int | None = turned) -> np.ndarray:
+                blocks, change = blocks_of(source.linear(owner))
+                moved.append(change)
+                return blocks if turned is None else unpermuted(torch.from_numpy(blocks), turned).numpy()
+
+            yield _Tensor(stored, (rows, size), np.dtype(np.uint8), rows * size, kind, read)
+        else:
+            norm = 0.0 if owner in specs or last != "weight" else architecture.norm_offset
+            yield _plain(stored, _reader(source, owner, last, owner in specs, norm, turned))
+
+
+def _parameters(source: Source) -> Iterator[str]:
+    """Yields the names of the model's parameters as they were before Linears were replaced."""
+    linears = source.network.linears
+    for owner, module in source.network.model.named_modules():
+        if owner in linears:
+            yield f"{owner}.weight"
+            if getattr(linears[owner], "bias", None) is not None:
+                yield f"{owner}.bias"
+        elif not any(owner.startswith(f"{name}.") for name in linears):
+            yield from (f"{owner}.{n}" if owner else n for n, _ in module.named_parameters(recurse=False))
+
+
+def _reader(
+    source: Source, owner: str, last: str, linear: bool, norm: float, turned: int | None
+) -> Callable[[], torch.Tensor]:
+    def read() -> torch.Tensor:
+        if linear:
+            tensors: LinearTensors = source.linear(owner)
+            value = torch.as_tensor(tensors.weight if last == "weight" else tensors.bias)
+        else:
+            value = source.tensor(f"{owner}.{last}" if owner else last)
+        if value.dim() == 1:
+            value = value.float() + norm
+        if turned is not None:
+            value = unpermuted(value.reshape(len(value), -1), turned).reshape(value.shape)
+        return value.detach().cpu()
+
+    return read
+
+
+def _plain(name: str, read: Callable[[], torch.Tensor]) -> _Tensor:
+    """Returns an unquantized tensor: fp32 with one dimension, else 16 bits where that loses nothing."""
+    value = read()
+    kinds = gguf.GGMLQuantizationType
+    kind = kinds.F32
+    if value.dim() > 1:
+        exact = (
+            k
+            for k, t in ((kinds.F16, torch.float16), (kinds.BF16, torch.bfloat16))
+            if torch.equal(value.to(t).to(value.dtype), value)
+        )
+        kind = next(exact, kinds.F32)
+
+    def array() -> np.ndarray:
+        tensor = read()
+        if kind == kinds.BF16:
+            return tensor.bfloat16().contiguous().view(torch.uint16).numpy()
+        return (tensor.half() if kind == kinds.F16 else tensor.float()).contiguous().numpy()
+
+    # Of a raw type the writer takes the shape as it is, unless it is given bytes.
+    size = value.numel() * (4 if kind == kinds.F32 else 2)
+    return _Tensor(name, tuple(value.shape), np.dtype(np.float32), size, kind, array)
