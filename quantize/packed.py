@@ -102,16 +102,24 @@ class PackedLinear(nn.Linear):
             module.bias = _frozen(linear.bias.detach().clone())
         return module
 
-    @torch.no_grad()
     def store(self, weight: torch.Tensor) -> None:
         """Encodes a floating-point weight (out, in) and holds the result; `weight` itself is not kept.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self._set(self.encode(weight))
+
+    @torch.no_grad()
+    def encode(self, weight: torch.Tensor) -> Stored:
+        """Returns what `store` would hold of a floating-point weight (out, in).
 
         Raises:
             ValueError: for another shape, or a weight that `quantize.codec.checked` refuses.
         """
         if weight.shape != (self.out_features, self.in_features):
             raise ValueError(f"shape {tuple(weight.shape)} is not {(self.out_features, self.in_features)}")
-        self._set(codec_of(self.weight_spec).encode(weight, self.weight_spec))
+        return codec_of(self.weight_spec).encode(weight.contiguous(), self.weight_spec)
 
     def _set(self, stored: Stored) -> None:
         for name in self.stored_names:
