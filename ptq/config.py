@@ -222,9 +222,14 @@ def check(recipe: Recipe) -> None:
         raise UserError(f"evaluation.confidence: {recipe.evaluation.confidence} is not between 0 and 1: use 0.95")
     _check_text("data.calibration", recipe.data.calibration)
     _check_text("data.evaluation", recipe.data.evaluation)
+    check_specs(recipe.scheme)
+
+
+def check_specs(scheme: SchemeConfig) -> None:
+    """Raises `UserError` for a spec that its tensor cannot have; needs no model."""
     for tensor in TENSORS:
-        _check_tensor(f"scheme.{tensor}", tensor, getattr(recipe.scheme, tensor))
-    for i, override in enumerate(recipe.scheme.overrides):
+        _check_tensor(f"scheme.{tensor}", tensor, getattr(scheme, tensor))
+    for i, override in enumerate(scheme.overrides):
         for tensor, spec in override.tensors.items():
             _choice(f"scheme.overrides[{i}].tensors", tensor, TENSORS)
             _check_tensor(f"scheme.overrides[{i}].tensors.{tensor}", tensor, spec)

@@ -10,11 +10,15 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
+from quantize.packed import PackedLinear
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Returns whether `module` multiplies its input's last dimension by a weight matrix: Linear or GPT-2's Conv1D."""
-    return isinstance(module, nn.Linear | Conv1D)
+    """Returns whether `module` multiplies its input's last dimension by a weight matrix: Linear or GPT-2's Conv1D.
+
+    A `PackedLinear` holds no such matrix.
+    """
+    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, PackedLinear)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:

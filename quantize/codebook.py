@@ -4,12 +4,13 @@ NF4's levels are quantiles of N(0, 1), more of them above 0 than below so that 0
 E2M1's, ±{0, .5, 1, 1.5, 2, 3, 4, 6}; the table that bitsandbytes calls FP4 is another one.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from quantize.affine import grouped
-from quantize.codec import Codec, Stored, absmax, divided, flat_blocks
+from quantize.codec import Codec, Layout, Stored, absmax, divided, flat_blocks, packed_codes, scale_shape
 from quantize.e2m1 import E2M1_MAX, e2m1_codes, e2m1_values
 from quantize.spec import QuantSpec
 
@@ -37,6 +38,16 @@ class Codebook(Codec):
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the float32 levels of `codes`."""
         return torch.tensor(NF4_LEVELS, device=codes.device)[codes.int()]
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, bytes) and scales (out, groups); with `double_quant` int8 scales, their steps and their mean."""
+        scales = scale_shape(shape, spec)
+        layout: Layout = {"codes": packed_codes(shape, self.width), "scale": (scales, torch.float32)}
+        if spec.double_quant:
+            steps = -(-math.prod(scales) // SCALES_PER_BLOCK)
+            layout["scale"] = (scales, torch.int8)
+            layout.update(scale_step=((steps,), torch.float32), scale_mean=((1,), torch.float32))
+        return layout
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes (..., n), and the scales (..., groups): themselves, or quantized in turn with `double_quant`."""

@@ -6,11 +6,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from quantize.packing import pack, unpack
+from quantize.affine import grouped
+from quantize.packing import pack, packed_length, unpack
 from quantize.spec import QuantSpec
 
 Stored = dict[str, torch.Tensor]
 """The tensors of one encoded tensor, by name; ``codes`` is packed at the format's bits."""
+Layout = dict[str, tuple[tuple[int, ...], torch.dtype]]
+"""Shape and dtype of each tensor of `Stored`."""
 
 
 class Codec:
@@ -55,6 +58,14 @@ class Codec:
             stored = {**stored, "codes": unpack(stored["codes"], self.width, shape[-1], self.signed)}
         return finite(self.dequantize(stored, spec, shape), dtype)
 
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Returns the shapes and dtypes that `encode` gives for a weight of `shape` (out, in), which needs no values.
+
+        Raises:
+            ValueError: for a group size that does not divide.
+        """
+        raise TypeError(f"{type(self).__name__} does not say what it stores")
+
     def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns ``decode(encode(x))`` in the type of `x`, without packing; NaN and inf spread instead of being refused."""
         return finite(self.dequantize(self.quantize(x, spec), spec, x.shape), x.dtype)
@@ -67,6 +78,27 @@ class Codec:
 def stored_bytes(stored: Stored) -> int:
     """Returns the bytes of all tensors of an encoded tensor."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+
+def packed_codes(shape: Sequence[int], width: int) -> tuple[tuple[int, ...], torch.dtype]:
+    """Returns shape and dtype of codes of `shape` packed along the last dimension at `width` bits."""
+    return (*shape[:-1], packed_length(shape[-1], width)), torch.uint8
+
+
+def scale_shape(shape: Sequence[int], spec: QuantSpec) -> tuple[int, ...]:
+    """Returns the shape of a weight's scales: (1,) for the tensor, (out, 1) a channel, (out, groups) a group.
+
+    Raises:
+        ValueError: for a group size that does not divide the columns, or a granularity whose scales do not follow from
+            a shape (cluster) or that a weight does not have (token).
+    """
+    if spec.granularity == "tensor":
+        return (1,)
+    if spec.granularity == "channel":
+        return (shape[0], 1)
+    if spec.granularity == "group":
+        return tuple(grouped(torch.empty(shape, device="meta"), spec).shape[:-1])
+    raise ValueError(f"granularity: {spec.granularity!r}: a weight's scales do not follow from its shape: use channel")
 
 
 def checked(x: torch.Tensor) -> torch.Tensor:

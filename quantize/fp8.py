@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from quantize.affine import grouped
-from quantize.codec import Codec, Stored, absmax, divided
+from quantize.codec import Codec, Layout, Stored, absmax, divided, scale_shape
 from quantize.spec import QuantSpec
 
 
@@ -15,6 +15,10 @@ class Float8(Codec):
     def __init__(self, dtype: torch.dtype):
         self.dtype = dtype
         self.greatest = torch.finfo(dtype).max
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, in) in the type; scales (1,), (out, 1) or (out, groups)."""
+        return {"codes": (tuple(shape), self.dtype), "scale": (scale_shape(shape, spec), torch.float32)}
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes (..., n) in the type; scales (1,) for a tensor, (..., 1) a row or (..., groups), float32."""

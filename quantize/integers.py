@@ -1,5 +1,6 @@
 """The integer format as a codec: the grid and codes of `quantize.affine`, codes packed at their bits."""
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -13,7 +14,7 @@ from quantize.affine import (
     integer_range,
     quantize,
 )
-from quantize.codec import Codec, Stored, checked
+from quantize.codec import Codec, Layout, Stored, checked, packed_codes, scale_shape
 from quantize.packing import pack, unpack
 from quantize.ranges import dynamic_grid, weight_grid
 from quantize.spec import QuantSpec
@@ -52,6 +53,15 @@ class Integer(Codec):
         grid = Grid(scale, zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
         codes = unpack(stored["codes"], spec.bits, shape[-1], spec.symmetric)
         return dequantize(grouped(codes, spec), grid, dtype).reshape(*shape)
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, bytes), scales (1,), (out, 1) or (out, groups, 1), zero points packed flat."""
+        scales = scale_shape(shape, spec)
+        scales = (*scales, 1) if spec.granularity == "group" else scales
+        layout: Layout = {"codes": packed_codes(shape, spec.bits), "scale": (scales, SCALE_TYPES[spec.scales])}
+        if not spec.symmetric:
+            layout["zero_point"] = packed_codes((math.prod(scales),), spec.bits)
+        return layout
 
     def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns an activation rounded to a grid fitted to its own values."""

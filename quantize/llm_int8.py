@@ -1,15 +1,11 @@
 """LLM.int8(): int8 products with the outlier columns of the input kept in floating point (Dettmers et al. 2022, section 3)."""
 
-from collections.abc import Callable, Sequence
-from typing import Self
+from collections.abc import Sequence
 
 import torch
-from torch import nn
 from torch.nn import functional
 
-from quantize.affine import Grid, dequantize, integer_range, quantize
-from quantize.codec import Codec, Stored, absmax, checked, divided, finite, keep_dtypes
-from quantize.ranges import weight_grid
+from quantize.codec import Codec, Stored, absmax, divided, finite
 from quantize.spec import QuantSpec, spec_of
 
 GREATEST = 127
@@ -95,53 +91,6 @@ def int8_product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     a = functional.pad(a, (0, -n % 8, 0, max(INT_MM_ROWS - rows, -rows % 8)))
     b = functional.pad(b, (0, -n % 8, 0, -out % 8))
     return torch._int_mm(a, b.t())[:rows, :out]
-
-
-class LlmInt8Linear(nn.Module):
-    """A Linear in int8 with outlier columns in floating point; the weight is held as int8 only.
-
-    `outlier_share` is the share of outlier columns of the last call, None before the first.
-
-    Args:
-        weight: (out, in), floating point.
-        bias: (out,) or None.
-        threshold: magnitude from which an input column is an outlier.
-
-    Raises:
-        ValueError: for a weight that `quantize.codec.checked` refuses.
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-
-    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None = None, threshold: float = 6.0):
-        super().__init__()
-        weight = checked(weight)
-        self.out_features, self.in_features = weight.shape
-        grid = weight_grid(weight, WEIGHT)
-        self.threshold = threshold
-        self.outlier_share: float | None = None
-        self.register_buffer("codes", quantize(weight, grid))
-        self.register_buffer("scale", grid.scale)
-        self.register_buffer("bias", None if bias is None else bias.detach().clone())
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
-        y, self.outlier_share = llm_int8_linear(x, self.codes, self.scale, self.bias, self.threshold)
-        return y
-
-    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
-        """Returns the weight (out, in) that the codes stand for."""
-        return dequantize(self.codes, Grid(self.scale, None, *integer_range(WEIGHT.bits, WEIGHT.symmetric)), dtype)
-
-    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        moved: Self = keep_dtypes(self, ("scale",), lambda: super(LlmInt8Linear, self)._apply(fn, recurse))
-        return moved
-
-    def extra_repr(self) -> str:
-        """Names the shape and the threshold."""
-        return f"in_features={self.in_features}, out_features={self.out_features}, threshold={self.threshold}"
 
 
 MIXED_INT8 = MixedInt8()

@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from quantize.affine import grouped
-from quantize.codec import Codec, Stored, absmax
+from quantize.codec import Codec, Layout, Stored, absmax, packed_codes, scale_shape
 from quantize.e2m1 import e2m1_codes, e2m1_values
 from quantize.fp8 import to_float8
 from quantize.spec import QuantSpec
@@ -29,6 +29,14 @@ class Microscaling(Codec):
     def to_values(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the float32 values of `codes`."""
         raise TypeError(f"{type(self).__name__} does not say what its elements are")
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, bytes) or elements (out, in), and scales (out, blocks)."""
+        return {"codes": self.codes_layout(shape), "scale": (scale_shape(shape, spec), torch.uint8)}
+
+    def codes_layout(self, shape: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Shape and dtype of the stored elements."""
+        return packed_codes(shape, self.width)
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes (..., n) and scales (..., blocks)."""
@@ -62,6 +70,10 @@ class MicroscalingFloat8(Microscaling):
 
     def __init__(self, dtype: torch.dtype, emax: int):
         self.dtype, self.emax = dtype, emax
+
+    def codes_layout(self, shape: Sequence[int]) -> tuple[tuple[int, ...], torch.dtype]:
+        """Elements in their type."""
+        return tuple(shape), self.dtype
 
     def to_codes(self, x: torch.Tensor) -> torch.Tensor:
         """Elements in their type."""

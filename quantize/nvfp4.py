@@ -5,7 +5,7 @@ from collections.abc import Sequence
 import torch
 
 from quantize.affine import grouped
-from quantize.codec import Codec, Stored, absmax, divided
+from quantize.codec import Codec, Layout, Stored, absmax, divided, packed_codes, scale_shape
 from quantize.e2m1 import E2M1_MAX, e2m1_codes, e2m1_values
 from quantize.fp8 import to_float8
 from quantize.spec import QuantSpec
@@ -21,6 +21,12 @@ class Nvfp4(Codec):
     """
 
     width = 4
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, bytes), scales (out, blocks), one scale of the tensor."""
+        scales = scale_shape(shape, spec)
+        codes = packed_codes(shape, self.width)
+        return {"codes": codes, "scale": (scales, SCALE_TYPE), "tensor_scale": ((1,), torch.float32)}
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes (..., n), scales E4M3 (..., blocks), tensor_scale float32 (1,)."""

@@ -2,12 +2,13 @@
 which KuiperLLama stores too, and GGUF's blocks of 32 with fp16 scales.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from quantize.affine import grouped
-from quantize.codec import Codec, Stored, absmax, checked, divided, finite, flat_blocks
+from quantize.codec import Codec, Layout, Stored, absmax, checked, divided, finite, flat_blocks, scale_shape
 from quantize.spec import QuantSpec
 
 GREATEST = 127
@@ -53,6 +54,13 @@ def _codes_and_scales(weight: torch.Tensor, group_size: int) -> tuple[torch.Tens
 class FlatQ8(Codec):
     """llama2.c's form: the groups run through the rows, so the group size divides all values, not each row."""
 
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, in) and scales (groups,)."""
+        size = spec.group_size or 1
+        if math.prod(shape) % size:
+            raise ValueError(f"group_size: {size} does not divide the {math.prod(shape)} values of the tensor")
+        return {"codes": (tuple(shape), torch.int8), "scale": ((math.prod(shape) // size,), torch.float32)}
+
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes int8 in the shape of `x`; scales float32 (groups,)."""
         codes, scale = _codes_and_scales(x, spec.group_size or 1)
@@ -65,6 +73,10 @@ class FlatQ8(Codec):
 
 class GgufQ8(Codec):
     """GGUF's form: blocks of 32 of a row, fp16 scales; 34 bytes a block."""
+
+    def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
+        """Codes (out, in) and scales (out, blocks)."""
+        return {"codes": (tuple(shape), torch.int8), "scale": (scale_shape(shape, spec), torch.float16)}
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes int8 (..., n), rounded half away from zero on the scale before its own rounding; scales fp16 (..., blocks)."""

@@ -2,19 +2,10 @@
 
 import pathlib
 
-import ptq
 from ptq.errors import UserError, nearest
+from ptq.shipped import DEMO, config_folder
 
-DEMO = "demo"
-
-
-def config_folder() -> pathlib.Path:
-    """Returns the folder of the shipped configs: inside the package when installed from a wheel, else the checkout's."""
-    package = pathlib.Path(ptq.__file__).resolve().parent
-    for folder in (package / "_configs", package.parent / "configs"):
-        if (folder / f"{DEMO}.yaml").is_file():
-            return folder
-    raise UserError(f"configs: none found beside {package}: install the package again")
+__all__ = ["DEMO", "config_folder", "describe", "groups", "locate", "recipes"]
 
 
 def recipes() -> dict[str, str]:
