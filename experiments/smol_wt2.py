@@ -18,6 +18,8 @@ SEARCHED = ["method=smooth", "steps.smooth.search=true"]
 """Every kind of link smoothed, alpha chosen for each by output error; then rounding to nearest."""
 ORIGINAL = ["steps.gptq.target=original"]
 """GPTQ against the original outputs."""
+EVEN = ["method=smooth_gptq", "steps.smooth.alpha=0", "steps.smooth.beta=0.5", *ORIGINAL]
+"""Columns of the weights evened out, then GPTQ."""
 BOTH = ["method=smooth_gptq", "steps.smooth.search=true", *ORIGINAL]
 ROWS = {
     "RTN": {
@@ -31,7 +33,6 @@ ROWS = {
     "methods": {
         "W8A8, input dynamic per token, smooth": ["scheme=w8a8", *SEARCHED],
         "W8A8, input static per tensor, smooth": ["scheme=w8a8_static", *SEARCHED],
-        "W8A8, input static per tensor by mse, smooth": ["scheme=w8a8_static", "scheme.input.range=mse", *SEARCHED],
         "W4A16 per channel symmetric, gptq": ["scheme=w4a16", "scheme.weight.range=mse", "method=gptq", *ORIGINAL],
         "W4A16 groups of 64 asymmetric, gptq": [
             "scheme=w4a16_g64",
@@ -40,8 +41,9 @@ ROWS = {
             *ORIGINAL,
         ],
         "W3A16 groups of 64 asymmetric, gptq": ["scheme=w3a16_g64", "method=gptq", *ORIGINAL],
-        "W4A8 per channel symmetric, smooth, gptq": ["scheme=w4a8", *BOTH],
-        "W4A8 groups of 64 asymmetric, smooth, gptq": ["scheme=w4a8_g64", *BOTH],
+        "W4A16 per channel symmetric, even columns, gptq": ["scheme=w4a16", "scheme.weight.range=mse", *EVEN],
+        "W4A8 per channel symmetric, even columns, gptq": ["scheme=w4a8", *EVEN],
+        "W4A8 groups of 64 asymmetric, even columns, gptq": ["scheme=w4a8_g64", *EVEN],
         "W4A4 static, smooth, gptq, no clusters": ["scheme=w4a4_cluster", "scheme.input.granularity=tensor", *BOTH],
         "W4A4 static, smooth, 32 clusters, gptq": ["scheme=w4a4_cluster", "method=smooth_cluster_gptq"],
     },
