@@ -100,15 +100,14 @@ class _Encode(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        source_patterns: list[str] | None = None,
-        target_patterns: list[str] | None = None,
-        *,
+        source_patterns: list[str],
+        target_patterns: list[str],
         model: Any = None,
         missing_keys: set[str] | None = None,
         **kwargs: Any,
-    ) -> dict[str, torch.Tensor]:
+    ) -> dict[str, list[torch.Tensor]]:
         """Returns codes and scales by their full names."""
-        found: dict[str, torch.Tensor] = {}
+        found: dict[str, list[torch.Tensor]] = {}
         for name, value in input_dict.items():
             weight = value[0] if isinstance(value, list) else value
             module, _ = get_module_from_name(model, name)
@@ -119,7 +118,7 @@ class _Encode(ConversionOps):
                 # Raised here it would drown in a report: it is kept until loading ends.
                 self.quantizer.refused.append(f"{name}: {error}".replace("the weight ", ""))
                 continue
-            found.update({f"{prefix}.{key}": tensor for key, tensor in stored.items()})
+            found.update({f"{prefix}.{key}": [tensor] for key, tensor in stored.items()})
             _stand_in(module)
             if missing_keys is not None:
                 missing_keys.discard(name)
@@ -151,8 +150,9 @@ class PtqQuantizer(HfQuantizer):
             if self.pre_quantized:
                 _stand_in(new)
             else:
-                # transformers hands out a weight by its name in the module's state.
-                new.register_parameter("weight", nn.Parameter(old.weight.detach(), requires_grad=False))
+                # transformers hands out a weight by its name in the module's state. Not registered as usual: that refuses a
+                # name which the module answers to already.
+                new._parameters["weight"] = nn.Parameter(old.weight.detach(), requires_grad=False)
                 if isinstance(old, Conv1D):
                     self.transposed.add(name)
             replace_everywhere(model, old, new)
@@ -165,7 +165,7 @@ class PtqQuantizer(HfQuantizer):
         if missing:
             raise UserError(f"{missing[0]}.weight: is not in the checkpoint: there is nothing to quantize")
         for _, module in _packed(model):
-            del module.weight
+            del module.__dict__["weight"]
             module.requires_grad_(False)
         return model
 
@@ -200,12 +200,11 @@ class PtqQuantizer(HfQuantizer):
 
 
 def _stand_in(module: nn.Module) -> None:
-    """Gives a packed Linear an empty `weight` for the time of loading: some models' own initialization, which runs over
-    what is missing from a checkpoint, asks for their children's weights.
+    """Gives a packed Linear an empty `weight` for the time of loading: transformers initializes what is missing from a
+    checkpoint, and would have every weight decoded only to overwrite it.
     """
-    if "weight" in module._parameters:
-        del module.weight
-    module.weight = torch.empty(0, device="cpu")
+    module._parameters.pop("weight", None)
+    module.__dict__["weight"] = torch.empty(0, device="cpu")
 
 
 def _packed(model: nn.Module) -> list[tuple[str, PackedLinear]]:

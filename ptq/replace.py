@@ -236,9 +236,10 @@ def _check_fresh(model: nn.Module) -> None:
     for name, module in model.named_modules():
         if isinstance(module, PackedLinear | QuantLinear):
             raise UserError(f"model: already quantized ({name} is a {type(module).__name__}): use dequantize_ first")
-    # While transformers loads a model its config says already what the model is about to become.
-    found = None if getattr(model, "is_quantized", False) else _config_entry(model)
-    if found is not None:
+    # Our own entry says what a model without weights is about to become, or comes from a model that shares the config.
+    found: Any = _config_entry(model)
+    method = found.get("quant_method") if isinstance(found, dict) else getattr(found, "quant_method", METHOD)
+    if method != METHOD:
         raise UserError("model: already quantized, says its config: load the original weights")
 
 

@@ -16,14 +16,36 @@ from quantize.llm_int8 import WEIGHT, llm_int8_linear
 from quantize.spec import QuantSpec
 
 
+class DecodedWeight(torch.Tensor):
+    """A weight decoded for someone who reads it: its ``data`` cannot be had, because what is written into it, such as an
+    adapter that is merged, would be lost without a word.
+    """
+
+    # What is computed from it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError("the weight is quantized and cannot be written: use ptq.replace.dequantize_ before merging")
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise ValueError("the weight is quantized and cannot be written: use ptq.replace.dequantize_ before merging")
+
+
 class PackedLinear(nn.Linear):
     """A Linear whose weight is held as packed codes and scales, with no dequantized copy beside them.
 
     It computes the function of `quantize.linear.QuantLinear` with the same specs. What it stores are parameters that need no
     gradient, named as `Codec.encode` names them (``codes``, ``scale``, ...), so that whatever moves, saves or offloads
-    parameters does so with them; ``.to(dtype)`` leaves their types alone. There is no ``weight``: what would write into one,
-    such as merging an adapter, has to be told and not ignored. Gradients reach the input and the bias; the weight is frozen,
-    and rounding of the input lets gradients through unchanged (straight-through).
+    parameters does so with them; ``.to(dtype)`` leaves their types alone. ``weight`` is decoded each time that it is read
+    (a `DecodedWeight`). Gradients reach the input and the bias; the weight is frozen, and rounding of the input lets
+    gradients through unchanged (straight-through).
 
     Built empty; filled by `store`, `from_weight` or ``load_state_dict``.
 
@@ -137,6 +159,11 @@ class PackedLinear(nn.Linear):
     def _decoded(self, stored: Stored, dtype: torch.dtype) -> torch.Tensor:
         shape = (self.out_features, self.in_features)
         return codec_of(self.weight_spec).decode(stored, self.weight_spec, shape, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and name not in self._parameters:
+            return self.dequantized().as_subclass(DecodedWeight)
+        return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the output (..., out) for `x` (..., in), in the type of `x`."""

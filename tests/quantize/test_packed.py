@@ -135,10 +135,17 @@ def test_zero_rows_and_zero_inputs_stay_zero():
         assert not module(torch.zeros(2, 128)).any()
 
 
-def test_it_is_a_linear_to_others_and_has_no_weight_to_write_into():
+def test_it_is_a_linear_to_others_whose_weight_can_be_read_but_not_written():
     module = packed(normal(24, 128), None, WEIGHT, spec_of("llm_int8", activation=True))
     assert isinstance(module, nn.Linear) and isinstance(module, LlmInt8Linear)
-    assert not hasattr(module, "weight")
+    assert torch.equal(module.weight, module.dequantized())
+    assert type(module.weight + 1) is torch.Tensor
+    with pytest.raises(ValueError, match="dequantize_"):
+        module.weight.data += 1
+    with pytest.raises(ValueError, match="dequantize_"):
+        module.weight.data = normal(24, 128)
+    with pytest.raises(AttributeError, match="wieght"):
+        _ = module.wieght
 
 
 @pytest.mark.parametrize(
