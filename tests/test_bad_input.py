@@ -183,14 +183,52 @@ def test_a_disk_that_fills_up_gets_one_line_and_the_old_file_stays_whole(desk):
         assert output.read_bytes() == old and desk.files() == before
 
 
+WAITING = '''
+"""A step that waits, so that a run can be interrupted while it is at work."""
+
+import pathlib
+import time
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Options:
+    go: str
+
+
+class Step:
+    kind = "transform"
+
+    def __init__(self, options):
+        self.go = pathlib.Path(options.go)
+
+    def captures(self, scheme):
+        return frozenset()
+
+    def plan(self, plan):
+        self.go.with_name("waiting").touch()
+        while not self.go.exists():
+            time.sleep(0.01)
+
+    def apply(self, block):
+        pass
+'''
+
+
 def test_a_run_that_is_interrupted_says_so_and_is_taken_up_where_it_stopped(desk):
-    arguments = desk.command("evaluation.windows=200", "evaluation.length=128")
-    process = subprocess.Popen(
-        arguments, env=desk.environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
+    go = desk.folder.parent / f"{desk.folder.name}-go" / "go"
+    go.parent.mkdir()
+    (go.parent / "waiting_step.py").write_text(WAITING)
+    environment = {
+        **desk.environment,
+        "PYTHONPATH": os.pathsep.join([str(go.parent), desk.environment.get("PYTHONPATH", "")]),
+    }
+    steps = ["~steps.rtn", "+steps.wait._target_=waiting_step.Step", f"+steps.wait.go={go}", "+steps.rtn={}"]
+    arguments = desk.command("evaluation.windows=8", "evaluation.length=128", *steps)
+    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
     try:
         deadline = time.monotonic() + 120
-        while not list(desk.folder.glob("store/baseline/*.safetensors")):
+        while not go.with_name("waiting").exists():
             assert time.monotonic() < deadline and process.poll() is None
             time.sleep(0.005)
         process.send_signal(signal.SIGINT)
@@ -200,7 +238,8 @@ def test_a_run_that_is_interrupted_says_so_and_is_taken_up_where_it_stopped(desk
     assert process.returncode == 130
     assert error == "stopped: interrupted; what was finished is kept, and the same command takes it up\n"
     assert not list(desk.folder.rglob("metrics.json")) and not list((desk.folder / "store").rglob(".*"))
-    done = subprocess.run(arguments, env=desk.environment, capture_output=True, text=True, timeout=120)
+    go.touch()
+    done = subprocess.run(arguments, env=environment, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0 and "read from the store" in done.stdout
     [result] = desk.folder.rglob("metrics.json")
     seconds = json.loads(result.read_text())["seconds"]

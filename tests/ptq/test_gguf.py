@@ -7,7 +7,6 @@ import gguf
 import numpy as np
 import pytest
 import torch
-import transformers
 
 from ptq.config import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
@@ -125,13 +124,14 @@ def test_another_file_under_the_same_name_is_another_entry(tmp_path):
     assert check(write_gguf(path, vocabulary=300), store).vocab_size == 300
 
 
-def test_another_release_of_transformers_reads_the_file_itself(config, tmp_path, parsed, monkeypatch):
+def test_another_release_of_transformers_does_not_share_what_was_read(config, tmp_path, monkeypatch):
     store = Store(tmp_path)
     check(config, store)
-    parsed.clear()
-    monkeypatch.setattr(transformers, "__version__", "999.0")
     check(config, store)
-    assert parsed
+    assert len(list((tmp_path / "gguf-config").iterdir())) == 1
+    monkeypatch.setattr("ptq.models.transformers.__version__", "999.0")
+    check(config, store)
+    assert len(list((tmp_path / "gguf-config").iterdir())) == 2
 
 
 def test_the_dtype_that_was_asked_for_is_kept_apart(config, tmp_path):
