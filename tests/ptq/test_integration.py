@@ -128,7 +128,9 @@ def places(model):
     }
 
 
-@pytest.mark.parametrize("options", [NF4, {"scheme": "llm.int8"}, {"scheme": "fp8"}], ids=lambda options: options["scheme"])
+@pytest.mark.parametrize(
+    "options", [NF4, {"scheme": "llm.int8"}, {"scheme": "fp8"}], ids=lambda options: options["scheme"]
+)
 def test_a_map_may_place_blocks_on_the_disk_and_auto_places_them_itself(folder, tmp_path, options):
     expected = loaded(folder, PtqConfig(**options))
     expected.save_pretrained(tmp_path / "saved")
@@ -160,7 +162,9 @@ def test_it_generates_greedily_and_by_sampling_from_logits_in_fp32(folder, tmp_p
     assert torch.equal(again.sequences, greedy.sequences)
 
 
-@pytest.mark.parametrize("options", [NF4, {"scheme": "llm.int8"}, {"scheme": "fp8"}], ids=lambda options: options["scheme"])
+@pytest.mark.parametrize(
+    "options", [NF4, {"scheme": "llm.int8"}, {"scheme": "fp8"}], ids=lambda options: options["scheme"]
+)
 def test_adapters_attach_to_packed_linears_and_train_through_the_frozen_weight(folder, options):
     peft = pytest.importorskip("peft")
     model = loaded(folder, PtqConfig(**options))
