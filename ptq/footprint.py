@@ -16,6 +16,7 @@ from ptq.network import Network, is_linear
 from ptq.preflight import skeleton
 from ptq.scheme import attention_tensors, check_attention, check_scheme, resolve, resolve_attention
 from ptq.shapes import CacheLayer, NotTraceable, Pass, attentions_by_structure, head_name, trace_shapes
+from quantize.codecs import codec_of
 from quantize.spec import QuantSpec
 from quantize.storage import weight_storage
 
@@ -217,6 +218,9 @@ def _stored(held: Held, spec_of: Callable[[str], QuantSpec | None], dtype: torch
         yield Stored(held.kind, _NAMES.get(type_, str(type_).removeprefix("torch.")), held.values * type_.itemsize)
         return
     try:
+        if not spec.affine:
+            yield from _encoded(held, codec_of(spec).encoded_shape(held.linear, spec), spec)
+            return
         storage = weight_storage(*held.linear, spec)
     except ValueError as error:
         raise UserError(f"scheme.weight.{error}") from None
@@ -224,6 +228,14 @@ def _stored(held: Held, spec_of: Callable[[str], QuantSpec | None], dtype: torch
     yield Stored(SCALE, f"fp{storage.scale_bits}", storage.scales * storage.scale_bits // 8)
     if storage.zero_points:
         yield Stored(SCALE, f"{spec.format}{spec.bits}", -(-storage.zero_points * storage.code_bits // 8))
+
+
+def _encoded(held: Held, encoded: dict[str, torch.Tensor], spec: QuantSpec) -> Iterator[Stored]:
+    """Gives what a format other than integers stores: its codes under its own name, each other tensor as a scale."""
+    for name, tensor in encoded.items():
+        type_ = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+        kind, label = (held.kind, spec.format) if name == "codes" else (SCALE, type_)
+        yield Stored(kind, label, tensor.numel() * tensor.element_size())
 
 
 def _columns(held: Sequence[Held], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Column, ...]:

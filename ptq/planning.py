@@ -4,7 +4,8 @@ from collections.abc import Mapping
 
 from ptq.attention import attentions_of, use_simulated_attention
 from ptq.calibrate import statistics_of
-from ptq.config import SchemeConfig
+from ptq.config import TENSORS, SchemeConfig
+from ptq.errors import UserError
 from ptq.scheme import attention_tensors, check_attention
 from ptq.session import Session
 from ptq.steps.base import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Samples, Step
@@ -36,6 +37,20 @@ def plan_steps(session: Session, steps: Mapping[str, Step], plan: Plan) -> None:
         plan.samples = _samples(session, steps)
         for step in steps.values():
             step.plan(plan)
+
+
+def check_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> None:
+    """Raises `UserError` when a step cannot work with `scheme`, or the scheme asks for clusters that no step can make."""
+    captures_of_steps(scheme, steps)
+    if any(step.kind == TRANSFORM for step in steps.values()):
+        return
+    tensors = {t: [getattr(scheme, t), *(o.tensors.get(t) for o in scheme.overrides)] for t in TENSORS}
+    for tensor, specs in tensors.items():
+        if any(spec is not None and spec.granularity == "cluster" for spec in specs):
+            raise UserError(
+                f"scheme.{tensor}.granularity: 'cluster', but no step clusters channels: add +steps.cluster={{}} before "
+                f"the solver (method=smooth_cluster_gptq has it), or use granularity tensor"
+            )
 
 
 def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozenset[str]:

@@ -19,7 +19,7 @@ from ptq.evaluate import TokenComparison, compare, compare_tokens
 from ptq.export.running import adapted, check_export, export_session, needs_saved_weights
 from ptq.files import ensure_folder, write_text
 from ptq.journal import Journal
-from ptq.planning import captures_of_steps, open_plan, plan_steps
+from ptq.planning import check_steps, open_plan, plan_steps
 from ptq.preflight import check_before
 from ptq.quantization import QuantizeVisitor, size_of
 from ptq.results import TensorKind, describe_spec, table, tensor_kinds, tensor_table, write_results
@@ -41,7 +41,7 @@ def run(recipe: Recipe) -> pathlib.Path:
     """
     steps = build_steps(recipe.steps)
     recipe = adapted(recipe)
-    captures_of_steps(recipe.scheme, steps)
+    check_steps(recipe.scheme, steps)
     check_before(recipe)
     with _folder_of_a_run(recipe) as folder:
         return _run(recipe, steps, folder)
@@ -127,7 +127,7 @@ def dry_run(recipe: Recipe) -> None:
     """Checks everything that can be checked without running, and says what a run would do."""
     steps = build_steps(recipe.steps)
     recipe = adapted(recipe)
-    captures_of_steps(recipe.scheme, steps)
+    check_steps(recipe.scheme, steps)
     for line in check_before(recipe):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")

@@ -1,5 +1,7 @@
 """Where the parameters are: the files that hold them, and how they come into memory, all of them or one module's worth."""
 
+import contextlib
+import ctypes
 import hashlib
 import json
 import math
@@ -16,6 +18,8 @@ from torch import nn
 from ptq.errors import UserError
 
 PIECE = 1 << 23
+M_MMAP_THRESHOLD = -3
+"""The number of this parameter in glibc's malloc.h."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -153,6 +157,7 @@ class OffloadedWeights:
     ):
         self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
         self._rounding, self._arithmetic = rounding, arithmetic
+        return_freed_memory()
 
     @contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
@@ -183,6 +188,16 @@ class OffloadedWeights:
                     for name, tensor in list(owner.items()):
                         if tensor is not None and tensor.device.type == "meta":
                             yield owner, name, f"{prefix}.{name}" if prefix else name
+
+
+def return_freed_memory() -> None:
+    """Lets glibc give the memory of freed tensors of 1 MiB and more back to the system at once.
+
+    Its own threshold grows to 32 MiB with the first large tensor that is freed; weights that come and go block by block
+    then leave holes in the heap: a third more resident memory on an OPT-1.3B shape. Other systems are left alone.
+    """
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL("libc.so.6").mallopt(M_MMAP_THRESHOLD, 1 << 20)
 
 
 def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

@@ -22,7 +22,7 @@ class DecodedWeight(torch.Tensor):
     """
 
     # What is computed from it is an ordinary tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> torch.Tensor:  # type: ignore[override]

@@ -30,21 +30,25 @@ def encode_flat(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, to
     Raises:
         ValueError: for a group size that does not divide the number of values, or NaN or inf in the weight.
     """
-    count = weight.numel()
-    if group_size < 1 or count % group_size:
-        raise ValueError(f"group_size: {group_size} does not divide the {count} values of the tensor")
-    groups = flat_blocks(checked(weight).float(), group_size)
-    scale = absmax(groups) / GREATEST
-    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
-    values = (groups / scale).round_()
-    codes = values.to(torch.int8)
-    error = float((finite(values.mul_(scale), torch.float32) - groups).abs_().max()) if count else 0.0
-    return codes.reshape(-1), scale.reshape(-1), error
+    weight = checked(weight)
+    codes, scale = _codes_and_scales(weight, group_size)
+    error = (decode_flat(codes, scale) - weight.float().reshape(-1)).abs_()
+    return codes, scale, float(error.max()) if len(error) else 0.0
 
 
 def decode_flat(codes: torch.Tensor, scales: torch.Tensor) -> torch.Tensor:
     """Returns the float32 values (n,) that `codes` (n,) and `scales` (groups,) stand for."""
     return finite((codes.reshape(len(scales), -1).float() * scales.float()[:, None]).reshape(-1), torch.float32)
+
+
+def _codes_and_scales(weight: torch.Tensor, group_size: int) -> tuple[torch.Tensor, torch.Tensor]:
+    count = weight.numel()
+    if group_size < 1 or count % group_size:
+        raise ValueError(f"group_size: {group_size} does not divide the {count} values of the tensor")
+    groups = flat_blocks(weight.float(), group_size)
+    scale = absmax(groups) / GREATEST
+    scale = torch.where(scale < torch.finfo(torch.float32).tiny, torch.ones_like(scale), scale)
+    return (groups / scale).round_().to(torch.int8).reshape(-1), scale.reshape(-1)
 
 
 class FlatQ8(Codec):
@@ -59,7 +63,7 @@ class FlatQ8(Codec):
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Stored:
         """Codes int8 in the shape of `x`; scales float32 (groups,)."""
-        codes, scale, _ = encode_flat(x, spec.group_size or 1)
+        codes, scale = _codes_and_scales(x, spec.group_size or 1)
         return {"codes": codes.view(x.shape), "scale": scale}
 
     def dequantize(self, parts: Stored, spec: QuantSpec, shape: Sequence[int]) -> torch.Tensor:

@@ -13,7 +13,12 @@ SHRINKS = 80
 """Range multipliers tried by the mse estimator: 1, 1 - 1/100, ..., 1 - 79/100."""
 
 
-def weight_grid(weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None) -> Grid:
+def weight_grid(
+    weight: torch.Tensor,
+    spec: QuantSpec,
+    labels: torch.Tensor | None = None,
+    importance: torch.Tensor | None = None,
+) -> Grid:
     """Returns the grid of a weight (out, in); its shape broadcasts to ``grouped(weight, spec)``.
 
     Granularity tensor: one scale; channel: one a row; group: one for `group_size` consecutive values of a row; cluster:
@@ -23,20 +28,25 @@ def weight_grid(weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | No
         weight: (out, in).
         spec: the number format.
         labels: cluster of each column, int64 (in,), all of 0 .. clusters - 1 in use; only with granularity cluster.
+        importance: what a squared error in each column weighs, (in,), 0 or more; with range mse only. None weighs all alike.
 
     Raises:
         ValueError: for granularity token (a weight has none), a group size that does not divide the columns, or
             granularity cluster without labels.
     """
+    weighing = None if importance is None else importance.float().expand(weight.shape)
     if spec.granularity == "cluster":
-        parts = [_fit(weight[:, labels == k], spec) for k in range(_clusters(labels, weight.shape[1]))]  # type: ignore[arg-type]
+        members = [labels == k for k in range(_clusters(labels, weight.shape[1]))]  # type: ignore[arg-type]
+        parts = [_fit(weight[:, m], spec, None if weighing is None else weighing[:, m]) for m in members]  # type: ignore[index]
         scale = torch.cat([part.scale for part in parts], dim=1)
         points = [part.zero_point for part in parts if part.zero_point is not None]
         return Grid(scale, torch.cat(points, dim=1) if points else None, parts[0].low, parts[0].high)
     if spec.granularity == "token":
         raise ValueError("granularity: 'token' is for activations: use channel for one scale a row of a weight")
-    x = grouped(weight, spec)
-    return _fit(x.flatten() if spec.granularity == "tensor" else x, spec)
+    x, weighing = grouped(weight, spec), None if weighing is None else grouped(weighing, spec)
+    if spec.granularity == "tensor":
+        x, weighing = x.flatten(), None if weighing is None else weighing.flatten()
+    return _fit(x, spec, weighing)
 
 
 def dynamic_grid(x: torch.Tensor, spec: QuantSpec) -> Grid:
@@ -141,14 +151,14 @@ def _grid(minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> Grid
     return rounded_scales(grid, minimum, spec.scales)
 
 
-def _fit(x: torch.Tensor, spec: QuantSpec) -> Grid:
+def _fit(x: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None = None) -> Grid:
     if spec.range == "percentile":
         minimum, maximum = _percentiles(x, spec.percentile)
         return _grid(minimum, maximum, spec)
     # amin and amax in turn: torch.aminmax along a dimension is many times slower on CPU.
     minimum, maximum = x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)
     if spec.range == "mse":
-        return _least_error(x, minimum, maximum, spec)
+        return _least_error(x, minimum, maximum, spec, importance)
     return _grid(minimum, maximum, spec)
 
 
@@ -165,20 +175,27 @@ def _percentiles(x: torch.Tensor, percentile: float) -> tuple[torch.Tensor, torc
     return low, high
 
 
-def _least_error(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> Grid:
-    """Returns, for each scale of its own, the shrunk range with the least squared error; ties keep the wider range."""
+def _least_error(
+    x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None
+) -> Grid:
+    """Returns, for each scale of its own, the shrunk range with the least squared error, weighed by `importance` (the shape
+    of x); ties keep the wider range.
+    """
     shape, size = minimum.shape, x.shape[-1]
     minimum, maximum = minimum.float().reshape(-1, 1), maximum.float().reshape(-1, 1)
     parts, start = [], 0
     for rows in _row_chunks(x.reshape(-1, size)):
         end = start + len(rows)
-        parts.append(_best_shrink(rows, minimum[start:end], maximum[start:end], spec))
+        weighing = None if importance is None else importance.reshape(-1, size)[start:end]
+        parts.append(_best_shrink(rows, minimum[start:end], maximum[start:end], spec, weighing))
         start = end
     shrink = torch.cat(parts)
     return _grid((minimum * shrink).view(shape), (maximum * shrink).view(shape), spec)
 
 
-def _best_shrink(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
+def _best_shrink(
+    x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None
+) -> torch.Tensor:
     """Returns the best multiplier (rows, 1) of the range (rows, 1) of each row of `x`."""
     best = torch.full_like(minimum, torch.inf)
     chosen = torch.ones_like(best)
@@ -189,10 +206,13 @@ def _best_shrink(x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, 
         grid = _grid(minimum * shrink, maximum * shrink, spec)
         error = torch.zeros_like(best)
         # One row may be a whole tensor: its error is summed piece by piece.
-        for part in x.split(CHUNK, dim=-1):
+        for i, part in enumerate(x.split(CHUNK, dim=-1)):
             values = part.float()
             # Relative to the range, so that huge values do not overflow when squared.
-            error += ((fake_quantize(values, grid) - values) / extent).square_().sum(-1, keepdim=True)
+            squares = ((fake_quantize(values, grid) - values) / extent).square_()
+            if importance is not None:
+                squares *= importance[:, i * CHUNK : (i + 1) * CHUNK]
+            error += squares.sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, torch.full_like(chosen, shrink), chosen)

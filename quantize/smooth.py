@@ -6,8 +6,10 @@ FLOOR = 1e-5
 """Least magnitude that the formula sees (METHODS.md section 3)."""
 
 
-def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float) -> torch.Tensor:
-    """Returns s_j = max|X_j|^alpha / max|W_j|^(1 - alpha), float32 (channels,), both maxima at least `FLOOR`.
+def smoothing_scale(
+    activation: torch.Tensor, weight: torch.Tensor, alpha: float, beta: float | None = None
+) -> torch.Tensor:
+    """Returns s_j = max|X_j|^alpha / max|W_j|^beta, float32 (channels,), both maxima at least `FLOOR`.
 
     A channel in which the activation or every weight is zero carries nothing: its scale is 1.
 
@@ -15,18 +17,22 @@ def smoothing_scale(activation: torch.Tensor, weight: torch.Tensor, alpha: float
         activation: greatest magnitude of each channel over all tokens, (channels,).
         weight: greatest magnitude of each column over all weights that read the activation, (channels,).
         alpha: migration strength, 0 to 1.
+        beta: exponent of the weights, 0 to 1; None is SmoothQuant's 1 - alpha. Alpha 0 with beta 0.5 halves the spread of the
+            columns (in the logarithm), whatever the activation.
 
     Raises:
-        ValueError: for alpha outside 0 .. 1, unlike shapes, or NaN or inf.
+        ValueError: for alpha or beta outside 0 .. 1, unlike shapes, or NaN or inf.
     """
-    if not 0 <= alpha <= 1:
-        raise ValueError(f"alpha: {alpha} is not valid: expected a number from 0 to 1")
+    beta = 1 - alpha if beta is None else beta
+    for name, exponent in (("alpha", alpha), ("beta", beta)):
+        if not 0 <= exponent <= 1:
+            raise ValueError(f"{name}: {exponent} is not valid: expected a number from 0 to 1")
     if activation.shape != weight.shape:
         raise ValueError(f"weight: shape {tuple(weight.shape)} is not the activation's {tuple(activation.shape)}")
     for name, tensor in (("activation", activation), ("weight", weight)):
         if not torch.isfinite(tensor).all():
             raise ValueError(f"{name}: holds NaN or inf: take the statistics again")
-    wide = activation.double().clamp_min(FLOOR).pow(alpha) / weight.double().clamp_min(FLOOR).pow(1 - alpha)
+    wide = activation.double().clamp_min(FLOOR).pow(alpha) / weight.double().clamp_min(FLOOR).pow(beta)
     dead = (activation == 0) | (weight == 0)
     return torch.where(dead, torch.ones_like(wide), wide).float()
 

@@ -26,10 +26,10 @@ def weight_storage(rows: int, columns: int, spec: QuantSpec) -> Storage:
 
     Raises:
         ValueError: for a group size that does not divide the columns, granularity cluster (the number of clusters comes
-            from data, not from the shape), token (a weight has none), or a format whose storage is not known here.
+            from data, not from the shape), token (a weight has none), or a format that is not integer.
     """
-    if spec.format != "int":
-        raise ValueError(f"format: {spec.format!r}: its stored size is not known: use int")
+    if not spec.affine:
+        raise ValueError(f"format: {spec.format!r} is not made of codes and scales only: use Codec.encoded_shape")
     scales = {"tensor": 1, "channel": rows}.get(spec.granularity)
     if spec.granularity == "group" and spec.group_size is not None:
         if columns % spec.group_size:

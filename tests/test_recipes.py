@@ -1,5 +1,8 @@
 """Every shipped recipe and every choice of a group composes into a checked recipe."""
 
+import dataclasses
+import re
+
 import pytest
 
 from ptq.cli import catalog
@@ -30,12 +33,22 @@ def test_a_shipped_recipe_composes_and_its_name_says_what_it_is(name):
     recipe = compose(name)
     assert recipe.name == name
     assert recipe.steps
-    if "_w" in name:
-        model, scheme = name.rsplit("_", 1)
-        weight, inputs = scheme[1:].split("a")
+    if found := re.fullmatch(r"([a-z0-9]+).*_w(\d+)a(\d+)(_static|_all)?", name):
+        model, weight, inputs, _ = found.groups()
         assert bits(recipe.scheme.weight) == int(weight)
         assert (bits(recipe.scheme.input) or 16) == int(inputs)
-        assert model.split("-")[0] in recipe.model.path.lower()
+        assert model in recipe.model.path.lower()
+
+
+def test_the_two_rptq_recipes_differ_only_in_norm_outputs_and_probabilities():
+    published, everything = compose("opt-1.3b_rptq_w4a4"), compose("opt-1.3b_rptq_w4a4_all")
+    assert dataclasses.replace(everything, name="", scheme=published.scheme) == dataclasses.replace(published, name="")
+    for tensor in ("weight", "input", "query", "key", "value"):
+        assert getattr(published.scheme, tensor) == getattr(everything.scheme, tensor)
+        assert getattr(published.scheme, tensor).bits == 4
+    assert (published.scheme.attention_probs.bits, everything.scheme.attention_probs.bits) == (8, 4)
+    assert all(set(o.tensors) == {"input"} and o.tensors["input"].bits == 8 for o in published.scheme.overrides)
+    assert everything.scheme.overrides == ()
 
 
 @pytest.mark.parametrize(("group", "choice"), CHOICES)

@@ -25,8 +25,10 @@ from ptq.network import Network
 from ptq.scheme import LinearSpecs
 from quantize.spec import QuantSpec
 
-SHARD_BYTES = 100_000_000
+SHARD_BYTES = 50_000_000
 """What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
+PIECE = 1 << 20
+"""Values that are tried in 16 bits at once."""
 NAME = "compressed-tensors"
 NEAREST = (
     "weight {granularity: channel or group} and input {granularity: token, dynamic: true} or {granularity: tensor}"
@@ -229,10 +231,12 @@ def _shifted(zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
 def lossless(tensor: torch.Tensor) -> torch.Tensor:
     """Returns a float tensor in 16 bits where that loses nothing, else as it is; weights were rounded to 16 bits before."""
     tensor = tensor.detach()
-    for dtype in (torch.float16, torch.bfloat16) if tensor.dtype == torch.float32 else ():
-        half = tensor.to(dtype)
-        if torch.equal(half.float(), tensor):
-            return half.contiguous()
+    if tensor.dtype == torch.float32:
+        # Piece by piece: an embedding in three types at once would be most of an export's memory.
+        pieces = tensor.reshape(-1).split(PIECE)
+        for dtype in (torch.float16, torch.bfloat16):
+            if all(torch.equal(piece.to(dtype).float(), piece) for piece in pieces):
+                return tensor.to(dtype).contiguous()
     return tensor.contiguous()
 
 

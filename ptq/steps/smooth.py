@@ -30,7 +30,9 @@ class Options:
     """How far scale migrates.
 
     Attributes:
-        alpha: migration strength of METHODS.md section 3; 0 leaves activations to themselves, 1 evens them out.
+        alpha: migration strength of METHODS.md section 3: the exponent of the activations; 1 evens them out.
+        beta: the exponent of the weights; null for SmoothQuant's 1 - alpha. `alpha` 0 with `beta` 0.5 evens out the columns of
+            the weights, which is what GPTQ gains from most where inputs are left alone or have 8 bits.
         search: choose alpha for each link among `candidates` by the error of the outputs of the Linears that read it,
             on the first batch of calibration samples; a link where nothing helps is left alone.
         candidates: alphas that the search tries.
@@ -39,15 +41,17 @@ class Options:
     """
 
     alpha: float = 0.5
+    beta: float | None = None
     search: bool = False
     candidates: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
     links: tuple[str, ...] | None = None
 
     def __post_init__(self) -> None:
-        for alpha in (self.alpha, *self.candidates):
-            if not 0 <= alpha <= 1:
-                close = min(max(alpha, 0.0), 1.0)
-                raise UserError(f"steps.smooth.alpha: {alpha} is not between 0 and 1 (nearest: {close})")
+        exponents = [("alpha", self.alpha), *(("candidates", alpha) for alpha in self.candidates)]
+        for name, exponent in exponents if self.beta is None else [*exponents, ("beta", self.beta)]:
+            if not 0 <= exponent <= 1:
+                close = min(max(exponent, 0.0), 1.0)
+                raise UserError(f"steps.smooth.{name}: {exponent} is not between 0 and 1 (nearest: {close})")
         for kind in self.links or ():
             if kind not in KINDS:
                 raise UserError(f"steps.smooth.links: {kind!r} is no kind of link{nearest(kind, KINDS)}")
@@ -155,13 +159,13 @@ class Step:
             shared_scale(x.to(columns), link.repeat, link.head_dim) for x in (statistics.absmax, columns)
         )
         if rows is None:
-            return smoothing_scale(activation, columns, self.options.alpha)
+            return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
         specs = specs_of(self._plan, link.readers[0])
         trial = _Trial(
             rows, readers, _clusterless(specs.weight, "channel"), _clusterless(specs.input, "tensor"), statistics
         )
         scales = [torch.ones_like(columns)]
-        scales += [smoothing_scale(activation, columns, alpha) for alpha in self.options.candidates]
+        scales += [smoothing_scale(activation, columns, alpha, self.options.beta) for alpha in self.options.candidates]
         errors = [trial.error(link.reader_scale(scale)) for scale in scales]
         return scales[min(range(len(errors)), key=errors.__getitem__)]
 

@@ -1,5 +1,6 @@
 """Steps: transforms preserve what a network computes, on every architecture; solvers and their order."""
 
+import numpy as np
 import pytest
 import torch
 
@@ -7,6 +8,7 @@ from ptq.config import SchemeConfig
 from ptq.errors import UserError
 from ptq.links import trace_links
 from ptq.network import build_network
+from ptq.proof import prove
 from ptq.statistics import ChannelStatistics, Provenance, Statistics, StatisticsVisitor, WeightStatistics
 from ptq.steps import cluster, smooth
 from ptq.steps.base import Plan, Samples
@@ -14,6 +16,7 @@ from ptq.steps.registry import build_steps
 from ptq.stream import BlockStream
 from ptq.testing import random_tiny
 from ptq.weights import ResidentWeights
+from quantize.spec import QuantSpec
 
 ARCHITECTURES = (
     "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "phi", "bloom", "falcon", "gpt2", "mixtral",
@@ -95,3 +98,100 @@ def test_a_solver_before_a_transform_is_refused_by_name():
         build_steps({"rtn": {}, "smooth": {}})
     with pytest.raises(UserError, match="steps.gptq: a second solver after rtn"):
         build_steps({"rtn": {}, "gptq": {}})
+
+
+def test_smoothing_opt_is_the_published_formula_worked_out_on_two_layers():
+    prepared = Prepared("opt")
+    statistics, model, alpha = prepared.plan.statistics, prepared.model, 0.7
+    expected = {}
+    for layer in (0, 1):
+        block = f"model.decoder.layers.{layer}"
+        for norm, readers in {
+            "self_attn_layer_norm": [f"self_attn.{p}_proj" for p in "qkv"],
+            "final_layer_norm": ["fc1"],
+        }.items():
+            weights = [model.get_submodule(f"{block}.{r}").weight.detach().double().numpy() for r in readers]
+            columns = np.max([np.abs(w).max(0) for w in weights], axis=0)
+            x = statistics.inputs[f"{block}.{readers[0]}"]
+            activation = np.maximum(np.abs(x.min.numpy()), np.abs(x.max.numpy())).astype(np.float64)
+            scale = np.maximum(activation, 1e-5) ** alpha / np.maximum(columns, 1e-5) ** (1 - alpha)
+            gain, bias = (
+                getattr(model.get_submodule(f"{block}.{norm}"), n).detach().numpy() for n in ("weight", "bias")
+            )
+            expected[f"{block}.{norm}.weight"], expected[f"{block}.{norm}.bias"] = gain / scale, bias / scale
+            for reader, weight in zip(readers, weights, strict=True):
+                expected[f"{block}.{reader}.weight"] = weight * scale
+    prepared.apply(smooth.Step(smooth.Options(alpha=alpha, links=("norm",))))
+    found = dict(model.named_parameters())
+    for name, value in expected.items():
+        np.testing.assert_allclose(found[name].detach().numpy(), value, rtol=1e-4, atol=1e-7, err_msg=name)
+
+
+@pytest.mark.parametrize(("architecture", "function"), [("gpt_neox", "GELU"), ("phi", "GELU")])
+def test_an_activation_that_does_not_commute_with_scales_is_refused_with_the_reason(architecture, function):
+    prepared = Prepared(architecture)
+    with pytest.raises(UserError, match=f"(?s)fc1_fc2 of .*{function}.* does not commute with positive scales"):
+        prepared.apply(smooth.Step(smooth.Options(links=("fc1_fc2",))))
+
+
+def test_relu_is_smoothed_and_what_cannot_be_is_noted_where_nothing_was_asked_for():
+    notes = []
+    for architecture in ("opt", "gpt_neox"):
+        prepared = Prepared(architecture)
+        prepared.plan.note = notes.append
+        before = prepared.model.get_submodule(
+            prepared.plan.links(prepared.network.blocks[0])[0].readers[0]
+        ).weight.clone()
+        prepared.apply(smooth.Step(smooth.Options()))
+        after = prepared.model.get_submodule(prepared.plan.links(prepared.network.blocks[0])[0].readers[0]).weight
+        assert not torch.equal(before, after)
+    assert all("gpt_neox" in note and "left alone" in note for note in notes)
+    assert len(notes) == len(prepared.network.blocks)
+
+
+class Broken:
+    """A transform that scales a norm and forgets its readers."""
+
+    kind = "transform"
+
+    def captures(self, scheme):
+        return frozenset()
+
+    def plan(self, plan):
+        self._plan = plan
+
+    def apply(self, block):
+        with torch.no_grad():
+            self._plan.network.model.get_submodule(self._plan.links(block)[0].producer).weight.mul_(1.001)
+
+
+def test_a_transform_that_changes_what_a_block_computes_is_stopped_by_name():
+    prepared = Prepared("llama")
+    step = Broken()
+    step.plan(prepared.plan)
+    block = prepared.network.blocks[0]
+    with pytest.raises(UserError, match=rf"steps.broken: changes the output of {block.name} by \d.*~steps.broken"):
+        prove("broken", step, block, prepared.stream, prepared.plan.samples.flow)
+
+
+@pytest.mark.parametrize("architecture", ["opt", "llama", "gemma3"])
+def test_a_proof_of_a_true_transform_stays_within_rounding(architecture):
+    prepared = Prepared(architecture)
+    step = smooth.Step(smooth.Options())
+    step.plan(prepared.plan)
+    error, tolerance, name = prove(
+        "smooth", step, prepared.network.blocks[0], prepared.stream, prepared.plan.samples.flow
+    )
+    assert 0 <= error <= tolerance < 1e-3
+    assert name == prepared.network.blocks[0].name
+
+
+def test_a_searched_alpha_preserves_the_logits_too():
+    prepared = Prepared("llama")
+    prepared.plan.scheme = SchemeConfig(
+        weight=QuantSpec(bits=4), input=QuantSpec(bits=4, granularity="token", dynamic=True)
+    )
+    before = prepared.logits()
+    step = smooth.Step(smooth.Options(search=True, candidates=(0.2, 0.5, 0.8)))
+    prepared.apply(step)
+    torch.testing.assert_close(prepared.logits(), before, rtol=1e-3, atol=2e-4)

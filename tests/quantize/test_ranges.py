@@ -142,3 +142,24 @@ def test_a_transposed_weight_gives_the_codes_of_its_contiguous_copy():
     spec = QuantSpec(granularity="group", group_size=8)
     assert torch.equal(QuantLinear(weight, None, spec).codes, QuantLinear(weight.contiguous(), None, spec).codes)
     assert QuantLinear(weight, None, spec).codes.is_contiguous()
+
+
+@pytest.mark.parametrize("spec", [
+    QuantSpec(bits=3, range="mse"),
+    QuantSpec(bits=4, range="mse", granularity="group", group_size=16, symmetric=False),
+    QuantSpec(bits=4, range="mse", granularity="tensor"),
+])  # fmt: skip
+def test_an_error_weighed_by_importance_is_least_for_the_grid_that_was_fitted_to_it(spec):
+    generator = torch.Generator().manual_seed(3)
+    weight = torch.randn(8, 64, generator=generator) ** 3
+    importance = torch.rand(64, generator=generator) ** 4
+    importance[5] = 0
+
+    def error(grid):
+        rounded = fake_quantize(grouped(weight, spec), grid).reshape(weight.shape)
+        return float(((rounded - weight).square() * importance).sum())
+
+    plain, weighed = weight_grid(weight, spec), weight_grid(weight, spec, None, importance)
+    assert error(weighed) < error(plain)
+    alike = weight_grid(weight, spec, None, torch.full((64,), 3.0))
+    assert torch.equal(alike.scale, plain.scale)

@@ -19,6 +19,14 @@ def test_the_scale_is_the_published_formula_worked_out_by_hand():
     )
 
 
+def test_beta_is_the_exponent_of_the_weights_and_one_minus_alpha_without_it():
+    activation, weight = torch.tensor([16.0, 4.0]), torch.tensor([4.0, 0.25])
+    torch.testing.assert_close(smoothing_scale(activation, weight, 0.0, 0.5), torch.tensor([0.5, 2.0]))
+    assert torch.equal(smoothing_scale(activation, weight, 0.25), smoothing_scale(activation, weight, 0.25, 0.75))
+    with pytest.raises(ValueError, match="beta: 2"):
+        smoothing_scale(activation, weight, 0.5, 2)
+
+
 @given(
     st.lists(st.sampled_from([0.0, 1e-30, 1e-5, 1.0, 65504.0, 1e30]), min_size=1, max_size=8),
     st.sampled_from([0.0, 1e-30, 1e-5, 1.0, 65504.0, 1e30]),

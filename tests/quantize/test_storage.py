@@ -1,14 +1,14 @@
 """Storage from shapes is what a quantized Linear counts in its tensors."""
 
-import dataclasses
-
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from quantize.codecs import codec_of
+from quantize.formats import FORMATS
 from quantize.linear import QuantLinear
-from quantize.spec import QuantSpec
+from quantize.spec import QuantSpec, spec_of
 from quantize.storage import weight_storage
 
 
@@ -50,8 +50,16 @@ def test_a_group_that_does_not_divide_is_refused():
         weight_storage(8, 8, QuantSpec(granularity="group", group_size=3))
 
 
-def test_a_format_of_unknown_size_is_refused():
-    spec = dataclasses.replace(QuantSpec())
-    object.__setattr__(spec, "format", "unheard-of")
-    with pytest.raises(ValueError, match="format: 'unheard-of'"):
-        weight_storage(8, 8, spec)
+def test_a_format_that_is_more_than_codes_and_scales_is_refused():
+    with pytest.raises(ValueError, match="format: 'nf4' .* Codec.encoded_shape"):
+        weight_storage(8, 64, spec_of("nf4"))
+
+
+@pytest.mark.parametrize("name", [name for name, form in FORMATS.items() if form.weight])
+@pytest.mark.parametrize("rows", [1, 9])
+def test_every_format_knows_what_it_stores_of_a_shape(name, rows):
+    spec = spec_of(name, double_quant=FORMATS[name].double_quant)
+    weight = torch.randn(rows, 320, generator=torch.Generator().manual_seed(rows))
+    expected, stored = codec_of(spec).encoded_shape((rows, 320), spec), codec_of(spec).encode(weight, spec)
+    assert all(tensor.is_meta for tensor in expected.values())
+    assert {k: (v.shape, v.dtype) for k, v in expected.items()} == {k: (v.shape, v.dtype) for k, v in stored.items()}

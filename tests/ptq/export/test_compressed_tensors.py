@@ -1,5 +1,6 @@
 """compressed-tensors folders: transformers loads them and computes what the simulation computed."""
 
+import dataclasses
 import json
 import os
 import pathlib
@@ -122,6 +123,9 @@ def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     folder = run(recipe)
     metrics = json.loads((folder / "metrics.json").read_text())
     exported = folder / "export" / "compressed-tensors"
+    again = dataclasses.replace(recipe, execution=dataclasses.replace(recipe.execution, weights="offloaded"))
+    weights = "export/compressed-tensors/model.safetensors"
+    assert (run(again) / weights).read_bytes() == (folder / weights).read_bytes()
     code = f"""
 import torch, transformers
 from ptq.config import TextConfig

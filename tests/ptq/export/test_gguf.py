@@ -199,6 +199,8 @@ def test_a_run_exports_its_weights_and_a_finished_one_says_what_rounding_scales_
 
     again = export_run(folder, ExportConfig("gguf"), tmp_path / "again.gguf", False)
     assert again.path.read_bytes() == made and again.notes == ()
+    offloaded = run(recipe_from({**base, "export": {"format": "gguf"}, "execution": {"weights": "offloaded"}}))
+    assert (offloaded / "export" / "gguf" / "model.gguf").read_bytes() == made
     plain = run(recipe_from(base))
     note = export_run(plain, ExportConfig("gguf"), None, False).notes[0]
     assert "scales were rounded to fp16" in note

@@ -1,0 +1,103 @@
+"""The cost of GPTQ against llm-compressor's: same machine, same weights, same tokens, same settings, one after the other.
+
+    python -m experiments.bench.gptq_speed --llmcompressor /path/to/its/venv/bin/python [--samples 64] [--rounds 1]
+
+llm-compressor lives in an environment of its own (``pip install torch==2.13.0 llmcompressor``); this project does not need it.
+Settings: W4A16 asymmetric in groups of 64, min-max grids, damping 0.01, blocks of 128, columns in their own order, all Linears of
+a block on the inputs that the unquantized block gives them, which is what llm-compressor does. Both sides are timed from the
+loaded model to the quantized one, calibration included.
+"""
+
+import argparse
+import json
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from experiments.bench.speed import SMOLLM2
+from ptq.config import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
+from ptq.data.sampling import sample_tokens
+from ptq.links import trace_links
+from ptq.models import load
+from ptq.network import Block, build_network
+from ptq.steps.base import Plan, Samples
+from ptq.steps.gptq import Options, Step
+from ptq.stream import BlockStream
+from ptq.weights import ResidentWeights
+from quantize.spec import QuantSpec
+
+LENGTH, BATCH = 512, 4
+SCHEME = SchemeConfig(weight=QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False))
+OTHER = pathlib.Path(__file__).with_name("llmcompressor_gptq.py")
+
+
+class _Apply:
+    """The visitor that quantizes each block before the samples pass through it."""
+
+    def __init__(self, step: Step):
+        self.step = step
+
+    def enter(self, block: Block) -> None:
+        self.step.apply(block)
+
+    def leave(self, block: Block) -> None:
+        pass
+
+
+def ours(folder: pathlib.Path, tokens: pathlib.Path) -> float:
+    """Returns the seconds of our GPTQ, links and calibration included."""
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    ids = load_file(tokens)["ids"]
+    start = time.perf_counter()
+    network = build_network(model)
+    stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
+    step = Step(Options(act_order=False, sequential=False))
+    plan = Plan(network, stream, SCHEME, trace_links(network, stream))
+    plan.samples = Samples(stream, stream.open(ids, BATCH))
+    step.plan(plan)
+    stream.run([plan.samples.flow], _Apply(step))
+    return time.perf_counter() - start
+
+
+def theirs(python: str, folder: pathlib.Path, tokens: pathlib.Path) -> float:
+    """Returns the seconds of llm-compressor's oneshot, in its own process and environment."""
+    command = [python, str(OTHER), str(folder), str(tokens), str(BATCH)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        sys.exit(f"llm-compressor failed:\n{done.stderr[-2000:]}")
+    return float(json.loads(done.stdout.splitlines()[-1])["seconds"])
+
+
+def main() -> None:
+    """Prints the seconds of both sides and their ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--llmcompressor", required=True, help="python of the environment that llm-compressor is in")
+    parser.add_argument("--samples", type=int, default=64, help=f"calibration windows of {LENGTH} tokens")
+    parser.add_argument("--rounds", type=int, default=1)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        folder, tokens = pathlib.Path(scratch) / "model", pathlib.Path(scratch) / "tokens.safetensors"
+        loaded = load(ModelConfig(SMOLLM2), ExecutionConfig())
+        loaded.model.save_pretrained(folder)
+        loaded.tokenizer.save_pretrained(folder)
+        drawn = sample_tokens(
+            loaded.tokenizer, TextConfig(split="train"), options.samples, LENGTH, "contiguous", 0, False, None, "data"
+        )
+        save_file({"ids": drawn.ids}, tokens)
+        del loaded
+        pairs = [(ours(folder, tokens), theirs(options.llmcompressor, folder, tokens)) for _ in range(options.rounds)]
+    ratios = [a / b for a, b in pairs]
+    for a, b in pairs:
+        print(f"{options.samples} x {LENGTH} tokens: ours {a:.1f} s, llm-compressor {b:.1f} s, ratio {a / b:.3f}")
+    print(f"median ratio {statistics.median(ratios):.3f}")
+
+
+if __name__ == "__main__":
+    main()
