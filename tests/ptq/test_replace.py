@@ -66,8 +66,20 @@ def test_a_model_computes_what_its_simulated_form_does(architecture):
     assert torch.allclose(model(IDS).logits, simulated(IDS).logits, atol=1e-5)
 
 
-@pytest.mark.parametrize("name", [n for n in scheme_names() if "static" not in n and "cluster" not in n])
-def test_every_shipped_scheme_without_calibration_applies_by_name(name):
+def computable(name):
+    """Whether a scheme is about Linears alone and needs no calibration."""
+    scheme = scheme_named(name)
+    attention = (scheme.query, scheme.key, scheme.value, scheme.attention_probs)
+    return not any(attention) and (scheme.input is None or scheme.input.dynamic)
+
+
+@pytest.mark.parametrize("name", [n for n in scheme_names() if not computable(n)])
+def test_a_shipped_scheme_with_calibration_or_attention_is_refused(name):
+    assert_refused(plain(128), "needs calibration|is no tensor of a Linear", name)
+
+
+@pytest.mark.parametrize("name", [n for n in scheme_names() if computable(n)])
+def test_every_other_shipped_scheme_applies_by_name(name):
     model = plain(128)
     quantize_(model, name, include=["first"])
     [module] = [m for m in model.modules() if isinstance(m, PackedLinear)]
