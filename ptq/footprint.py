@@ -3,6 +3,7 @@
 From the config alone: the model stands on the meta device, and no weight is read.
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ from ptq.network import Network, is_linear
 from ptq.preflight import skeleton
 from ptq.scheme import attention_tensors, check_attention, check_scheme, resolve, resolve_attention
 from ptq.shapes import CacheLayer, NotTraceable, Pass, attentions_by_structure, head_name, trace_shapes
+from quantize.codec import Layout
 from quantize.codecs import codec_of
 from quantize.spec import QuantSpec
 from quantize.storage import weight_storage
@@ -219,7 +221,7 @@ def _stored(held: Held, spec_of: Callable[[str], QuantSpec | None], dtype: torch
         return
     try:
         if not spec.affine:
-            yield from _encoded(held, codec_of(spec).encoded_shape(held.linear, spec), spec)
+            yield from _encoded(held, codec_of(spec).layout(held.linear, spec), spec)
             return
         storage = weight_storage(*held.linear, spec)
     except ValueError as error:
@@ -230,12 +232,12 @@ def _stored(held: Held, spec_of: Callable[[str], QuantSpec | None], dtype: torch
         yield Stored(SCALE, f"{spec.format}{spec.bits}", -(-storage.zero_points * storage.code_bits // 8))
 
 
-def _encoded(held: Held, encoded: dict[str, torch.Tensor], spec: QuantSpec) -> Iterator[Stored]:
+def _encoded(held: Held, layout: Layout, spec: QuantSpec) -> Iterator[Stored]:
     """Gives what a format other than integers stores: its codes under its own name, each other tensor as a scale."""
-    for name, tensor in encoded.items():
-        type_ = _NAMES.get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+    for name, (shape, dtype) in layout.items():
+        type_ = _NAMES.get(dtype, str(dtype).removeprefix("torch."))
         kind, label = (held.kind, spec.format) if name == "codes" else (SCALE, type_)
-        yield Stored(kind, label, tensor.numel() * tensor.element_size())
+        yield Stored(kind, label, math.prod(shape) * dtype.itemsize)
 
 
 def _columns(held: Sequence[Held], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Column, ...]:

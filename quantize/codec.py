@@ -41,13 +41,7 @@ class Codec:
         Raises:
             ValueError: for NaN or inf, an integer tensor, a tensor without data, or a group size that does not divide.
         """
-        return self._packed(self.quantize(checked(x), spec))
-
-    def encoded_shape(self, shape: Sequence[int], spec: QuantSpec) -> Stored:
-        """Returns what is stored of a tensor of `shape`, as tensors on the meta device: names, shapes and types, no values."""
-        return self._packed(self.quantize(torch.empty(*shape, device="meta"), spec))
-
-    def _packed(self, parts: Stored) -> Stored:
+        parts = self.quantize(checked(x), spec)
         return {**parts, "codes": pack(parts["codes"], self.width)} if self.width < 8 else parts
 
     def decode(

@@ -37,12 +37,6 @@ class Integer(Codec):
         grid = weight_grid(checked(x), spec)
         return self.store(quantize(grouped(x.detach(), spec), grid).view(x.shape), grid, spec)
 
-    def encoded_shape(self, shape: Sequence[int], spec: QuantSpec) -> Stored:
-        """Returns what is stored of a weight of `shape`, on the meta device."""
-        weight = torch.empty(*shape, device="meta")
-        grid = weight_grid(weight, spec)
-        return self.store(quantize(grouped(weight, spec), grid).view(weight.shape), grid, spec)
-
     def decode(
         self, stored: Stored, spec: QuantSpec, shape: Sequence[int], dtype: torch.dtype = torch.float32
     ) -> torch.Tensor:

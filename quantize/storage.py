@@ -29,7 +29,7 @@ def weight_storage(rows: int, columns: int, spec: QuantSpec) -> Storage:
             from data, not from the shape), token (a weight has none), or a format that is not integer.
     """
     if not spec.affine:
-        raise ValueError(f"format: {spec.format!r} is not made of codes and scales only: use Codec.encoded_shape")
+        raise ValueError(f"format: {spec.format!r} is not made of codes and scales only: use Codec.layout")
     scales = {"tensor": 1, "channel": rows}.get(spec.granularity)
     if spec.granularity == "group" and spec.group_size is not None:
         if columns % spec.group_size:
