@@ -347,3 +347,15 @@ def test_a_weight_in_sixteen_bits_is_solved_in_float32(dtype):
     same = solve(weight.to(dtype).float(), hessian_of(x), SPECS[3], GptqOptions())
     assert torch.equal(solution.codes, same.codes) and solution.codes.dtype == torch.uint8
     assert solution.grid.scale.dtype == torch.float32
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_a_grid_fitted_on_the_way_weighs_errors_as_one_fitted_first(symmetric):
+    weight, x = problem(64, 32)
+    spec = QuantSpec(bits=3, granularity="group", group_size=8, symmetric=symmetric, range="mse")
+    first, later = (
+        solve(weight, hessian_of(x), spec, GptqOptions(act_order=False, static_groups=s)) for s in (True, False)
+    )
+    # No error has been made yet when the first group's grid is fitted.
+    assert torch.equal(first.grid.scale[:, 0], later.grid.scale[:, 0])
+    assert not torch.equal(first.grid.scale[:, 1], later.grid.scale[:, 1])
