@@ -53,7 +53,8 @@ class Codebook(Codec):
         """Codes (..., n), and the scales (..., groups): themselves, or quantized in turn with `double_quant`."""
         groups = grouped(x, spec)
         scale = absmax(groups) / self.greatest
-        codes = self.codes(divided(groups, scale)).view(x.shape)
+        # Times the inverse, as QLoRA's reference code does it: a division rounds some ties to the other side.
+        codes = self.codes(groups.float() * divided(torch.ones_like(scale), scale)).view(x.shape)
         scale = scale.squeeze(-1)
         return {"codes": codes, **(quantize_scales(scale) if spec.double_quant else {"scale": scale})}
 
