@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq.network import Block, Network, is_linear, weight_of
 from ptq.stream import BlockStream, Flow
+from ptq.sums import find_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
 """Powers of two: scaling by them is exact, so a true link shows no error but the summation's."""
@@ -48,14 +49,15 @@ class Link:
 
 @dataclass
 class Trace:
-    """What one forward pass through a block showed: its links, its notes, the roles of its Linears, and its `stages`:
-    the Linears in the order of their calls, those that read one tensor together.
+    """What a tiny input showed of a block: its links, its notes, the roles of its Linears, its `stages` (the Linears in the
+    order of their calls, those that read one tensor together), and the `sums` that their outputs are part of.
     """
 
     links: list[Link] = field(default_factory=list)
     stages: list[tuple[str, ...]] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
 
 
 def trace_links(network: Network, stream: BlockStream) -> dict[int, Trace]:
@@ -113,6 +115,7 @@ class _Tracer:
         for reader in free:
             self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
         _roles(trace, list(inputs), self.network.head_dim)
+        trace.sums = find_sums(self.stream, self.flow, block, hidden)
         self.traces[block.index] = trace
 
     def leave(self, block: Block) -> None:

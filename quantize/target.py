@@ -1,46 +1,52 @@
-"""What a quantized Linear should reproduce when its input has changed too: the original output on the original input."""
+"""What a quantized Linear should reproduce when its input has changed too: what it gave before anything was quantized."""
 
 import torch
 
 
-class CrossMoment:
-    """Accumulates C = 2 X^T Y / n over n tokens, X the original input of a Linear, Y the one it gets after quantization.
+class ErrorMoment:
+    """Accumulates D = 2 E^T Y / n over n tokens: what the input Y of a quantized Linear tells of an error E.
+
+    The differences are accumulated, not two near equal moments: nothing cancels.
 
     Args:
-        channels: input channels of the Linear.
-        device: where the inputs are.
+        rows: channels of the error.
+        columns: channels of the input.
+        device: where both are.
     """
 
-    def __init__(self, channels: int, device: torch.device | str = "cpu"):
+    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu"):
         self.count = 0
-        self._sum = torch.zeros(channels, channels, device=device)
+        self._sum = torch.zeros(rows, columns, device=device)
 
     @torch.no_grad()
-    def update(self, original: torch.Tensor, present: torch.Tensor) -> None:
-        """Adds the same tokens of both inputs (..., channels). Raises `ValueError` when their shapes differ."""
-        if original.shape != present.shape:
-            raise ValueError(f"present: shape {tuple(present.shape)} is not the original's {tuple(original.shape)}")
-        x, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (original, present))
-        self._sum.addmm_(x.t(), y)
-        self.count += len(x)
+    def update(self, error: torch.Tensor, present: torch.Tensor) -> None:
+        """Adds tokens: the error (..., rows) and the input (..., columns). Raises `ValueError` for other shapes."""
+        shapes = tuple(error.shape), tuple(present.shape)
+        if shapes[0][:-1] != shapes[1][:-1] or (shapes[0][-1], shapes[1][-1]) != self._sum.shape:
+            expected = f"(tokens, {self._sum.shape[0]}) and (tokens, {self._sum.shape[1]})"
+            raise ValueError(f"error, present: shapes {shapes[0]} and {shapes[1]}, expected {expected}")
+        e, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (error, present))
+        self._sum.addmm_(e.t(), y)
+        self.count += len(y)
 
     @property
     def matrix(self) -> torch.Tensor:
-        """C, float32 (channels, channels); zeros before the first token."""
+        """D, float32 (rows, columns); zeros before the first token."""
         return self._sum * (2 / max(self.count, 1))
 
 
 @torch.no_grad()
-def corrected_weight(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
-    """Returns the weight (out, in) whose output on the present input Y comes closest to ``W X`` on the original one.
+def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Returns the weight (out, in) that takes an error E of the outputs back, as far as the present input Y tells it.
 
-    min_V |W X - V Y|^2 + d |V - W|^2 with d = `damping` times the mean of diag(H): V = W + W (C - H) (H + d I)^-1.
-    Since |W X - Q Y|^2 = |(V - Q) Y|^2 + a constant (for d = 0), a solver given V and H minimises the error against the
-    original output, and makes up for what the quantized layers before have done.
+    min_V |E + W Y - V Y|^2 + d |V - W|^2 with d = `damping` times the mean of diag(H): V = W + M (H + d I)^-1, M = 2 E Y^T / n.
+    Since |E + W Y - Q Y|^2 = |(V - Q) Y|^2 + a constant (for d = 0), a solver given V and H minimises the error that is left.
+    With E = W (X - Y), X the original input, the outputs come closest to the original ones: M = W D, D the `ErrorMoment`
+    of X - Y.
 
     Args:
         weight: (out, in).
-        cross: C of `CrossMoment`, (in, in).
+        moment: M, (out, in).
         hessian: H = 2 Y^T Y / n, (in, in).
         damping: above 0; how strongly V is held to W where the tokens say little.
 
@@ -48,19 +54,19 @@ def corrected_weight(weight: torch.Tensor, cross: torch.Tensor, hessian: torch.T
         ValueError: for shapes that do not fit, NaN or inf, or a damping that is not above 0.
     """
     size = weight.shape[1]
-    if cross.shape != (size, size) or hessian.shape != (size, size):
+    if moment.shape != weight.shape or hessian.shape != (size, size):
         raise ValueError(
-            f"cross, hessian: shapes {tuple(cross.shape)}, {tuple(hessian.shape)} do not fit {size} columns"
+            f"moment, hessian: shapes {tuple(moment.shape)}, {tuple(hessian.shape)} do not fit {tuple(weight.shape)}"
         )
     if not damping > 0:
         raise ValueError(f"damping: {damping} is not valid: expected a number above 0, such as 0.01")
-    if not (torch.isfinite(cross).all() and torch.isfinite(hessian).all()):
-        raise ValueError("cross, hessian: NaN or inf")
+    if not (torch.isfinite(moment).all() and torch.isfinite(hessian).all()):
+        raise ValueError("moment, hessian: NaN or inf")
     mean = hessian.diagonal().mean()
     if mean == 0:
         return weight
-    # In float64: the difference C - H of near equals is divided by small eigenvalues.
+    # In float64: what is left of an error is divided by small eigenvalues.
     damped = hessian.double()
     damped.diagonal().add_(damping * mean)
-    change = torch.linalg.solve(damped, (cross.double() - hessian.double()).t() @ weight.double().t())
+    change = torch.linalg.solve(damped, moment.double().t())
     return (weight.double() + change.t()).to(weight.dtype)

@@ -58,7 +58,8 @@ class Samples:
 
         Args:
             block: the present block, weights in memory.
-            watchers: by full name of a module, what looks at its input. A batch stops at the last of them.
+            watchers: by full name of a module, what looks at its input; "" for the block's output. A batch stops at the
+                last of them.
         """
         for i, rows in self.flow.slices():
             self._pass(self.flow, block, i, rows, watchers)
@@ -68,8 +69,8 @@ class Samples:
         """Carries the reference samples through the block, which is not quantized yet.
 
         Returns:
-            The inputs (tokens of all samples, channels) of the modules `names`, in memory or memory-mapped as the execution
-            asks for hidden states; they are overwritten by the next call.
+            The inputs (tokens of all samples, channels) of the modules `names`, and the block's output for the name "", in
+            memory or memory-mapped as the execution asks for hidden states; they are overwritten by the next call.
 
         Raises:
             ValueError: when no step captures `REFERENCE`.
@@ -86,9 +87,11 @@ class Samples:
             kept[name] = self._kept[place]
             kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))
 
-        watchers = {name: partial(keep, place, name) for place, name in enumerate(names)}
+        watchers = {name: partial(keep, place, name) for place, name in enumerate(names) if name}
         for i, rows in reference.slices():
             reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
+        if "" in names:
+            kept[""] = reference.hidden.flatten(0, 1)
         return kept
 
     def _pass(
@@ -109,11 +112,14 @@ class Samples:
             return look
 
         model = self.stream.network.model
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers]
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers if name]
         hidden = flow.hidden[rows].to(self.stream.device)
         try:
             with suppress(_Seen):
-                return self.stream.call(flow, block, batch, hidden)
+                output = self.stream.call(flow, block, batch, hidden)
+                if "" in watchers:
+                    watchers[""](output, tokens)
+                return output
         finally:
             for handle in handles:
                 handle.remove()
@@ -159,6 +165,10 @@ class Plan:
     def links(self, block: Block) -> list[Link]:
         """Returns the proved links of a block."""
         return self.traces[block.index].links if block.index in self.traces else []
+
+    def sums(self, block: Block) -> dict[str, str]:
+        """Returns `ptq.sums.find_sums` of a block: where the outputs of its Linears are added to the residual stream."""
+        return self.traces[block.index].sums if block.index in self.traces else {}
 
     def stages(self, block: Block) -> list[tuple[str, ...]]:
         """Returns the block's Linears in the order of their calls, those that read one tensor together."""

@@ -1,6 +1,6 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import ClassVar
 
@@ -10,13 +10,13 @@ from ptq.config import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network import Block, weight_of
 from ptq.steps.attention_inputs import quantize_attention
-from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan
+from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan, Watcher
 from ptq.steps.solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
 from quantize.affine import Grid
 from quantize.gptq import GptqOptions, Hessian, Solution, solve
 from quantize.linear import InputQuantizer
 from quantize.spec import QuantSpec
-from quantize.target import CrossMoment, corrected_weight
+from quantize.target import ErrorMoment, corrected_weight
 
 
 @dataclass(frozen=True)
@@ -31,8 +31,10 @@ class Options:
         sequential: solve the Linears of a block in the order of their calls, each on what the quantized ones before it
             give (true sequential); otherwise all on the unquantized block's inputs, in one pass.
         target: ``present``: each Linear keeps its own output on the input it gets now, as published; ``original``: it
-            is to give the original output on the original input, and makes up for the layers before it. The second
-            carries the samples through the unquantized network too, and keeps a block's inputs of it.
+            is to give the original output on the original input, and makes up for the layers before it; ``residual``: as
+            original, and a Linear whose output is added to the residual stream takes back what it can of the error that
+            the stream carries there (only with `sequential`: otherwise two Linears take back the same error). The last two
+            carry the samples through the unquantized network too, and keep what they need of one block.
     """
 
     damping: float = 0.01
@@ -43,7 +45,7 @@ class Options:
     target: str = "present"
 
 
-TARGETS = ("present", "original")
+TARGETS = ("present", "original", "residual")
 
 
 class Step:
@@ -61,12 +63,17 @@ class Step:
                 f"steps.gptq.target: {options.target!r} is not valid: expected one of {', '.join(TARGETS)}"
                 f"{nearest(options.target, TARGETS)}"
             )
-        self.sequential, self.corrects = options.sequential, options.target == "original"
+        if options.target == "residual" and not options.sequential:
+            raise UserError(
+                "steps.gptq.sequential: false does not go with target 'residual': two Linears of a block would both take "
+                "back the same error: use sequential true, or target original"
+            )
+        self.sequential, self.target = options.sequential, options.target
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the calibration samples, and what static input ranges need. `UserError` for weights that are not integers."""
         check_integers(scheme, "gptq")
-        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.corrects else frozenset())
+        return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
 
     def plan(self, plan: Plan) -> None:
         """Keeps what `apply` needs."""
@@ -78,36 +85,61 @@ class Step:
         if plan.samples is None:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
         stages = plan.stages(block)
-        firsts = [stage[0] for stage in stages]
-        originals = plan.samples.advance_reference(block, firsts) if self.corrects else {}
+        sums = plan.sums(block) if self.target == "residual" else {}
+        originals = self._originals(block, stages, sums)
         quantize_attention(plan, block)
         inputs = BlockInputs(plan, block)
         for group in [[stage] for stage in stages] if self.sequential else [stages]:
-            moments = {stage[0]: self._moments(stage, inputs) for stage in group}
-            watchers = {name: partial(_see, m, originals.get(name)) for name, m in moments.items() if m}
-            if watchers:
-                plan.samples.feed(block, watchers)
+            moments = [m for stage in group for m in self._moments(stage, inputs, sums, originals)]
+            self._feed(block, moments)
             for name in (name for stage in group for name in stage):
                 self._solve(name, inputs, moments)
 
-    def _moments(self, stage: tuple[str, ...], inputs: BlockInputs) -> "list[_Moments]":
-        """Returns empty moments for the Linears of a stage whose weights are to be solved, one for each input quantizer."""
-        made: dict[InputQuantizer | None, _Moments] = {}
+    def _originals(self, block: Block, stages: list[tuple[str, ...]], sums: dict[str, str]) -> dict[str, torch.Tensor]:
+        """Returns what the unquantized network has where the targets need it: inputs by first name of a stage, and sums."""
+        samples = self._plan.samples
+        if samples is None or self.target == "present":
+            return {}
+        plain = [stage[0] for stage in stages if not set(stage) <= set(sums)]
+        return samples.advance_reference(block, list(dict.fromkeys([*plain, *sums.values()])))
+
+    def _moments(
+        self, stage: tuple[str, ...], inputs: BlockInputs, sums: dict[str, str], originals: dict[str, torch.Tensor]
+    ) -> "list[_Moments]":
+        """Returns empty moments for the Linears of a stage whose weights are to be solved: one for each input quantizer, and
+        one for each Linear whose target is a sum.
+        """
+        made: dict[tuple[InputQuantizer | None, str], _Moments] = {}
         for name in stage:
             specs = specs_of(self._plan, name)
-            if specs.weight is not None:
+            if specs.weight is None:
+                continue
+            key = inputs.of(name, specs), name if name in sums else ""
+            if key not in made:
                 weight = weight_of(self._plan.network.model.get_submodule(name))
-                quantizer, size = inputs.of(name, specs), weight.shape[1]
-                cross = CrossMoment(size, weight.device) if self.corrects else None
-                made.setdefault(quantizer, _Moments([], quantizer, Hessian(size, weight.device), cross)).names.append(
-                    name
-                )
+                rows, columns = weight.shape if name in sums else (weight.shape[1], weight.shape[1])
+                error = None if self.target == "present" else ErrorMoment(rows, columns, weight.device)
+                original = originals.get(sums.get(name, stage[0]))
+                made[key] = _Moments(stage[0], key[0], Hessian(columns, weight.device), error, original)
+                if name in sums:
+                    made[key] = replace(made[key], place=sums[name], weight=weight)
+            made[key].names.append(name)
         return list(made.values())
 
-    def _solve(self, name: str, inputs: BlockInputs, moments: "dict[str, list[_Moments]]") -> None:
+    def _feed(self, block: Block, moments: "list[_Moments]") -> None:
+        """Lets the samples pass, and every moment see what it needs."""
+        watchers: dict[str, list[Watcher]] = {}
+        for m in moments:
+            watchers.setdefault(m.first, []).append(m.see)
+            if m.place is not None:
+                watchers.setdefault(m.place, []).append(m.see_sum)
+        if watchers and self._plan.samples is not None:
+            self._plan.samples.feed(block, {name: partial(_all, found) for name, found in watchers.items()})
+
+    def _solve(self, name: str, inputs: BlockInputs, moments: "list[_Moments]") -> None:
         specs = specs_of(self._plan, name)
         if specs.any:
-            mine = next((m for stage in moments.values() for m in stage if name in m.names), None)
+            mine = next((m for m in moments if name in m.names), None)
             chosen = None if mine is None or specs.weight is None else partial(self._codes, name, specs.weight, mine)
             quantize_linear(self._plan, name, specs, inputs.of(name, specs), chosen)
 
@@ -115,8 +147,8 @@ class Step:
         self, name: str, spec: QuantSpec, moments: "_Moments", weight: torch.Tensor
     ) -> tuple[torch.Tensor, Grid]:
         hessian = moments.hessian.matrix
-        if moments.cross is not None:
-            weight = corrected_weight(weight, moments.cross.matrix, hessian, self.options.damping)
+        if moments.error is not None:
+            weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
         labels = labels_of(self._plan, name, spec, "weight")
         solution: Solution = solve(weight, hessian, spec, self.options, labels)
         if solution.fallback:
@@ -128,22 +160,48 @@ class Step:
 
 @dataclass(frozen=True)
 class _Moments:
-    """Second moments of one tensor, as the Linears `names` get it: rounded by `quantizer`."""
+    """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
 
-    names: list[str]
+    `error` is of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
+    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input.
+    """
+
+    first: str
     quantizer: InputQuantizer | None
     hessian: Hessian
-    cross: CrossMoment | None
+    error: ErrorMoment | None
+    original: torch.Tensor | None
+    place: str | None = None
+    weight: torch.Tensor | None = None
+    names: list[str] = field(default_factory=list)
+    _latest: list[torch.Tensor] = field(default_factory=list)
 
-    def rounded(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns what the Linears will really multiply by."""
+    def see(self, x: torch.Tensor, tokens: slice) -> None:
+        """Adds a batch of the tensor; a `Watcher`."""
+        x = x.reshape(-1, x.shape[-1])
         y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
-        return y
+        self.hessian.update(y)
+        if self.place is not None:
+            self._latest[:] = [x, y]
+        elif self.error is not None and self.original is not None:
+            self.error.update(self.original[tokens].to(y.device) - y, y)
+
+    def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
+        """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
+        x, y = self._latest
+        if self.error is not None and self.original is not None and self.weight is not None:
+            missing = self.original[tokens].to(total.device) - total.reshape(-1, total.shape[-1])
+            if self.quantizer is not None:
+                missing = missing + (x - y) @ self.weight.t()
+            self.error.update(missing, y)
+
+    def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
+        if self.error is None:
+            return torch.zeros_like(weight)
+        return self.error.matrix if self.place is not None else weight.double() @ self.error.matrix.double()
 
 
-def _see(moments: list[_Moments], originals: torch.Tensor | None, x: torch.Tensor, tokens: slice) -> None:
-    for m in moments:
-        y = m.rounded(x)
-        m.hessian.update(y)
-        if m.cross is not None and originals is not None:
-            m.cross.update(originals[tokens].to(y.device), y.reshape(-1, y.shape[-1]))
+def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:
+    for watcher in watchers:
+        watcher(x, tokens)

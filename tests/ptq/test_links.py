@@ -115,6 +115,32 @@ def test_the_stream_gives_the_logits_of_the_model_itself(architecture):
     torch.testing.assert_close(torch.cat(chunks, dim=1), expected, rtol=1e-4, atol=1e-5)
 
 
+PRE_NORM = {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": ""}
+SUMS = {
+    "opt": {"self_attn.out_proj": "final_layer_norm", "fc2": ""},
+    "llama": PRE_NORM,
+    "mistral": PRE_NORM,
+    "qwen2": PRE_NORM,
+    "qwen3": PRE_NORM,
+    # Gemma 3 norms an output before it adds it: nothing is added to what that norm reads.
+    "gemma3": {"self_attn.o_proj": "post_attention_layernorm", "mlp.down_proj": "post_feedforward_layernorm"},
+    "gpt_neox": {"attention.dense": "", "mlp.dense_4h_to_h": ""},
+    "phi": {"self_attn.dense": "", "mlp.fc2": ""},
+    "bloom": {"self_attention.dense": "post_attention_layernorm", "mlp.dense_4h_to_h": ""},
+    "falcon": {"self_attention.dense": "", "mlp.dense_4h_to_h": ""},
+    "gpt2": {"attn.c_proj": "ln_2", "mlp.c_proj": ""},
+    "mixtral": {"self_attn.o_proj": "post_attention_layernorm"},
+}
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_the_sums_that_outputs_are_part_of_are_found_by_name(architecture):
+    network, stream = _stream(random_tiny(architecture))
+    for block, trace in zip(network.blocks, trace_links(network, stream).values(), strict=True):
+        prefix = f"{block.name}."
+        assert {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in trace.sums.items()} == SUMS[architecture]
+
+
 def test_query_key_and_value_are_told_apart():
     network, stream = _stream(random_tiny("llama"))
     roles = trace_links(network, stream)[0].roles

@@ -5,8 +5,10 @@ import json
 import pytest
 
 from ptq.config import recipe_from
+from ptq.errors import UserError
 from ptq.run import run
 
+MANY = {"samples": 64, "length": 128}
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 
 
@@ -38,15 +40,29 @@ def ratio(*args, **changes):
 @pytest.mark.parametrize(
     "weight", [{"bits": 3}, {"bits": 3, "granularity": "group", "group_size": 32, "symmetric": False}]
 )
-def test_gptq_beats_rounding_to_nearest_and_the_original_target_beats_both(tmp_path, tiny_llama, weight):
-    steps = ({"rtn": {}}, {"gptq": {}}, {"gptq": {"target": "original"}})
-    rtn, gptq, original = (figures(tmp_path, tiny_llama, {"weight": weight}, s)[0]["kl_mean"] for s in steps)
-    assert 0 < original < gptq < rtn
+def test_gptq_beats_rounding_to_nearest_the_original_target_both_and_the_residual_target_all(
+    tmp_path, tiny_llama, weight
+):
+    steps = ({"rtn": {}}, *({"gptq": {"target": t}} for t in ("present", "original", "residual")))
+    rtn, gptq, original, residual = (
+        figures(tmp_path, tiny_llama, {"weight": weight}, s, calibration=MANY)[0]["kl_mean"] for s in steps
+    )
+    assert 0 < residual < original < gptq < rtn
+
+
+def test_the_residual_target_works_on_rounded_inputs_and_refuses_to_solve_all_linears_at_once(tmp_path, tiny_opt):
+    scheme = {"weight": {"bits": 3}, "input": TOKEN}
+    found = [
+        figures(tmp_path, tiny_opt, scheme, {"gptq": {"target": t}})[0]["kl_mean"] for t in ("residual", "present")
+    ]
+    assert 0 < found[0] < found[1]
+    with pytest.raises(UserError, match="steps.gptq.sequential: false"):
+        figures(tmp_path, tiny_opt, scheme, {"gptq": {"target": "residual", "sequential": False}})
 
 
 def test_gptq_offloaded_gives_the_same_figures_as_resident(tmp_path, tiny_opt):
     scheme = {"weight": {"bits": 4}, "input": TOKEN}
-    steps = {"smooth": {}, "gptq": {"target": "original"}}
+    steps = {"smooth": {}, "gptq": {"target": "residual"}}
     resident, log = ratio(tmp_path, tiny_opt, scheme, steps)
     offloaded, _ = ratio(tmp_path, tiny_opt, scheme, steps, execution={"weights": "offloaded", "hidden_states": "disk"})
     assert resident == offloaded
