@@ -4,12 +4,13 @@
 
 Three ratios, the medians over rounds in which the two sides alternate:
 statistics pass / plain forward; perplexity evaluation / plain forward plus cross-entropy; simulated W8A8 evaluation
-(dynamic, per token) / fp32 evaluation. And the peak memory of evaluation against the plain loop, each in its own process.
+(dynamic, per token) / fp32 evaluation. And the memory that evaluation needs on top of the loaded model, against the plain
+loop's: peak resident memory (Linux), each in its own process.
 """
 
 import argparse
 import json
-import resource
+import pathlib
 import statistics
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from collections.abc import Callable
 import torch
 from torch.nn.functional import cross_entropy
 
+from experiments.bench.loading import status
 from ptq.config import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.evaluate import window_losses
@@ -106,7 +108,7 @@ def _seconds(action: Callable[[], object]) -> float:
 
 
 def peak_mebibytes(path: str, mode: str, windows: int, length: int) -> float:
-    """Returns the peak resident memory in MiB of a process that runs only the loop `mode` (`plain_loop` or `evaluate`)."""
+    """Returns how far a process's resident memory in MiB grows at most in the loop `mode` (`plain_loop` or `evaluate`)."""
     command = [sys.executable, "-m", "experiments.bench.speed", "--model", path, "--only", mode]
     command += ["--windows", str(windows), "--tokens", str(length)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -120,14 +122,14 @@ def main() -> None:
     parser.add_argument("--windows", type=int, default=2, help="windows a round")
     parser.add_argument("--tokens", type=int, default=1024, help="tokens a window")
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count")
-    parser.add_argument(
-        "--only", choices=["plain_loop", "evaluate"], help="run one loop and print this process's peak memory"
-    )
+    parser.add_argument("--only", choices=["plain_loop", "evaluate"], help="run one loop and print what memory it took")
     options = parser.parse_args()
     bench = Bench(options.model, options.windows, options.tokens)
     if options.only:
+        pathlib.Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+        before = status("VmRSS")
         getattr(bench, options.only)()
-        print(json.dumps({"peak_mebibytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024}))
+        print(json.dumps({"peak_mebibytes": (status("VmHWM") - before) / 2**20}))
         return
     drift = max(abs(a - b) for a, b in zip(bench.plain_loop(), bench.evaluate(), strict=True))
     print(
@@ -141,7 +143,9 @@ def main() -> None:
     peaks = [
         peak_mebibytes(options.model, mode, options.windows, options.tokens) for mode in ("evaluate", "plain_loop")
     ]
-    print(f"peak memory, evaluation / plain loop: {peaks[0]:.0f} MiB / {peaks[1]:.0f} MiB = {peaks[0] / peaks[1]:.3f}")
+    print(
+        f"peak memory on top of the model, evaluation / plain loop: {peaks[0]:.0f} MiB / {peaks[1]:.0f} MiB = {peaks[0] / peaks[1]:.3f}"
+    )
 
 
 def _report(what: str, figures: tuple[float, float, float]) -> None:
