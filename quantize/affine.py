@@ -28,6 +28,11 @@ class Grid:
         zero_point = None if self.zero_point is None else self.zero_point[..., labels]
         return Grid(self.scale[..., labels], zero_point, self.low, self.high)
 
+    def split(self, rows: list[int]) -> "list[Grid]":
+        """Returns the grids of the weights that, `rows` each, make up the tall weight whose rows this grid has."""
+        zero_points = [None] * len(rows) if self.zero_point is None else self.zero_point.split(rows)
+        return [Grid(s, z, self.low, self.high) for s, z in zip(self.scale.split(rows), zero_points, strict=True)]
+
 
 def integer_range(bits: int, symmetric: bool, full_range: bool = False) -> tuple[int, int]:
     """Returns the least and greatest code: ±(2^(bits-1) - 1) when symmetric, 0 .. 2^bits - 1 otherwise.

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from quantize.affine import grouped
+from quantize.finite import all_finite
 from quantize.packing import pack, packed_length, unpack
 from quantize.spec import QuantSpec
 
@@ -101,7 +102,7 @@ def checked(x: torch.Tensor) -> torch.Tensor:
         raise ValueError(f"the weight is {x.dtype}: only a floating-point tensor can be quantized")
     if x.is_meta:
         raise ValueError("the weight is on the meta device: it has no values to quantize")
-    if not torch.isfinite(x).all():
+    if not all_finite(x):
         raise ValueError("the weight holds NaN or inf")
     return x.detach()
 

@@ -10,11 +10,14 @@ from dataclasses import dataclass, replace
 import torch
 
 from quantize.affine import Grid, dequantize, integer_range, quantize
+from quantize.finite import all_finite
 from quantize.ranges import weight_grid
 from quantize.spec import QuantSpec
 
 ESCALATIONS = 4
 """Dampings tried, each 10 times the one before, until Cholesky succeeds; then the weight is rounded to nearest."""
+SMALL = 128
+"""Rows of a triangular matrix that is inverted at once; greater ones by halves."""
 STRIP = 256
 """Rows of the Hessian updated together: only the strips' right parts are computed, the rest is their mirror image."""
 
@@ -238,14 +241,29 @@ def _unit_triangle(hessian: torch.Tensor, used: torch.Tensor, damping: float) ->
         damped = hessian.clone()
         damped.diagonal().add_(share)
         factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
-        if not failed and torch.isfinite(factor).all():
+        if not failed and all_finite(factor):
             upper = factor.flip(0, 1)
-            unit = upper / upper.diagonal()
-            one = torch.eye(len(unit), device=unit.device)
-            inverse = torch.linalg.solve_triangular(unit, one, upper=True, unitriangular=True)
-            if torch.isfinite(inverse).all():
+            inverse = _inverse(upper / upper.diagonal())
+            if all_finite(inverse):
                 return inverse, share
     return None, share
+
+
+def _inverse(unit: torch.Tensor) -> torch.Tensor:
+    """Returns the inverse of a unit upper triangular matrix (n, n), zeros below the diagonal.
+
+    By halves: the inverse of [[A, B], [0, C]] is [[A^-1, -A^-1 B C^-1], [0, C^-1]], a third of the work of solving for n
+    columns.
+    """
+    size = len(unit)
+    if size <= SMALL:
+        one = torch.eye(size, device=unit.device, dtype=unit.dtype)
+        return torch.linalg.solve_triangular(unit, one, upper=True, unitriangular=True)
+    half, inverse = size // 2, torch.zeros_like(unit)
+    inverse[:half, :half] = _inverse(unit[:half, :half])
+    inverse[half:, half:] = _inverse(unit[half:, half:])
+    torch.mm(inverse[:half, :half] @ unit[:half, half:], inverse[half:, half:], out=inverse[:half, half:]).neg_()
+    return inverse
 
 
 def _rounded(problem: _Problem, triangle: torch.Tensor, options: GptqOptions) -> tuple[torch.Tensor, _Columns]:
@@ -376,5 +394,5 @@ def _check(weight: torch.Tensor, hessian: torch.Tensor) -> None:
     if weight.ndim != 2 or hessian.shape != (weight.shape[1], weight.shape[1]):
         raise ValueError(f"hessian: shape {tuple(hessian.shape)} does not fit a weight {tuple(weight.shape)}")
     for name, tensor in (("weight", weight), ("hessian", hessian)):
-        if not torch.isfinite(tensor).all():
+        if not all_finite(tensor):
             raise ValueError(f"{name}: holds NaN or inf")

@@ -11,6 +11,7 @@ from torch.nn import functional
 from quantize.affine import Grid, dequantize, fake_quantize, grouped, integer_range, quantize
 from quantize.codec import Stored, keep_dtypes, stored_bytes
 from quantize.codecs import codec_of
+from quantize.finite import all_finite
 from quantize.ranges import static_grid, weight_grid
 from quantize.spec import QuantSpec
 
@@ -134,7 +135,7 @@ class QuantLinear(nn.Module):
     ):
         super().__init__()
         weight = weight.detach()
-        if not torch.isfinite(weight).all():
+        if not all_finite(weight):
             raise ValueError("the weight holds NaN or inf")
         self.out_features, self.in_features = weight.shape
         self.weight_spec, self.inputs = weight_spec, inputs

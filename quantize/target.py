@@ -2,6 +2,8 @@
 
 import torch
 
+from quantize.finite import all_finite
+
 
 class ErrorMoment:
     """Accumulates D = 2 E^T Y / n over n tokens: what the input Y of a quantized Linear tells of an error E.
@@ -60,7 +62,7 @@ def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.
         )
     if not damping > 0:
         raise ValueError(f"damping: {damping} is not valid: expected a number above 0, such as 0.01")
-    if not (torch.isfinite(moment).all() and torch.isfinite(hessian).all()):
+    if not (all_finite(moment) and all_finite(hessian)):
         raise ValueError("moment, hessian: NaN or inf")
     mean = hessian.diagonal().mean()
     if mean == 0:

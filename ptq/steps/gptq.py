@@ -13,6 +13,7 @@ from ptq.steps.attention_inputs import quantize_attention
 from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan, Watcher
 from ptq.steps.solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
 from quantize.affine import Grid
+from quantize.codec import checked
 from quantize.gptq import GptqOptions, Hessian, Solution, solve
 from quantize.linear import InputQuantizer
 from quantize.spec import QuantSpec
@@ -45,6 +46,8 @@ class Options:
     target: str = "present"
 
 
+STACKED = ("channel", "group")
+"""Granularities whose grids belong to one row."""
 TARGETS = ("present", "original", "residual")
 
 
@@ -92,8 +95,12 @@ class Step:
         for group in [[stage] for stage in stages] if self.sequential else [stages]:
             moments = [m for stage in group for m in self._moments(stage, inputs, sums, originals)]
             self._feed(block, moments)
+            solved = {name: found for m in moments for name, found in self._solved(m).items()}
             for name in (name for stage in group for name in stage):
-                self._solve(name, inputs, moments)
+                specs = specs_of(plan, name)
+                if specs.any:
+                    chosen = partial(_chosen, solved[name]) if name in solved else None
+                    quantize_linear(plan, name, specs, inputs.of(name, specs), chosen)
 
     def _originals(self, block: Block, stages: list[tuple[str, ...]], sums: dict[str, str]) -> dict[str, torch.Tensor]:
         """Returns what the unquantized network has where the targets need it: inputs by first name of a stage, and sums."""
@@ -136,26 +143,51 @@ class Step:
         if watchers and self._plan.samples is not None:
             self._plan.samples.feed(block, {name: partial(_all, found) for name, found in watchers.items()})
 
-    def _solve(self, name: str, inputs: BlockInputs, moments: "list[_Moments]") -> None:
-        specs = specs_of(self._plan, name)
-        if specs.any:
-            mine = next((m for m in moments if name in m.names), None)
-            chosen = None if mine is None or specs.weight is None else partial(self._codes, name, specs.weight, mine)
-            quantize_linear(self._plan, name, specs, inputs.of(name, specs), chosen)
+    def _solved(self, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
+        """Returns codes and grid of the Linears that share these moments, by name.
 
-    def _codes(
-        self, name: str, spec: QuantSpec, moments: "_Moments", weight: torch.Tensor
-    ) -> tuple[torch.Tensor, Grid]:
-        hessian = moments.hessian.matrix
-        if moments.error is not None:
-            weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
-        labels = labels_of(self._plan, name, spec, "weight")
-        solution: Solution = solve(weight, hessian, spec, self.options, labels)
-        if solution.fallback:
-            self._plan.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
-        elif solution.damping > self.options.damping:
-            self._plan.note(f"gptq: {name}: damping raised to {solution.damping:g}")
-        return solution.codes, solution.grid
+        Rows do not see one another, so the Linears whose rows have grids of their own are solved as one tall weight: one
+        factorisation, and one pass over the columns.
+        """
+        together: dict[tuple[QuantSpec, str], list[str]] = {}
+        for name in moments.names:
+            spec = specs_of(self._plan, name).weight
+            if spec is not None:
+                together.setdefault((spec, "" if spec.granularity in STACKED else name), []).append(name)
+        solved: dict[str, tuple[torch.Tensor, Grid]] = {}
+        for (spec, _), names in together.items():
+            solved.update(self._codes(names, spec, moments))
+        return solved
+
+    def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
+        weights = [_weight(self._plan, name) for name in names]
+        weight, hessian = torch.cat([w.float() for w in weights]), moments.hessian.matrix
+        labels = labels_of(self._plan, names[0], spec, "weight")
+        try:
+            if moments.error is not None:
+                weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
+            solution: Solution = solve(weight, hessian, spec, self.options, labels)
+        except ValueError as error:
+            raise UserError(f"{', '.join(names)}: {error}") from None
+        for name in names:
+            if solution.fallback:
+                self._plan.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
+            elif solution.damping > self.options.damping:
+                self._plan.note(f"gptq: {name}: damping raised to {solution.damping:g}")
+        rows = [len(w) for w in weights]
+        grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
+        return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
+
+
+def _chosen(solved: tuple[torch.Tensor, Grid], weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+    return solved
+
+
+def _weight(plan: Plan, name: str) -> torch.Tensor:
+    try:
+        return checked(weight_of(plan.network.model.get_submodule(name)))
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
 
 
 @dataclass(frozen=True)

@@ -359,3 +359,33 @@ def test_a_grid_fitted_on_the_way_weighs_errors_as_one_fitted_first(symmetric):
     # No error has been made yet when the first group's grid is fitted.
     assert torch.equal(first.grid.scale[:, 0], later.grid.scale[:, 0])
     assert not torch.equal(first.grid.scale[:, 1], later.grid.scale[:, 1])
+
+
+@pytest.mark.parametrize("spec", SPECS[:4], ids=name_of)
+def test_weights_solved_as_one_tall_weight_get_what_they_get_alone(spec):
+    weight, x = problem(rows=15)
+    hessian, options, rows = hessian_of(x), GptqOptions(), [4, 8, 3]
+    together = solve(weight, hessian, spec, options)
+    parts = zip(weight.split(rows), together.codes.split(rows), together.grid.split(rows), strict=True)
+    for part, codes, grid in parts:
+        alone = solve(part, hessian, spec, options)
+        assert torch.equal(codes, alone.codes) and torch.equal(grid.scale, alone.grid.scale)
+        assert (grid.zero_point is None) == spec.symmetric
+        assert spec.symmetric or torch.equal(grid.zero_point, alone.grid.zero_point)
+
+
+@pytest.mark.parametrize("size", [1, 127, 128, 300, 512])
+def test_wide_hessians_that_are_inverted_by_halves_give_the_codes_of_a_float64_inverse(size):
+    weight, x = problem(rows=3, columns=size, tokens=2 * size)
+    hessian = hessian_of(x)
+    options, spec = GptqOptions(act_order=False), QuantSpec(bits=4)
+    solution = solve(weight, hessian, spec, options)
+    damped = hessian.double() + options.damping * hessian.double().diagonal().mean() * torch.eye(size)
+    upper = torch.linalg.cholesky(torch.linalg.inv(damped), upper=True)
+    w, scale = weight.double().clone(), solution.grid.scale.double()
+    codes = torch.empty_like(w)
+    for j in range(size):
+        codes[:, j] = (w[:, j : j + 1] / scale).round().clamp(-7, 7)[:, 0]
+        error = (w[:, j] - codes[:, j] * scale[:, 0]) / upper[j, j]
+        w[:, j:] -= error[:, None] * upper[j, j:]
+    assert solution.rtn_rows == 0 and torch.equal(solution.codes.double(), codes)
