@@ -16,36 +16,56 @@ from ptq.run import output_folder, run
 
 SEARCHED = ["method=smooth", "steps.smooth.search=true"]
 """Every kind of link smoothed, alpha chosen for each by output error; then rounding to nearest."""
-ORIGINAL = ["steps.gptq.target=original"]
-"""GPTQ against the original outputs."""
-EVEN = ["method=smooth_gptq", "steps.smooth.alpha=0", "steps.smooth.beta=0.5", *ORIGINAL]
-"""Columns of the weights evened out, then GPTQ."""
-BOTH = ["method=smooth_gptq", "steps.smooth.search=true", *ORIGINAL]
-ROWS = {
+GPTQ = ["method=gptq", "scheme.weight.range=mse"]
+"""GPTQ as published, on grids of least squared error."""
+RESIDUAL = [*GPTQ, "steps.gptq.target=residual"]
+"""GPTQ against the original outputs and the original residual stream."""
+CLUSTERS = ["scheme=w4a4_cluster", "steps.gptq.target=residual"]
+"""4-bit weights and static 4-bit inputs."""
+ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
     "RTN": {
-        "W8A8, weight per channel, input dynamic per token": ["scheme=w8a8"],
-        "W8A8, weight per tensor, input dynamic per tensor": ["scheme=w8a8_tensor"],
-        "W8A8, weight per channel, input static per tensor asymmetric": ["scheme=w8a8_static"],
-        "W4A16 per channel symmetric": ["scheme=w4a16"],
-        "W4A16 groups of 64 asymmetric": ["scheme=w4a16_g64"],
-        "W4A4, weight per channel, input dynamic per token": ["scheme=w4a4"],
+        "W8A8, weight per channel, input dynamic per token": (["scheme=w8a8"], ""),
+        "W8A8, weight per tensor, input dynamic per tensor": (["scheme=w8a8_tensor"], ""),
+        "W8A8, weight per channel, input static per tensor asymmetric": (["scheme=w8a8_static"], ""),
+        "W4A16 per channel symmetric": (["scheme=w4a16"], ""),
+        "W4A16 groups of 64 asymmetric": (["scheme=w4a16_g64"], ""),
+        "W4A4, weight per channel, input dynamic per token": (["scheme=w4a4"], ""),
     },
     "methods": {
-        "W8A8, input dynamic per token, smooth": ["scheme=w8a8", *SEARCHED],
-        "W8A8, input static per tensor, smooth": ["scheme=w8a8_static", *SEARCHED],
-        "W4A16 per channel symmetric, gptq": ["scheme=w4a16", "scheme.weight.range=mse", "method=gptq", *ORIGINAL],
-        "W4A16 groups of 64 asymmetric, gptq": [
-            "scheme=w4a16_g64",
-            "scheme.weight.range=mse",
-            "method=gptq",
-            *ORIGINAL,
-        ],
-        "W3A16 groups of 64 asymmetric, gptq": ["scheme=w3a16_g64", "method=gptq", *ORIGINAL],
-        "W4A16 per channel symmetric, even columns, gptq": ["scheme=w4a16", "scheme.weight.range=mse", *EVEN],
-        "W4A8 per channel symmetric, even columns, gptq": ["scheme=w4a8", *EVEN],
-        "W4A8 groups of 64 asymmetric, even columns, gptq": ["scheme=w4a8_g64", *EVEN],
-        "W4A4 static, smooth, gptq, no clusters": ["scheme=w4a4_cluster", "scheme.input.granularity=tensor", *BOTH],
-        "W4A4 static, smooth, 32 clusters, gptq": ["scheme=w4a4_cluster", "method=smooth_cluster_gptq"],
+        "W8A8, input dynamic per token; smooth, alpha 0.5": (["scheme=w8a8", "method=smooth"], ""),
+        "W8A8, input dynamic per token; smooth, alpha searched": (["scheme=w8a8", *SEARCHED], "1.010"),
+        "W8A8, input static per tensor; smooth, alpha 0.5": (["scheme=w8a8_static", "method=smooth"], ""),
+        "W8A8, input static per tensor; smooth, alpha searched": (["scheme=w8a8_static", *SEARCHED], "1.10"),
+        "W4A16 per channel symmetric; gptq": (["scheme=w4a16", *GPTQ], ""),
+        "W4A16 per channel symmetric; gptq, target residual": (["scheme=w4a16", *RESIDUAL], "1.40"),
+        "W4A16 g64 asymmetric; gptq": (["scheme=w4a16_g64", *GPTQ], ""),
+        "W4A16 g64 asymmetric; gptq, target residual": (["scheme=w4a16_g64", *RESIDUAL], "1.13"),
+        "W4A8 per channel symmetric; gptq, target residual": (["scheme=w4a8", *RESIDUAL], "1.45"),
+        "W4A8 g64 asymmetric; gptq, target residual": (["scheme=w4a8_g64", *RESIDUAL], "1.15"),
+        "W3A16 g64 asymmetric; gptq, target residual": (["scheme=w3a16_g64", *RESIDUAL], "1.8"),
+        "W4A4 static per tensor; smooth (searched), gptq, target residual": (
+            [*CLUSTERS, "scheme.input.granularity=tensor", "method=smooth_gptq", "steps.smooth.search=true"],
+            "",
+        ),
+        "W4A4 static, clusters (32 residual, 8 out, 32 mlp); smooth (searched), gptq, target residual": (
+            [*CLUSTERS, "method=smooth_cluster_gptq"],
+            "half the row above",
+        ),
+    },
+    "formats": {
+        "W8A16 per channel": (["scheme=w8a16"], ""),
+        "Q8_0, groups of 64": (["scheme=q8_0"], "1.002"),
+        "LLM.int8(), threshold 6": (["scheme=llm_int8"], ""),
+        "LLM.int8(), threshold 3": (["scheme=llm_int8", "scheme.input.threshold=3"], ""),
+        "LLM.int8(), threshold 1": (["scheme=llm_int8", "scheme.input.threshold=1"], "1.005"),
+        "LLM.int8(), threshold 6; smooth, alpha searched": (["scheme=llm_int8", *SEARCHED], "1.005"),
+        "FP8 E4M3": (["scheme=fp8"], ""),
+        "MXFP8": (["scheme=mxfp8"], ""),
+        "NF4, blocks of 64": (["scheme=nf4"], ""),
+        "NF4, double quantization": (["scheme=nf4_dq"], ""),
+        "FP4, blocks of 64": (["scheme=fp4"], ""),
+        "MXFP4": (["scheme=mxfp4"], ""),
+        "NVFP4": (["scheme=nvfp4"], ""),
     },
 }
 
@@ -58,9 +78,9 @@ def main() -> None:
         _table(ROWS[name])
 
 
-def _table(rows: dict[str, list[str]]) -> None:
+def _table(rows: dict[str, tuple[list[str], str]]) -> None:
     lines = []
-    for label, overrides in rows.items():
+    for label, (overrides, goal) in rows.items():
         made = compose_jobs(locate("smollm2-135m_w8a8"), ["data=smol-wt2", *overrides])[0].recipe
         finished = output_folder(made) / "metrics.json"
         folder: pathlib.Path = finished.parent if finished.is_file() else run(made)
@@ -68,11 +88,13 @@ def _table(rows: dict[str, list[str]]) -> None:
         lines.append(
             f"| {label} | {m['quantized_perplexity']:.3f} | {m['ratio']:.4f} x | "
             f"{m['difference']:+.3f} [{m['difference_low']:+.3f}, {m['difference_high']:+.3f}] | {m['kl_mean']:.4f} | "
-            f"{m['top1_agreement']:.1%} | {m['size']['bits_per_weight']:.3f} |"
+            f"{m['top1_agreement']:.1%} | {m['size']['bits_per_weight']:.3f} | {goal} |"
         )
     print(f"\nbaseline perplexity {m['baseline_perplexity']:.3f}, {m['windows']} windows, {m['tokens']} targets\n")
-    print("| setting | perplexity | ratio | difference, 95% interval | mean KL | top-1 agreement | bits a weight |")
-    print("|---|---|---|---|---|---|---|")
+    print(
+        "| setting | perplexity | ratio | difference, 95% interval | mean KL | top-1 agreement | bits a weight | goal |"
+    )
+    print("|---|---|---|---|---|---|---|---|")
     print("\n".join(lines))
 
 

@@ -10,11 +10,13 @@ from ptq.files import write_atomic
 from ptq.network import Block, Network, replace_module, weight_of
 from ptq.proof import Proof, prove
 from ptq.results import LayerResult, Size, describe_spec
+from ptq.scheme import resolve
 from ptq.session import Session
 from ptq.steps.base import SOLVER, TRANSFORM, Plan, Step
 from ptq.stream import Flow
 from quantize.error import relative_error, sqnr_db
 from quantize.linear import QuantLinear
+from quantize.llm_int8 import outlier_columns
 
 SAMPLED_ROWS = 128
 """Rows of the first batch on which a Linear's output error is measured."""
@@ -43,6 +45,7 @@ class QuantizeVisitor:
         self.quantized = 0
         self._modules: dict[str, nn.Module] = {}
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._outliers: dict[str, float] = {}
         plan.quantized = self._measure
 
     def enter(self, block: Block) -> None:
@@ -78,6 +81,9 @@ class QuantizeVisitor:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
                 every = max(1, len(inputs) // SAMPLED_ROWS)
+                spec = resolve(self.plan.scheme, name).input
+                if spec is not None and spec.format == "llm_int8":
+                    self._outliers[name] = float(outlier_columns(inputs, spec.threshold).float().mean())
                 seen[name] = inputs[::every].clone(), outputs[::every].clone()
 
             return hook
@@ -110,6 +116,7 @@ class QuantizeVisitor:
                 weight_sqnr_db=round(float(sqnr_db(weight, module.weight)), 3),
                 output_error=float(relative_error(outputs, module(inputs))),
                 parameters=weight.numel(),
+                outlier_share=self._outliers.get(name),
             )
         )
         if not self.session.loaded.weights.resident:

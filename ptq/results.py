@@ -24,6 +24,8 @@ class LayerResult:
 
     `weight_sqnr_db` is the signal-to-quantization-noise ratio of the weights; `output_error` is the norm of the output's
     change over the output's norm, on rows of the first evaluation batch as they reach it in the quantized model.
+    `outlier_share` is the share of the input's columns that LLM.int8() leaves in floating point in that batch; None for
+    other formats.
     """
 
     name: str
@@ -35,6 +37,7 @@ class LayerResult:
     weight_sqnr_db: float
     output_error: float
     parameters: int
+    outlier_share: float | None = None
 
 
 @dataclass(frozen=True)
@@ -96,6 +99,7 @@ def table(
             "bits per weight",
             f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)",
         ),
+        *_outliers(facts["outlier_share"]),
         ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
         ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts['evaluation_source']}"),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
@@ -104,6 +108,16 @@ def table(
     for row in rows:
         result.add_row(*row)
     return result
+
+
+def outlier_share(layers: list[LayerResult]) -> float | None:
+    """Returns the mean `outlier_share` of the Linears that have one, None where none has."""
+    shares = [layer.outlier_share for layer in layers if layer.outlier_share is not None]
+    return sum(shares) / len(shares) if shares else None
+
+
+def _outliers(share: float | None) -> list[tuple[str, str]]:
+    return [] if share is None else [("outlier columns", f"{share:.2%} of an input's columns stay in floating point")]
 
 
 @dataclass(frozen=True)

@@ -22,7 +22,7 @@ from ptq.journal import Journal
 from ptq.planning import check_steps, open_plan, plan_steps
 from ptq.preflight import check_before
 from ptq.quantization import QuantizeVisitor, size_of
-from ptq.results import TensorKind, describe_spec, table, tensor_kinds, tensor_table, write_results
+from ptq.results import TensorKind, describe_spec, outlier_share, table, tensor_kinds, tensor_table, write_results
 from ptq.scheme import resolve_attention
 from ptq.session import Session, open_session
 from ptq.statistics_report import outlier_table, save_picture, save_transformed
@@ -90,6 +90,7 @@ def _report(
     size = size_of(session.network, visitor, bytes_before)
     kinds = tensor_kinds(visitor.layers, size, _attention_formats(visitor.plan), 8 * bytes_before)
     facts = _facts(session, tokens, kinds, baseline.losses.tolist(), compared.losses.tolist())
+    facts["outlier_share"] = outlier_share(visitor.layers)
     facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
     write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
     journal.show(tensor_table(kinds))

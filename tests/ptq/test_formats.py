@@ -64,6 +64,16 @@ def test_every_other_scheme_of_a_format_runs(scheme, places):
         assert m["size"]["bits_per_weight"] == pytest.approx(BITS[scheme], abs=0.06)
 
 
+def test_a_run_with_llm_int8_tells_the_share_of_columns_left_in_floating_point(places, capsys):
+    shares = [
+        metrics_of(made("smollm2-135m_llm-int8", f"scheme.input.threshold={t}", *SMALL, *places))["outlier_share"]
+        for t in (1e-6, 2, 1e6)
+    ]
+    assert shares[0] == 1 and 0 < shares[1] < 1 and shares[2] == 0
+    assert "columns stay in floating point" in capsys.readouterr().out
+    assert metrics_of(made("smollm2-135m_nf4", *SMALL, *places))["outlier_share"] is None
+
+
 def test_saved_codes_are_packed_and_decode_to_the_simulated_weight(places):
     recipe = made("smollm2-135m_nf4", *SMALL, *places, "execution.save=true", "scheme.weight.double_quant=true")
     saved = load_file(run(recipe) / "quantized" / "block-00000.safetensors")
