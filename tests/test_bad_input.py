@@ -225,7 +225,14 @@ def test_a_run_that_is_interrupted_says_so_and_is_taken_up_where_it_stopped(desk
     }
     steps = ["~steps.rtn", "+steps.wait._target_=waiting_step.Step", f"+steps.wait.go={go}", "+steps.rtn={}"]
     arguments = desk.command("evaluation.windows=8", "evaluation.length=128", *steps)
-    process = subprocess.Popen(arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+    # Where the tests run in the background of a shell, SIGINT is ignored, and whatever they start inherits that.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        process = subprocess.Popen(
+            arguments, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
     try:
         deadline = time.monotonic() + 120
         while not go.with_name("waiting").exists():

@@ -25,7 +25,7 @@ from ptq.network import Network
 from ptq.scheme import LinearSpecs
 from quantize.spec import QuantSpec
 
-SHARD_BYTES = 50_000_000
+SHARD_BYTES = 25_000_000
 """What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
 PIECE = 1 << 20
 """Values that are tried in 16 bits at once."""
