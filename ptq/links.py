@@ -60,17 +60,22 @@ class Trace:
     sums: dict[str, str] = field(default_factory=dict)
 
 
-def trace_links(network: Network, stream: BlockStream) -> dict[int, Trace]:
+def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> dict[int, Trace]:
     """Traces every block on one tiny input and returns, for each block, its proved links, its notes and the roles of its Linears.
 
     A norm or an activation function is linked to the Linears whose input is the very object it returned. A Linear whose
     input nobody returned is tried against the Linears beside it (same parent, fitting shape). Every candidate is proved:
     scaling the producer's output and the readers' input by reciprocal factors must leave the block's output alone.
+
+    Args:
+        network: the model.
+        stream: carries the tiny input through it.
+        sums: whether to look for the sums too: some more passes through each block, which few steps need.
     """
     vocabulary = network.model.get_input_embeddings().num_embeddings
     length = min(8, network.max_positions or 8)
     flow = stream.open((torch.arange(1, length + 1) * 7 % vocabulary)[None], 1)
-    tracer = _Tracer(network, stream, flow)
+    tracer = _Tracer(network, stream, flow, sums)
     stream.run([flow], tracer, "links")
     return tracer.traces
 
@@ -78,8 +83,8 @@ def trace_links(network: Network, stream: BlockStream) -> dict[int, Trace]:
 class _Tracer:
     """The visitor that traces a block before the tiny flow passes through it."""
 
-    def __init__(self, network: Network, stream: BlockStream, flow: Flow):
-        self.network, self.stream, self.flow = network, stream, flow
+    def __init__(self, network: Network, stream: BlockStream, flow: Flow, sums: bool):
+        self.network, self.stream, self.flow, self.sums = network, stream, flow, sums
         self.traces: dict[int, Trace] = {}
 
     def enter(self, block: Block) -> None:
@@ -115,7 +120,8 @@ class _Tracer:
         for reader in free:
             self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
         _roles(trace, list(inputs), self.network.head_dim)
-        trace.sums = find_sums(self.stream, self.flow, block, hidden)
+        if self.sums:
+            trace.sums = find_sums(self.stream, self.flow, block, hidden)
         self.traces[block.index] = trace
 
     def leave(self, block: Block) -> None:

@@ -19,7 +19,7 @@ def open_plan(session: Session, steps: Mapping[str, Step]) -> Plan:
     """
     scheme, journal = session.recipe.scheme, session.journal
     with journal.phase("links"):
-        traces = session.trace()
+        traces = session.trace(REFERENCE in captures_of_steps(scheme, steps))
         attentions = attentions_of(session.network, session.stream) if attention_tensors(scheme) else {}
         check_attention(scheme, sum(len(names) for names in attentions.values()))
     statistics = statistics_of(session)[0] if STATISTICS in captures_of_steps(session.recipe.scheme, steps) else None

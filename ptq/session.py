@@ -60,9 +60,9 @@ class Session:
             "transformers": transformers.__version__,
         }
 
-    def trace(self) -> dict[int, Trace]:
-        """Finds the links of every block and logs what they allow."""
-        traces = trace_links(self.network, self.stream)
+    def trace(self, sums: bool = False) -> dict[int, Trace]:
+        """Finds the links of every block, and the sums where asked, and logs what the links allow."""
+        traces = trace_links(self.network, self.stream, sums)
         for line in describe(traces):
             self.journal.note(line)
         self.journal.console.print(describe(traces)[0], markup=False)

@@ -136,7 +136,7 @@ SUMS = {
 @pytest.mark.parametrize("architecture", EXPECTED)
 def test_the_sums_that_outputs_are_part_of_are_found_by_name(architecture):
     network, stream = _stream(random_tiny(architecture))
-    for block, trace in zip(network.blocks, trace_links(network, stream).values(), strict=True):
+    for block, trace in zip(network.blocks, trace_links(network, stream, sums=True).values(), strict=True):
         prefix = f"{block.name}."
         assert {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in trace.sums.items()} == SUMS[architecture]
 
