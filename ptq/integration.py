@@ -18,6 +18,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ptq.config import SchemeConfig, build
 from ptq.errors import UserError, nearest
+from ptq.memory import forget_pages, return_freed_memory
 from ptq.replace import HEAD, METHOD, choose, dequantize_, emptied, record_of, replace_everywhere, scheme_of
 from quantize.packed import PackedLinear
 from quantize.spec import QuantSpec, SpecError
@@ -118,6 +119,9 @@ class _Encode(ConversionOps):
                 # Raised here it would drown in a report: it is kept until loading ends.
                 self.quantizer.refused.append(f"{name}: {error}".replace("the weight ", ""))
                 continue
+            # Otherwise the whole checkpoint would be resident in the end, beside the codes.
+            forget_pages(weight)
+            return_freed_memory()
             found.update({f"{prefix}.{key}": [tensor] for key, tensor in stored.items()})
             _stand_in(module)
             if missing_keys is not None:

@@ -46,12 +46,16 @@ class Call:
 
 @dataclass
 class Flow:
-    """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block."""
+    """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
+
+    `ahead` has the outputs of a block, batch by batch, where a solver's pass has computed them already.
+    """
 
     ids: torch.Tensor
     batch_size: int
     hidden: torch.Tensor
     calls: list[list[Call]] = field(default_factory=list)
+    ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Yields (index of the batch, its rows)."""
@@ -125,9 +129,10 @@ class BlockStream:
 
     def step(self, flow: Flow, block: Block) -> None:
         """Carries one flow through one block whose weights are in memory; `flow.hidden` is overwritten."""
+        ahead = flow.ahead.pop(block.index, None)
         for i, rows in flow.slices():
-            hidden = flow.hidden[rows].to(self.device)
-            flow.hidden[rows].copy_(self.call(flow, block, i, hidden))
+            output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
+            flow.hidden[rows].copy_(output)
 
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""

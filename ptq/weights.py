@@ -1,7 +1,5 @@
 """Where the parameters are: the files that hold them, and how they come into memory, all of them or one module's worth."""
 
-import contextlib
-import ctypes
 import hashlib
 import json
 import math
@@ -16,6 +14,7 @@ import torch
 from torch import nn
 
 from ptq.errors import UserError
+from ptq.memory import return_freed_memory
 
 PIECE = 1 << 23
 DTYPES = {
@@ -186,16 +185,6 @@ class OffloadedWeights:
                     for name, tensor in list(owner.items()):
                         if tensor is not None and tensor.device.type == "meta":
                             yield owner, name, f"{prefix}.{name}" if prefix else name
-
-
-def return_freed_memory() -> None:
-    """Has glibc give the pages of freed tensors back to the system; other systems are left alone.
-
-    Its heap keeps what is freed below 32 MiB, in holes that the next block's tensors fit only in part: without this, an
-    OPT-1.3B shape offloaded grows by a quarter of a GiB from block to block.
-    """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:

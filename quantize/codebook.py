@@ -33,7 +33,7 @@ class Codebook(Codec):
         """Returns the codes, uint8, of values already divided by their scale."""
         boundaries = torch.tensor(NF4_LEVELS, device=x.device)
         # A value in the middle belongs to the lower level.
-        return torch.bucketize(x, (boundaries[1:] + boundaries[:-1]) / 2).to(torch.uint8)
+        return torch.bucketize(x, (boundaries[1:] + boundaries[:-1]) / 2, out_int32=True).to(torch.uint8)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the float32 levels of `codes`."""

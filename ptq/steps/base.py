@@ -1,7 +1,7 @@
 """What a step is: one stage of a recipe, and what it may see and ask for."""
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar, Protocol
@@ -12,6 +12,7 @@ from torch import nn
 from ptq.config import SchemeConfig
 from ptq.links import Link, Trace
 from ptq.network import Block, Network
+from ptq.paused import PausedPass
 from ptq.statistics import Statistics
 from ptq.stream import BlockStream, Flow
 from quantize.linear import QuantLinear
@@ -46,6 +47,7 @@ class Samples:
     def __init__(self, stream: BlockStream, flow: Flow, reference: Flow | None = None):
         self.stream, self.flow, self.reference = stream, flow, reference
         self._kept: dict[int, torch.Tensor] = {}
+        self._paused: PausedPass | None = None
 
     @property
     def tokens(self) -> int:
@@ -56,13 +58,42 @@ class Samples:
     def feed(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
         """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
 
+        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with.
+
         Args:
             block: the present block, weights in memory.
             watchers: by full name of a module, what looks at its input; "" for the block's output. A batch stops at the
                 last of them.
         """
+        if self._paused is not None and watchers and set(watchers) <= set(self._paused.stage):
+            for rows, x in self._paused.inputs():
+                for watcher in watchers.values():
+                    watcher(x, _tokens(self.flow, rows))
+            return
         for i, rows in self.flow.slices():
             self._pass(self.flow, block, i, rows, watchers)
+
+    @contextmanager
+    def stage_by_stage(self, block: Block, stages: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[str, ...]]]:
+        """Gives the stages in order, for a solver that replaces the Linears of one before it asks for the next.
+
+        With resident weights and hidden states in memory the samples pass once for all stages, and their outputs are kept
+        for the stream. Otherwise every `feed` is a pass of its own, and only the hidden states are held.
+
+        Args:
+            block: the present block, weights in memory.
+            stages: full names of the Linears that read one tensor, in the order of their calls.
+        """
+        if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
+            yield iter(stages)
+            return
+        with PausedPass(self.stream, self.flow, block, stages) as paused:
+            self._paused = paused
+            try:
+                yield _advanced(paused, stages)
+                paused.finish()
+            finally:
+                self._paused = None
 
     @torch.no_grad()
     def advance_reference(self, block: Block, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -98,9 +129,7 @@ class Samples:
         self, flow: Flow, block: Block, batch: int, rows: slice, watchers: Mapping[str, Watcher], whole: bool = False
     ) -> torch.Tensor:
         """Calls the block for one batch; stops at the last watcher unless the `whole` block is wanted."""
-        left = set(watchers)
-        length = flow.ids.shape[1]
-        tokens = slice(rows.start * length, min(rows.stop, len(flow.ids)) * length)
+        left, tokens = set(watchers), _tokens(flow, rows)
 
         def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
             def look(module: nn.Module, args: tuple[Any, ...]) -> None:
@@ -124,6 +153,18 @@ class Samples:
             for handle in handles:
                 handle.remove()
         return hidden
+
+
+def _advanced(paused: PausedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    for stage in stages:
+        paused.advance()
+        yield stage
+
+
+def _tokens(flow: Flow, rows: slice) -> slice:
+    """Returns which of all samples' tokens, one after another, those of a batch are."""
+    length = flow.ids.shape[1]
+    return slice(rows.start * length, min(rows.stop, len(flow.ids)) * length)
 
 
 @dataclass

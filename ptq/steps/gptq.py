@@ -92,15 +92,30 @@ class Step:
         originals = self._originals(block, stages, sums)
         quantize_attention(plan, block)
         inputs = BlockInputs(plan, block)
-        for group in [[stage] for stage in stages] if self.sequential else [stages]:
-            moments = [m for stage in group for m in self._moments(stage, inputs, sums, originals)]
-            self._feed(block, moments)
-            solved = {name: found for m in moments for name, found in self._solved(m).items()}
-            for name in (name for stage in group for name in stage):
-                specs = specs_of(plan, name)
-                if specs.any:
-                    chosen = partial(_chosen, solved[name]) if name in solved else None
-                    quantize_linear(plan, name, specs, inputs.of(name, specs), chosen)
+        if not self.sequential:
+            self._quantize(block, stages, inputs, sums, originals)
+            return
+        with plan.samples.stage_by_stage(block, stages) as present:
+            for stage in present:
+                self._quantize(block, [stage], inputs, sums, originals)
+
+    def _quantize(
+        self,
+        block: Block,
+        stages: list[tuple[str, ...]],
+        inputs: BlockInputs,
+        sums: dict[str, str],
+        originals: dict[str, torch.Tensor],
+    ) -> None:
+        """Quantizes the Linears of these stages, on what reaches them now."""
+        moments = [m for stage in stages for m in self._moments(stage, inputs, sums, originals)]
+        self._feed(block, moments)
+        solved = {name: found for m in moments for name, found in self._solved(m).items()}
+        for name in (name for stage in stages for name in stage):
+            specs = specs_of(self._plan, name)
+            if specs.any:
+                chosen = partial(_chosen, solved[name]) if name in solved else None
+                quantize_linear(self._plan, name, specs, inputs.of(name, specs), chosen)
 
     def _originals(self, block: Block, stages: list[tuple[str, ...]], sums: dict[str, str]) -> dict[str, torch.Tensor]:
         """Returns what the unquantized network has where the targets need it: inputs by first name of a stage, and sums."""
