@@ -43,13 +43,21 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         "W4A8 per channel symmetric; gptq, target residual": (["scheme=w4a8", *RESIDUAL], "1.45"),
         "W4A8 g64 asymmetric; gptq, target residual": (["scheme=w4a8_g64", *RESIDUAL], "1.15"),
         "W3A16 g64 asymmetric; gptq, target residual": (["scheme=w3a16_g64", *RESIDUAL], "1.8"),
+        "W4A4 static per tensor; smooth (alpha 0.5), gptq, target residual": (
+            [*CLUSTERS, "scheme.input.granularity=tensor", "method=smooth_gptq"],
+            "",
+        ),
         "W4A4 static per tensor; smooth (searched), gptq, target residual": (
             [*CLUSTERS, "scheme.input.granularity=tensor", "method=smooth_gptq", "steps.smooth.search=true"],
             "",
         ),
         "W4A4 static, clusters (32 residual, 8 out, 32 mlp); smooth (searched), gptq, target residual": (
+            [*CLUSTERS, "method=smooth_cluster_gptq", "steps.smooth.search=true"],
+            "half its row above",
+        ),
+        "W4A4 static, clusters (32 residual, 8 out, 32 mlp); smooth (alpha 0.5), gptq, target residual": (
             [*CLUSTERS, "method=smooth_cluster_gptq"],
-            "half the row above",
+            "half its row above",
         ),
     },
     "formats": {
