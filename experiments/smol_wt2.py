@@ -59,6 +59,10 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
             [*CLUSTERS, "method=smooth_cluster_gptq"],
             "half its row above",
         ),
+        "W4A4 static, RPTQ's clusters (as many); gptq, target residual": (
+            [*CLUSTERS, "method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max_min_kmeans"],
+            "half a row above",
+        ),
     },
     "formats": {
         "W8A16 per channel": (["scheme=w8a16"], ""),
