@@ -161,9 +161,7 @@ class Step:
         if rows is None:
             return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
         specs = specs_of(self._plan, link.readers[0])
-        trial = _Trial(
-            rows, readers, _clusterless(specs.weight, "channel"), _clusterless(specs.input, "tensor"), statistics
-        )
+        trial = _Trial(rows, readers, _clusterless(specs.weight), specs.input, statistics)
         scales = [torch.ones_like(columns)]
         scales += [smoothing_scale(activation, columns, alpha, self.options.beta) for alpha in self.options.candidates]
         errors = [trial.error(link.reader_scale(scale)) for scale in scales]
@@ -215,14 +213,26 @@ class _Trial:
         if self.input.dynamic:
             return fake_quantize_dynamic(x, self.input)
         ranges = self.statistics.divided(scale)
-        quantized: torch.Tensor = InputQuantizer(self.input, (ranges.min, ranges.max))(x)
+        labels = alike(ranges.absmax) if self.input.granularity == "cluster" else None
+        quantized: torch.Tensor = InputQuantizer(self.input, (ranges.min, ranges.max), labels)(x)
         return quantized
 
 
-def _clusterless(spec: QuantSpec | None, granularity: str) -> QuantSpec | None:
-    """Returns the spec that a trial uses: channels are clustered after smoothing, so `granularity` stands for cluster."""
+def alike(magnitudes: torch.Tensor) -> torch.Tensor:
+    """Returns labels, int64 (channels,), of channels whose greatest magnitudes lie between the same powers of two.
+
+    What lies 2^20 below the greatest, or further, is alike. Stands for the clusters that are made after smoothing: ranges
+    that differ by more than a factor of two will not share one.
+    """
+    floor = magnitudes.max() * 2.0**-20
+    octaves = magnitudes.float().clamp_min(floor.clamp_min(torch.finfo(torch.float32).tiny)).log2().floor()
+    return octaves.unique(return_inverse=True)[1]
+
+
+def _clusterless(spec: QuantSpec | None) -> QuantSpec | None:
+    """Returns the spec that a trial uses for weights: one range a row, where there will be one a row and cluster."""
     clustered = spec is not None and spec.granularity == "cluster"
-    return replace(spec, granularity=granularity) if clustered and spec is not None else spec
+    return replace(spec, granularity="channel") if clustered and spec is not None else spec
 
 
 def kind_of(link: Link, roles: dict[str, str]) -> str:
