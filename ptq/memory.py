@@ -26,7 +26,7 @@ def forget_pages(tensor: torch.Tensor) -> None:
     """
     if tensor.device.type != "cpu" or not tensor.nbytes:
         return
-    start, page = tensor.untyped_storage().data_ptr() + tensor.storage_offset() * tensor.element_size(), mmap.PAGESIZE
+    start, page = tensor.data_ptr(), mmap.PAGESIZE
     first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
     if first < last and tensor.is_contiguous() and _in_mapped_file(first, last):
         with contextlib.suppress(OSError, AttributeError):

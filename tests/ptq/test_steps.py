@@ -14,13 +14,10 @@ from ptq.steps import cluster, smooth
 from ptq.steps.base import Plan, Samples
 from ptq.steps.registry import build_steps
 from ptq.stream import BlockStream
-from ptq.testing import random_tiny
+from ptq.testing import ARCHITECTURES, random_tiny
 from ptq.weights import ResidentWeights
 from quantize.spec import QuantSpec
 
-ARCHITECTURES = (
-    "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "phi", "bloom", "falcon", "gpt2", "mixtral",
-)  # fmt: skip
 SMOOTHED = set(ARCHITECTURES)
 
 
