@@ -113,7 +113,7 @@ def outlier_share(loaded: LoadedModel, network: Network, windows: int) -> float:
     visitor = OutlierShare(THRESHOLD)
     try:
         with torch.no_grad():
-            stream.run([stream.open(tokens.ids, 1)], visitor)
+            stream.run([stream.open(tokens.ids, 1, exact=True)], visitor)
     finally:
         stream.close()
     return visitor.columns / visitor.total

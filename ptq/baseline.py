@@ -28,7 +28,7 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
         session.journal.say("baseline: evaluated before, read from the store")
     else:
         with session.journal.phase("baseline"):
-            flow = session.stream.open(tokens.ids, evaluation.batch_size)
+            flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
             session.stream.run([flow], Nothing(), "baseline")
             with session.stream.head() as head:
                 losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)

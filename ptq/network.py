@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
 from quantize.packed import PackedLinear
+from quantize.products import use_fast_linears
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -106,6 +107,8 @@ class Network:
 def build_network(model: nn.Module) -> Network:
     """Finds the blocks of `model`: the ModuleList that holds the most parameters. Needs no weights (meta works).
 
+    The model's `nn.Linear` become `quantize.products.Linear`, which differ from them only inside `fast_linears`.
+
     Raises:
         UserError: when no list of blocks is found.
     """
@@ -118,6 +121,7 @@ def build_network(model: nn.Module) -> Network:
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
     blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
     uncovered = [u for block in blocks for u in _uncovered(block)]
+    use_fast_linears(model)
     return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered)
 
 

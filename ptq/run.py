@@ -61,7 +61,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
         if taken is not None and plan.statistics is not None:
             save_transformed(taken, plan.statistics, plan.labels, folder / "channels.png")
         with journal.phase("quantize"):
-            flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size)
+            flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
             store = folder / "quantized" if needs_saved_weights(recipe) else None
             visitor = QuantizeVisitor(session, plan, steps, flow, store)
             session.stream.run([flow] if plan.samples is None else [flow, plan.samples.flow], visitor, "quantize")

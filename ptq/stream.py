@@ -11,6 +11,7 @@ import torch
 
 from ptq.network import Block, Network, first_tensor, replaced_forward
 from ptq.weights import Weights
+from quantize.products import fast_linears
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
@@ -48,12 +49,13 @@ class Call:
 class Flow:
     """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
 
-    `ahead` has the outputs of a block, batch by batch, where a solver's pass has computed them already.
+    With `exact` the Linears round as torch's own do; otherwise they may be faster. `ahead` has the outputs of a block, batch by batch, where a solver's pass has computed them already.
     """
 
     ids: torch.Tensor
     batch_size: int
     hidden: torch.Tensor
+    exact: bool = False
     calls: list[list[Call]] = field(default_factory=list)
     ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
 
@@ -100,15 +102,18 @@ class BlockStream:
         self._scratch.clear()
 
     @torch.no_grad()
-    def open(self, ids: torch.Tensor, batch_size: int) -> Flow:
-        """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block."""
+    def open(self, ids: torch.Tensor, batch_size: int, exact: bool = False) -> Flow:
+        """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block.
+
+        What is evaluated is to be `exact`: the bits that the model gives outside of the stream.
+        """
         flow: Flow | None = None
         with self.weights.hold(self.network.outside):
             for start in range(0, len(ids), batch_size):
                 first, calls = self._record(ids[start : start + batch_size].to(self.device))
                 if flow is None:
                     shape = (len(ids), *first.shape[1:])
-                    flow = Flow(ids, batch_size, self.allocate(shape, first))
+                    flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
                 flow.hidden[start : start + batch_size].copy_(first)
                 flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
         if flow is None:
@@ -121,7 +126,8 @@ class BlockStream:
         total = len(self.network.blocks)
         for block in self.network.blocks:
             with self.weights.hold([block.name]):
-                visitor.enter(block)
+                with fast_linears():
+                    visitor.enter(block)
                 for flow in flows:
                     self.step(flow, block)
                 visitor.leave(block)
@@ -130,9 +136,10 @@ class BlockStream:
     def step(self, flow: Flow, block: Block) -> None:
         """Carries one flow through one block whose weights are in memory; `flow.hidden` is overwritten."""
         ahead = flow.ahead.pop(block.index, None)
-        for i, rows in flow.slices():
-            output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
-            flow.hidden[rows].copy_(output)
+        with fast_linears(not flow.exact):
+            for i, rows in flow.slices():
+                output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
+                flow.hidden[rows].copy_(output)
 
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""

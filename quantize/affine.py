@@ -119,7 +119,7 @@ def _finite(values: torch.Tensor, grid: Grid, dtype: torch.dtype) -> torch.Tenso
     """
     if dtype == torch.float32 and grid.zero_point is None:
         return values
-    limit = torch.finfo(dtype).max
+    limit = min(torch.finfo(dtype).max, torch.finfo(values.dtype).max)
     return values.clamp_(-limit, limit).to(dtype)
 
 

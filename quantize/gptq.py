@@ -11,6 +11,7 @@ import torch
 
 from quantize.affine import Grid, dequantize, integer_range, quantize
 from quantize.finite import all_finite
+from quantize.products import add_gram, product, row_squares
 from quantize.ranges import weight_grid
 from quantize.spec import QuantSpec
 
@@ -18,8 +19,6 @@ ESCALATIONS = 4
 """Dampings tried, each 10 times the one before, until Cholesky succeeds; then the weight is rounded to nearest."""
 SMALL = 128
 """Rows of a triangular matrix that is inverted at once; greater ones by halves."""
-STRIP = 256
-"""Rows of the Hessian updated together: only the strips' right parts are computed, the rest is their mirror image."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +65,7 @@ class Hessian:
 
     @torch.no_grad()
     def update(self, x: torch.Tensor) -> None:
-        """Adds the tokens of `x` (..., channels). A 16-bit `x` is converted to float32 here, a float32 one is not copied.
+        """Adds the tokens of `x` (..., channels); no copy of them all is made.
 
         Raises:
             ValueError: for another number of channels.
@@ -74,10 +73,9 @@ class Hessian:
         channels = len(self._sum)
         if x.shape[-1] != channels:
             raise ValueError(f"x: {x.shape[-1]} channels, expected {channels}")
-        x = x.detach().reshape(-1, channels).float()
-        for start in range(0, channels, STRIP):
-            self._sum[start : start + STRIP, start:].addmm_(x[:, start : start + STRIP].t(), x[:, start:])
-        self.count += len(x)
+        tokens = x.detach().reshape(-1, channels)
+        add_gram(self._sum, tokens)
+        self.count += len(tokens)
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -206,7 +204,7 @@ class _Problem:
     def row_losses(self, codes: torch.Tensor, grid: _Columns) -> torch.Tensor:
         """Returns the mean squared output error over tokens of each row, (out,)."""
         difference = self.weight - dequantize(codes, grid.spread(self.labels))
-        return (difference @ self.hessian).mul_(difference).sum(1).div_(2).clamp_(min=0)
+        return row_squares(difference, self.hessian).div_(2).clamp_(min=0)
 
     def order(self, options: GptqOptions) -> torch.Tensor:
         """Returns the columns in the order of rounding, (in,)."""
@@ -262,7 +260,7 @@ def _inverse(unit: torch.Tensor) -> torch.Tensor:
     half, inverse = size // 2, torch.zeros_like(unit)
     inverse[:half, :half] = _inverse(unit[:half, :half])
     inverse[half:, half:] = _inverse(unit[half:, half:])
-    torch.mm(inverse[:half, :half] @ unit[:half, half:], inverse[half:, half:], out=inverse[:half, half:]).neg_()
+    inverse[:half, half:] = -product(product(inverse[:half, :half], unit[:half, half:]), inverse[half:, half:])
     return inverse
 
 
@@ -282,13 +280,17 @@ def _rounded(problem: _Problem, triangle: torch.Tensor, options: GptqOptions) ->
     for start in range(0, len(columns), options.block):
         end = min(start + options.block, len(columns))
         errors = torch.empty_like(columns[start:end])
-        for i, j in enumerate(range(start, end)):
-            column, step = columns[j], steps[j]
-            scale, low, high = grids.of(j, columns, gather[:, start:j], errors[:i])
-            column.addmv_(errors[:i].t(), gather[j, start:j], alpha=-1)
+        # Views are made a block at a time: one by one they would cost as much as the arithmetic.
+        parts = (columns[start:end], steps[start:end], errors, gather[start:end, start:end])
+        before = errors.t()
+        for i, (column, step, error, shares) in enumerate(zip(*(part.unbind() for part in parts), strict=True)):
+            grids.reach(start + i, start, columns, gather, errors)
+            scale, low, high = grids.of(start + i)
+            if i:
+                column.addmv_(before[:, :i], shares[:i], alpha=-1)
             torch.div(column, scale, out=step).round_().clamp_(low, high)
-            torch.addcmul(column, step, scale, value=-1, out=errors[i])
-        columns[end:].addmm_(gather[end:, start:end], errors, alpha=-1)
+            torch.addcmul(column, step, scale, value=-1, out=error)
+        columns[end:] -= product(gather[end:, start:end], errors)
     grid = grids.columns()
     if grid.zero_point is not None:
         steps += grid.zero_point.t()[labels]
@@ -314,21 +316,24 @@ class _RowGrids:
         zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
         self._zero = zero.t().expand(-1, rows).contiguous()
         self._low, self._high = grid.low - self._zero, grid.high - self._zero
+        # Views: what is fitted anew is written into the tensors that they look at.
+        self._views = list(zip(self._scale.unbind(), self._low.unbind(), self._high.unbind(), strict=True))
 
-    def of(
-        self, j: int, columns: torch.Tensor, gather: torch.Tensor, errors: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Returns scale, least and greatest step of column `j`.
+    def of(self, j: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Returns scale, least and greatest step of column `j`."""
+        return self._views[self._of[j]]
 
-        `columns` carry the errors of all earlier blocks; `errors` of the present block so far reach them through `gather`.
+    def reach(self, j: int, start: int, columns: torch.Tensor, gather: torch.Tensor, errors: torch.Tensor) -> None:
+        """Fits the grid of column `j` anew when it is the first of its label.
+
+        `columns` carry the errors of all blocks before the one from `start`, whose `errors` reach them through `gather`.
         """
         label = self._of[j]
         if not self._fitted[label]:
             self._fitted[label] = True
             members = (self._labels == label).nonzero().squeeze(1)
-            values = torch.addmm(columns[members], gather[members], errors, alpha=-1).t()
+            values = torch.addmm(columns[members], gather[members, start:j], errors[: j - start], alpha=-1).t()
             self._refit(label, values, self._importance[members])
-        return self._scale[label], self._low[label], self._high[label]
 
     def _refit(self, label: int, values: torch.Tensor, importance: torch.Tensor) -> None:
         grid = weight_grid(values, _one_a_row(self._problem.spec), None, importance)

@@ -6,12 +6,12 @@ from typing import Any, Self
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from quantize.affine import Grid, dequantize, fake_quantize, grouped, integer_range, quantize
 from quantize.codec import Stored, keep_dtypes, stored_bytes
 from quantize.codecs import codec_of
 from quantize.finite import all_finite
+from quantize.products import linear
 from quantize.ranges import static_grid, weight_grid
 from quantize.spec import QuantSpec
 
@@ -227,7 +227,7 @@ class QuantLinear(nn.Module):
         """Returns the quantized Linear's output (..., out) for `x` (..., in)."""
         if self.inputs is not None:
             x = self.inputs(x)
-        return functional.linear(x, self.weight, self.bias)
+        return linear(x, self.weight, self.bias)
 
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it is stored: codes packed at their bits, and what they are scaled by.

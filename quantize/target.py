@@ -3,6 +3,7 @@
 import torch
 
 from quantize.finite import all_finite
+from quantize.products import product
 
 
 class ErrorMoment:
@@ -28,7 +29,7 @@ class ErrorMoment:
             expected = f"(tokens, {self._sum.shape[0]}) and (tokens, {self._sum.shape[1]})"
             raise ValueError(f"error, present: shapes {shapes[0]} and {shapes[1]}, expected {expected}")
         e, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (error, present))
-        self._sum.addmm_(e.t(), y)
+        self._sum += product(e.t(), y)
         self.count += len(y)
 
     @property

@@ -2,13 +2,14 @@
 
     python -m experiments.bench.speed [--model PATH] [--tokens 1024] [--rounds 5]
 
-Three ratios, the medians over rounds in which the two sides alternate:
-statistics pass / plain forward; perplexity evaluation / plain forward plus cross-entropy; simulated W8A8 evaluation
-(dynamic, per token) / fp32 evaluation. And the memory that evaluation needs on top of the loaded model, against the plain
+Ratios, the medians over rounds in which the two sides alternate: statistics pass / plain forward; statistics pass / the
+same pass without statistics; perplexity evaluation / plain forward plus cross-entropy; simulated W8A8 evaluation (dynamic,
+per token) / fp32 evaluation. The statistics pass multiplies by `quantize.products`, all else by torch's own products. And the memory that evaluation needs on top of the loaded model, against the plain
 loop's: peak resident memory (Linux), each in its own process.
 """
 
 import argparse
+import copy
 import json
 import pathlib
 import statistics
@@ -42,6 +43,7 @@ class Bench:
 
     def __init__(self, path: str, windows: int, length: int):
         self.loaded: LoadedModel = load(ModelConfig(path), ExecutionConfig())
+        self.plain = copy.deepcopy(self.loaded.model)
         self.network: Network = build_network(self.loaded.model)
         device = next(self.loaded.model.parameters()).device
         self.stream = BlockStream(self.network, self.loaded.weights, device)
@@ -54,20 +56,20 @@ class Bench:
     def plain_forward(self) -> None:
         """The body's own forward pass, a window at a time, without the head."""
         for window in self.ids:
-            self.loaded.model.base_model(window[None], use_cache=False)
+            self.plain.base_model(window[None], use_cache=False)
 
     @torch.no_grad()
     def plain_loop(self) -> list[float]:
         """The usual perplexity loop: full logits of a window, cross-entropy in fp32."""
         losses = []
         for window in self.ids:
-            logits = self.loaded.model(window[None], use_cache=False).logits[0, :-1].float()
+            logits = self.plain(window[None], use_cache=False).logits[0, :-1].float()
             losses.append(cross_entropy(logits, window[1:]).item())
         return losses
 
-    def stream_with(self, visitor: Visitor) -> torch.Tensor:
+    def stream_with(self, visitor: Visitor, exact: bool = False) -> torch.Tensor:
         """Carries the windows through the blocks."""
-        flow = self.stream.open(self.ids, 1)
+        flow = self.stream.open(self.ids, 1, exact)
         self.stream.run([flow], visitor)
         return flow.hidden
 
@@ -75,9 +77,13 @@ class Bench:
         """The statistics pass."""
         self.stream_with(StatisticsVisitor())
 
+    def let_pass(self) -> None:
+        """The same pass with nothing taken."""
+        self.stream_with(Nothing())
+
     def evaluate(self) -> list[float]:
         """The framework's perplexity evaluation."""
-        hidden = self.stream_with(Nothing())
+        hidden = self.stream_with(Nothing(), exact=True)
         with self.stream.head() as head:
             losses: list[float] = window_losses(head, hidden, self.ids, 256).tolist()
         return losses
@@ -136,6 +142,7 @@ def main() -> None:
         f"{options.windows} windows of {options.tokens} tokens, {options.rounds} rounds; losses differ by at most {drift:.1e}"
     )
     _report("statistics pass / plain forward", in_turn(bench.take_statistics, bench.plain_forward, options.rounds))
+    _report("statistics pass / the pass alone", in_turn(bench.take_statistics, bench.let_pass, options.rounds))
     _report("evaluation / plain forward and cross-entropy", in_turn(bench.evaluate, bench.plain_loop, options.rounds))
     other = Bench(options.model, options.windows, options.tokens)
     other.quantize()

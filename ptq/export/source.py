@@ -12,6 +12,7 @@ from ptq.errors import UserError
 from ptq.network import Network, weight_of
 from quantize.affine import Grid, dequantize, grouped, integer_range
 from quantize.linear import InputQuantizer, QuantLinear
+from quantize.products import Linear
 from quantize.spec import QuantSpec
 
 
@@ -91,7 +92,7 @@ class ResidentSource:
         for block in network.blocks:
             for name, module in block.module.named_modules():
                 ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
-                if ours and not isinstance(module, QuantLinear | InputQuantizer):
+                if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer):
                     raise UserError(
                         f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
                         "which no format can hold: leave the step out"

@@ -23,6 +23,7 @@ from ptq.export.source import LinearTensors, Source
 from ptq.files import write_folder_atomic, write_text
 from ptq.network import Network
 from ptq.scheme import LinearSpecs
+from quantize.products import is_plain
 from quantize.spec import QuantSpec
 
 SHARD_BYTES = 25_000_000
@@ -69,7 +70,7 @@ class Exporter:
             if spec.any and not isinstance(network.linears[name], nn.Linear):
                 kind = type(network.linears[name]).__name__
                 raise UserError(f"export: {NAME} holds Linears, and {name} is a {kind}: use another model or format")
-            if spec.weight is not None and spec.input is None and type(network.linears[name]) is not nn.Linear:
+            if spec.weight is not None and spec.input is None and not is_plain(network.linears[name]):
                 kind = type(network.linears[name]).__name__
                 raise UserError(
                     f"scheme.input: null for {name}: packed weights load into torch's own Linear only, and it is a {kind}: "

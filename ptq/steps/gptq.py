@@ -16,6 +16,7 @@ from quantize.affine import Grid
 from quantize.codec import checked
 from quantize.gptq import GptqOptions, Hessian, Solution, solve
 from quantize.linear import InputQuantizer
+from quantize.products import product
 from quantize.spec import QuantSpec
 from quantize.target import ErrorMoment, corrected_weight
 
@@ -239,7 +240,7 @@ class _Moments:
         if self.error is not None and self.original is not None and self.weight is not None:
             missing = self.original[tokens].to(total.device) - total.reshape(-1, total.shape[-1])
             if self.quantizer is not None:
-                missing = missing + (x - y) @ self.weight.t()
+                missing = missing + product(x - y, self.weight.t())
             self.error.update(missing, y)
 
     def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:

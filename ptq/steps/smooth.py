@@ -16,6 +16,7 @@ from ptq.steps.base import STATISTICS, TRANSFORM, Plan, Samples
 from ptq.steps.solving import Rows, specs_of
 from quantize.codecs import codec_of
 from quantize.linear import InputQuantizer, fake_quantize_dynamic
+from quantize.products import product
 from quantize.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
 from quantize.spec import QuantSpec
 
@@ -204,7 +205,7 @@ class _Trial:
             scaled = weight * scale
             if self.weight is not None:
                 scaled = codec_of(self.weight).fake_weight(scaled, self.weight)
-            total += float((self.rows @ weight.t() - x @ scaled.t()).square_().sum())
+            total += float((product(self.rows, weight.t()) - product(x, scaled.t())).square_().sum())
         return total
 
     def _input(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:

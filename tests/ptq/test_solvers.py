@@ -76,14 +76,6 @@ def test_static_input_ranges_of_every_estimator_give_a_working_model(tmp_path, t
     assert 0.99 < found < 1.1
 
 
-def test_clusters_without_reordering_give_the_same_numbers_as_with_it(tmp_path, tiny_llama):
-    spec = {"bits": 4, "granularity": "cluster", "symmetric": False}
-    scheme = {"weight": {"bits": 4, "granularity": "cluster"}, "input": spec}
-    moved, _ = ratio(tmp_path, tiny_llama, scheme, {"cluster": {}, "rtn": {}})
-    still, _ = ratio(tmp_path, tiny_llama, scheme, {"cluster": {"reorder": False}, "rtn": {}})
-    assert moved == pytest.approx(still, rel=1e-5)
-
-
 def test_query_key_value_and_probabilities_are_quantized_each_in_its_own_way(tmp_path, tiny_llama):
     low = {"bits": 2, "granularity": "token", "symmetric": False, "dynamic": True}
     found = {

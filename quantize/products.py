@@ -1,0 +1,118 @@
+"""Products of float32 matrices on CPUs, by oneDNN.
+
+torch multiplies float32 matrices by MKL, which leaves out AVX-512 on CPUs that are not Intel's: on an AMD EPYC with it, oneDNN,
+which torch ships too, is twice as fast (`python -m experiments.bench.products`). The two differ by rounding. All else is torch's.
+"""
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+SMALL = 1 << 20
+"""Multiplications below which torch's own product is as fast: a call of oneDNN costs some microseconds more."""
+
+STRIP = 256
+"""Rows of a symmetric matrix that are multiplied together."""
+TOKENS = 512
+"""Tokens whose copy is transposed at a time: a few MiB."""
+
+
+class _Mode(threading.local):
+    fast = False
+
+
+_MODE = _Mode()
+
+
+@contextmanager
+def fast_linears(enabled: bool = True) -> Iterator[None]:
+    """Inside the context `linear` may round otherwise than torch does, and be faster. For this thread; may be nested."""
+    before, _MODE.fast = _MODE.fast, enabled
+    try:
+        yield
+    finally:
+        _MODE.fast = before
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """Returns x W^T + b, as `torch.nn.functional.linear`: (..., in), (out, in) and (out,) give (..., out).
+
+    Inside `fast_linears` it may differ from that by rounding; outside it has the same bits, so that what is evaluated is what
+    other programs compute with the same weights: one rounding error turns an 8-bit code that lies between two.
+    """
+    return _product(x, weight, bias) if _MODE.fast else functional.linear(x, weight, bias)
+
+
+def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """Returns a b, as `a @ b` but for rounding: (..., inner) and (inner, columns) give (..., columns)."""
+    return _product(a, b.t(), None)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if not by_onednn(x, weight, bias):
+        return functional.linear(x, weight, bias)
+    if not (weight.is_contiguous() or weight.t().is_contiguous()):
+        weight = weight.contiguous()  # oneDNN would take its reference loops, 1,000 times as slow.
+    result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return result
+
+
+def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
+    """Adds X^T X to the upper triangle of `total`, in place; below the diagonal it holds nothing of use.
+
+    Only the right parts of strips of rows are computed, little more than half of the whole. No copy of all of `x` is made.
+
+    Args:
+        total: float32 (channels, channels).
+        x: floating point (tokens, channels).
+    """
+    for part in x.split(TOKENS) if x.device.type == "cpu" else (x,):
+        wide = part.float()
+        # oneDNN wants both sides of a strip in one piece, which they are as rows.
+        rows = wide.t().contiguous() if x.device.type == "cpu" else wide.t()
+        for start in range(0, len(total), STRIP):
+            total[start : start + STRIP, start:] += product(rows[start : start + STRIP], rows[start:].t())
+
+
+def row_squares(x: torch.Tensor, symmetric: torch.Tensor) -> torch.Tensor:
+    """Returns diag(X S X^T) of `x` (rows, channels) and a symmetric matrix (channels, channels): (rows,)."""
+    total = x.new_zeros(len(x))
+    for start in range(0, len(symmetric), STRIP):
+        part = product(x[:, start : start + STRIP], symmetric[start : start + STRIP, start:])
+        part[:, STRIP:] *= 2  # What lies below the diagonal is its mirror image.
+        total += part.mul_(x[:, start:]).sum(1)
+    return total
+
+
+class Linear(nn.Linear):
+    """An `nn.Linear` that `fast_linears` makes fast."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        """Returns x W^T + b."""
+        return linear(input, self.weight, self.bias)
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Returns whether `module` is torch's own Linear or this module's, and no other subclass."""
+    return type(module) in {nn.Linear, Linear}
+
+
+def use_fast_linears(model: nn.Module) -> None:
+    """Makes every `nn.Linear` of `model` a `Linear`, in place: parameters, hooks and state are the same. Subclasses stay."""
+    for module in model.modules():
+        if type(module) is nn.Linear:
+            module.__class__ = Linear
+
+
+def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
+    """Returns whether this product is left to oneDNN where it may be."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors) or x.numel() * len(weight) < SMALL:
+        return False
+    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
+        return False  # The operation has no derivative.
+    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
