@@ -11,10 +11,6 @@ CHUNK = 1 << 20
 
 SHRINKS = 80
 """Range multipliers tried by the mse estimator: 1, 1 - 1/100, ..., 1 - 79/100."""
-COARSE = tuple(0.5**i for i in range(9))
-"""Range multipliers tried for an activation's least error, down to 1/256: a few tokens may lie that far beyond the others."""
-FINER = (0.71, 0.84, 1.19, 1.41), (0.92, 0.96, 1.04, 1.09)
-"""By what the best of them is then changed, in turns."""
 
 
 def weight_grid(
@@ -95,8 +91,7 @@ def observed_grid(
 ) -> Grid:
     """Returns the grid of an activation fitted to tokens that were seen, `rows` (tokens, channels), by percentile or mse.
 
-    One scale for the tensor (1,), one a channel (channels,), or one a cluster of channels (clusters,) with `labels`. For mse
-    each end of a range is searched by itself, since outliers often lie at one.
+    One scale for the tensor (1,), one a channel (channels,), or one a cluster of channels (clusters,) with `labels`.
     `importance` is what a squared error in each channel weighs, (channels,), 0 or more; with range mse only.
     """
     if spec.granularity == "tensor":
@@ -107,14 +102,10 @@ def observed_grid(
         members = list(torch.arange(rows.shape[1], device=rows.device).split(1))
     else:
         raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
-    grids = []
-    for m in members:
-        values = rows[:, m].flatten()
-        if spec.range == "mse":
-            weighing = None if importance is None else importance[m].expand(len(rows), -1).flatten()
-            grids.append(_least_error_by_ends(values, spec, weighing))
-        else:
-            grids.append(_fit(values, spec))
+    grids = [
+        _fit(rows[:, m].flatten(), spec, None if importance is None else importance[m].expand(len(rows), -1).flatten())
+        for m in members
+    ]
     points = [grid.zero_point for grid in grids if grid.zero_point is not None]
     return Grid(torch.cat([g.scale for g in grids]), torch.cat(points) if points else None, grids[0].low, grids[0].high)
 
@@ -208,58 +199,26 @@ def _least_error(
     return _grid((minimum * shrink).view(shape), (maximum * shrink).view(shape), spec)
 
 
-def _least_error_by_ends(x: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None) -> Grid:
-    """Returns the grid (1,) of the values `x` (n,) with the least squared error among ranges whose ends are shrunk each by
-    itself (both alike where the grid is symmetric), weighed by `importance` (n,).
-    """
-    minimum, maximum = x.amin(-1, keepdim=True).float(), x.amax(-1, keepdim=True).float()
-    extent = _extent(minimum, maximum)
-
-    def best(pairs: list[tuple[float, float]]) -> tuple[float, float]:
-        grids = [_grid(minimum * low, maximum * high, spec) for low, high in pairs]
-        return pairs[int(torch.cat([_squared_error(x, grid, extent, importance) for grid in grids]).argmin())]
-
-    if spec.symmetric:
-        low, high = best([(m, m) for m in COARSE])
-        for factors in FINER:
-            low, high = best([(low, high), *((m, m) for m in (min(1.0, high * f) for f in factors))])
-    else:
-        low, high = best([(a, b) for a in COARSE for b in COARSE])
-        for factors in FINER:
-            low, high = best([(low, high), *((low, min(1.0, high * f)) for f in factors)])
-            low, high = best([(low, high), *((min(1.0, low * f), high) for f in factors)])
-    return _grid(minimum * low, maximum * high, spec)
-
-
-def _extent(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
-    """Returns the greatest magnitude of each range, 1 for 0: errors relative to it do not overflow when squared."""
-    extent = torch.maximum(minimum.abs(), maximum.abs())
-    return torch.where(extent == 0, torch.ones_like(extent), extent)
-
-
-def _squared_error(x: torch.Tensor, grid: Grid, extent: torch.Tensor, importance: torch.Tensor | None) -> torch.Tensor:
-    """Returns the squared error of each last dimension of `x` (..., n) on its grid (..., 1), relative to `extent`: (..., 1)."""
-    error = torch.zeros_like(extent)
-    # One row may be a whole tensor: its error is summed piece by piece.
-    for i, part in enumerate(x.split(CHUNK, dim=-1)):
-        values = part.float()
-        squares = ((fake_quantize(values, grid) - values) / extent).square_()
-        if importance is not None:
-            squares *= importance[..., i * CHUNK : (i + 1) * CHUNK]
-        error += squares.sum(-1, keepdim=True)
-    return error
-
-
 def _best_shrink(
     x: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec, importance: torch.Tensor | None
 ) -> torch.Tensor:
     """Returns the best multiplier (rows, 1) of the range (rows, 1) of each row of `x`."""
     best = torch.full_like(minimum, torch.inf)
     chosen = torch.ones_like(best)
-    extent = _extent(minimum, maximum)
+    extent = torch.maximum(minimum.abs(), maximum.abs())
+    extent = torch.where(extent == 0, torch.ones_like(extent), extent)
     for step in range(SHRINKS):
         shrink = 1 - step / 100
-        error = _squared_error(x, _grid(minimum * shrink, maximum * shrink, spec), extent, importance)
+        grid = _grid(minimum * shrink, maximum * shrink, spec)
+        error = torch.zeros_like(best)
+        # One row may be a whole tensor: its error is summed piece by piece.
+        for i, part in enumerate(x.split(CHUNK, dim=-1)):
+            values = part.float()
+            # Relative to the range, so that huge values do not overflow when squared.
+            squares = ((fake_quantize(values, grid) - values) / extent).square_()
+            if importance is not None:
+                squares *= importance[:, i * CHUNK : (i + 1) * CHUNK]
+            error += squares.sum(-1, keepdim=True)
         better = error < best
         best = torch.where(better, error, best)
         chosen = torch.where(better, torch.full_like(chosen, shrink), chosen)

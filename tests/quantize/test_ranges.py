@@ -166,41 +166,22 @@ def test_an_error_weighed_by_importance_is_least_for_the_grid_that_was_fitted_to
     assert torch.equal(alike.scale, plain.scale)
 
 
-def squared_error(x, low, high, weigh):
-    """Of float64 values rounded to 4 bits between `low` and `high`, in numpy."""
-    scale = (max(high, 0) - min(low, 0)) / 15
-    zero = np.round(-min(low, 0) / scale)
-    codes = np.clip(np.round(x / scale) + zero, 0, 15)
-    return (((codes - zero) * scale - x) ** 2 * weigh).sum()
-
-
-@pytest.mark.parametrize("outliers", [0, 1, 5])
 @pytest.mark.parametrize("granularity", ["tensor", "cluster"])
-def test_an_activations_range_is_near_the_best_of_all_as_the_channels_weigh(granularity, outliers):
+def test_an_activations_range_is_of_least_error_among_those_of_the_search_as_the_channels_weigh(granularity):
     generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(100, 12, generator=generator) ** 3 * torch.logspace(-1, 1, 12)
-    rows[0, ::4] = outliers * rows.abs().max()
+    rows = torch.randn(200, 12, generator=generator) ** 3 * torch.logspace(-1, 1, 12)
     labels = torch.arange(12) // 4 if granularity == "cluster" else torch.zeros(12, dtype=torch.long)
     importance = torch.logspace(0, -4, 12)
-    importance[::4] *= 1e-6 if outliers == 5 else 1
     spec = QuantSpec(bits=4, granularity=granularity, symmetric=False, range="mse")
     given = labels if granularity == "cluster" else None
     found = observed_grid(rows, spec, given, importance)
-    assert not torch.equal(found.scale, observed_grid(rows, spec, given).scale)
     for k in range(int(labels.max()) + 1):
         x, weigh = rows[:, labels == k].double().numpy(), importance[labels == k].double().numpy()
-        scale, zero = float(found.scale[k]), float(found.zero_point[k])
-        ends = -zero * scale, (15 - zero) * scale
-        multipliers = 1.1 ** -np.arange(0, 60, 1.0)
-        best = min(squared_error(x, a * x.min(), b * x.max(), weigh) for a in multipliers for b in multipliers)
-        assert squared_error(x, *ends, weigh) <= 1.15 * best
-
-
-def test_outliers_at_one_end_of_an_activation_leave_the_other_end_alone():
-    rows = torch.randn(2000, 16, generator=torch.Generator().manual_seed(5))
-    rows[0, 3] = 30.0
-    spec = QuantSpec(bits=4, granularity="tensor", symmetric=False, range="mse")
-    found = observed_grid(rows, spec)
-    x, scale, zero = rows.double().numpy(), float(found.scale), float(found.zero_point)
-    together = min(squared_error(x, m * x.min(), m * x.max(), 1) for m in 1 - np.arange(100) / 100)
-    assert squared_error(x, -zero * scale, (15 - zero) * scale, 1) < 0.7 * together
+        errors = []
+        for shrink in 1 - np.arange(80) / 100:
+            scale = shrink * (x.max() - x.min()) / 15
+            zero = np.round(-shrink * x.min() / scale)
+            codes = np.clip(np.round(x / scale) + zero, 0, 15)
+            errors.append((scale, (((codes - zero) * scale - x) ** 2 * weigh).sum()))
+        assert float(found.scale[k]) == pytest.approx(min(errors, key=lambda e: e[1])[0], rel=1e-3)
+    assert not torch.equal(found.scale, observed_grid(rows, spec, given).scale)
