@@ -22,6 +22,8 @@ RESIDUAL = [*GPTQ, "steps.gptq.target=residual"]
 """GPTQ against the original outputs and the original residual stream."""
 CLUSTERS = ["scheme=w4a4_cluster", "steps.gptq.target=residual"]
 """4-bit weights and static 4-bit inputs."""
+RPTQ = ["method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max_min_kmeans"]
+"""Each link clustered by itself, nothing smoothed."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
     "RTN": {
         "W8A8, weight per channel, input dynamic per token": (["scheme=w8a8"], ""),
@@ -60,7 +62,11 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
             "half its row above",
         ),
         "W4A4 static, RPTQ's clusters (as many); gptq, target residual": (
-            [*CLUSTERS, "method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max_min_kmeans"],
+            [*CLUSTERS, *RPTQ],
+            "half a row above",
+        ),
+        "W4A4 static, RPTQ's clusters, which the weights' rows have scales for too; gptq, target residual": (
+            [*CLUSTERS, *RPTQ, "scheme.weight.granularity=cluster"],
             "half a row above",
         ),
     },
