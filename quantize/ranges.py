@@ -86,26 +86,20 @@ def static_grid(
     return _grid(minimum, maximum, spec)
 
 
-def observed_grid(
-    rows: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None, importance: torch.Tensor | None = None
-) -> Grid:
+def observed_grid(rows: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None) -> Grid:
     """Returns the grid of an activation fitted to tokens that were seen, `rows` (tokens, channels), by percentile or mse.
 
     One scale for the tensor (1,), one a channel (channels,), or one a cluster of channels (clusters,) with `labels`.
-    `importance` is what a squared error in each channel weighs, (channels,), 0 or more; with range mse only.
     """
     if spec.granularity == "tensor":
-        members = [torch.arange(rows.shape[1], device=rows.device)]
+        groups = [rows.flatten()]
     elif spec.granularity == "cluster":
-        members = [(labels == k).nonzero().squeeze(1) for k in range(_clusters(labels, rows.shape[1]))]  # type: ignore[union-attr]
+        groups = [rows[:, labels == k].flatten() for k in range(_clusters(labels, rows.shape[1]))]
     elif spec.granularity == "channel":
-        members = list(torch.arange(rows.shape[1], device=rows.device).split(1))
+        groups = list(rows.t())
     else:
         raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
-    grids = [
-        _fit(rows[:, m].flatten(), spec, None if importance is None else importance[m].expand(len(rows), -1).flatten())
-        for m in members
-    ]
+    grids = [_fit(values, spec) for values in groups]
     points = [grid.zero_point for grid in grids if grid.zero_point is not None]
     return Grid(torch.cat([g.scale for g in grids]), torch.cat(points) if points else None, grids[0].low, grids[0].high)
 

@@ -55,21 +55,7 @@ class BlockInputs:
             return InputQuantizer(spec, running.range(), labels)
         rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
         plan.samples.feed(self._block, {name: rows.add})
-        importance = self._importance(name, spec)
-        return InputQuantizer(spec, None, labels, observed_grid(rows.kept(), spec, labels, importance))
-
-    def _importance(self, name: str, spec: QuantSpec) -> torch.Tensor:
-        """Returns what an error of each channel weighs in the outputs of the Linears that read it with `spec`, (channels,), at
-        most 1: the squared norm of the columns that it meets.
-        """
-        readers = [
-            n
-            for n, stage in self._stage.items()
-            if stage == self._stage[name] and specs_of(self._plan, n).input == spec
-        ]
-        columns = [weight_of(self._plan.network.model.get_submodule(n)).float().square().sum(0) for n in readers]
-        total = torch.stack(columns).sum(0)
-        return total / total.amax().clamp_min(torch.finfo(total.dtype).tiny)
+        return InputQuantizer(spec, None, labels, observed_grid(rows.kept(), spec, labels))
 
 
 class Rows:

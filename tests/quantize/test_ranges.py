@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -13,7 +12,7 @@ from quantize.affine import Grid, dequantize, fake_quantize, fake_quantize_absma
 from quantize.affine import quantize as to_codes
 from quantize.error import relative_error, sqnr_db
 from quantize.linear import InputQuantizer, QuantLinear, fake_quantize_dynamic
-from quantize.ranges import dynamic_grid, observed_grid, static_grid, weight_grid
+from quantize.ranges import dynamic_grid, static_grid, weight_grid
 from quantize.spec import QuantSpec
 
 TOKEN = QuantSpec(granularity="token", dynamic=True)
@@ -164,24 +163,3 @@ def test_an_error_weighed_by_importance_is_least_for_the_grid_that_was_fitted_to
     assert error(weighed) < error(plain)
     alike = weight_grid(weight, spec, None, torch.full((64,), 3.0))
     assert torch.equal(alike.scale, plain.scale)
-
-
-@pytest.mark.parametrize("granularity", ["tensor", "cluster"])
-def test_an_activations_range_is_of_least_error_among_those_of_the_search_as_the_channels_weigh(granularity):
-    generator = torch.Generator().manual_seed(4)
-    rows = torch.randn(200, 12, generator=generator) ** 3 * torch.logspace(-1, 1, 12)
-    labels = torch.arange(12) // 4 if granularity == "cluster" else torch.zeros(12, dtype=torch.long)
-    importance = torch.logspace(0, -4, 12)
-    spec = QuantSpec(bits=4, granularity=granularity, symmetric=False, range="mse")
-    given = labels if granularity == "cluster" else None
-    found = observed_grid(rows, spec, given, importance)
-    for k in range(int(labels.max()) + 1):
-        x, weigh = rows[:, labels == k].double().numpy(), importance[labels == k].double().numpy()
-        errors = []
-        for shrink in 1 - np.arange(80) / 100:
-            scale = shrink * (x.max() - x.min()) / 15
-            zero = np.round(-shrink * x.min() / scale)
-            codes = np.clip(np.round(x / scale) + zero, 0, 15)
-            errors.append((scale, (((codes - zero) * scale - x) ** 2 * weigh).sum()))
-        assert float(found.scale[k]) == pytest.approx(min(errors, key=lambda e: e[1])[0], rel=1e-3)
-    assert not torch.equal(found.scale, observed_grid(rows, spec, given).scale)
