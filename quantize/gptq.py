@@ -65,7 +65,7 @@ class Hessian:
 
     @torch.no_grad()
     def update(self, x: torch.Tensor) -> None:
-        """Adds the tokens of `x` (..., channels); no copy of them all is made.
+        """Adds the tokens of `x` (..., channels). A 16-bit `x` is converted to float32 here, a float32 one is not copied whole.
 
         Raises:
             ValueError: for another number of channels.

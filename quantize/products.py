@@ -64,16 +64,17 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     """Adds X^T X to the upper triangle of `total`, in place; below the diagonal it holds nothing of use.
 
-    Only the right parts of strips of rows are computed, little more than half of the whole. No copy of all of `x` is made.
+    Only the right parts of strips of rows are computed, little more than half of the whole. A float32 `x` is not copied whole.
 
     Args:
         total: float32 (channels, channels).
         x: floating point (tokens, channels).
     """
-    for part in x.split(TOKENS) if x.device.type == "cpu" else (x,):
-        wide = part.float()
-        # oneDNN wants both sides of a strip in one piece, which they are as rows.
-        rows = wide.t().contiguous() if x.device.type == "cpu" else wide.t()
+    on_cpu = x.device.type == "cpu"
+    for part in x.split(TOKENS) if on_cpu else (x,):
+        rows = part.float().t()
+        if on_cpu:
+            rows = rows.contiguous()  # oneDNN wants both sides of a strip in one piece.
         for start in range(0, len(total), STRIP):
             total[start : start + STRIP, start:] += product(rows[start : start + STRIP], rows[start:].t())
 

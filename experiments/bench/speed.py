@@ -4,8 +4,9 @@
 
 Ratios, the medians over rounds in which the two sides alternate: statistics pass / plain forward; statistics pass / the
 same pass without statistics; perplexity evaluation / plain forward plus cross-entropy; simulated W8A8 evaluation (dynamic,
-per token) / fp32 evaluation. The statistics pass multiplies by `quantize.products`, all else by torch's own products. And the memory that evaluation needs on top of the loaded model, against the plain
-loop's: peak resident memory (Linux), each in its own process.
+per token) / fp32 evaluation. The two passes of statistics multiply by `quantize.products`, all else by torch's own products.
+And the memory that evaluation needs on top of the loaded model, against the plain loop's: peak resident memory (Linux), each
+in its own process.
 """
 
 import argparse

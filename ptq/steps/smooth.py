@@ -162,7 +162,8 @@ class Step:
         if rows is None:
             return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
         specs = specs_of(self._plan, link.readers[0])
-        trial = _Trial(rows, readers, _clusterless(specs.weight), specs.input, statistics)
+        outputs = [product(rows, weight.t()) for weight in readers]
+        trial = _Trial(rows, readers, outputs, _clusterless(specs.weight), specs.input, statistics)
         scales = [torch.ones_like(columns)]
         scales += [smoothing_scale(activation, columns, alpha, self.options.beta) for alpha in self.options.candidates]
         errors = [trial.error(link.reader_scale(scale)) for scale in scales]
@@ -193,6 +194,7 @@ class _Trial:
 
     rows: torch.Tensor
     readers: Sequence[torch.Tensor]
+    outputs: Sequence[torch.Tensor]
     weight: QuantSpec | None
     input: QuantSpec | None
     statistics: ChannelStatistics
@@ -201,11 +203,11 @@ class _Trial:
         """Returns the squared error of all outputs for `scale` (in,)."""
         x = self._input(self.rows / scale, scale)
         total = 0.0
-        for weight in self.readers:
+        for weight, original in zip(self.readers, self.outputs, strict=True):
             scaled = weight * scale
             if self.weight is not None:
                 scaled = codec_of(self.weight).fake_weight(scaled, self.weight)
-            total += float((product(self.rows, weight.t()) - product(x, scaled.t())).square_().sum())
+            total += float((original - product(x, scaled.t())).square_().sum())
         return total
 
     def _input(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
