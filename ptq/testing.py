@@ -20,12 +20,12 @@ import torch
 import transformers
 from torch import nn
 
-from ptq.config import TextConfig
+from ptq.config.schema import TextConfig
 from ptq.data.sources import read_text
-from ptq.links import Link, trace_links
-from ptq.network import Network, build_network, is_linear, weight_of
-from ptq.stream import BlockStream
-from ptq.weights import ResidentWeights
+from ptq.models.weights import ResidentWeights
+from ptq.network.block_stream import BlockStream
+from ptq.network.links import Link, trace_links
+from ptq.network.network import Network, build_network, is_linear, weight_of
 
 RELEASE = 2
 """Counts changes of the training and the injection, so that no cache gives a model of older ones."""

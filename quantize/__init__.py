@@ -1,1 +1,1 @@
-"""Tensors in, tensors out: number formats, solvers, quantized modules. Knows no model, no file, no config system."""
+"""Tensors in, tensors out: number formats, solvers, transforms, quantized modules. Knows no model, no file, no config system."""

@@ -6,11 +6,11 @@ import re
 import pytest
 import torch
 
-from quantize.codecs import codec_of
-from quantize.formats import FORMATS
-from quantize.packing import unpack
-from quantize.q8_0 import encode_flat
-from quantize.spec import QuantSpec, spec_of
+from quantize.codecs.packing import unpack
+from quantize.codecs.q8_0 import encode_flat
+from quantize.codecs.registry import codec_of
+from quantize.spec.formats import formats
+from quantize.spec.quant_spec import QuantSpec, spec_of
 
 TEXT = (pathlib.Path(__file__).parents[1] / "docs" / "formats.md").read_text(encoding="utf-8")
 LINE = re.compile(r"^([\w ]+): scale ([\d.]+); codes ([\d ]+); values ([\d. ]+)$", re.MULTILINE)
@@ -40,7 +40,7 @@ def test_a_worked_example_is_what_the_code_computes(label, scale, codes, values)
 
 
 def test_every_format_has_an_example():
-    assert {label.split()[0] for label, *_ in EXAMPLES} == set(FORMATS) - {"llm_int8"}
+    assert {label.split()[0] for label, *_ in EXAMPLES} == set(formats()) - {"llm_int8"}
 
 
 def test_the_examples_in_the_text_hold_too():

@@ -5,7 +5,7 @@ import math
 import torch
 
 from experiments.formats import DB_PER_BIT, ROWS, OutlierShare, cost, table
-from quantize.spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec
 
 
 def normal(*shape):

@@ -14,6 +14,12 @@ BELOW = {
     "main": {"ptq", "quantize", "group_methods", "experiments"},
     "gen_act_stat": {"ptq", "quantize", "group_methods", "experiments"},
 }
+FLOORS = (
+    "cli", "sweep", "run", "integrations", "footprint", "export", "inspect", "report", "steps", "evaluation", "calibration",
+    "network", "models", "data", "files", "config", "errors",
+)  # fmt: skip
+"""The folders of ptq from the edge down: each imports those after it only."""
+MOST_MODULES = 13
 ALLOWED_BESIDE = {"quantize": {"torch"}, "group_methods": {"torch", "sklearn", "threadpoolctl", "numpy"}}
 MOST_LINES = 449
 
@@ -49,6 +55,26 @@ def test_imports_only_go_down(path):
     top = path.relative_to(ROOT).parts[0].removesuffix(".py")
     up = {name for name in imports(path) if name in BELOW and name != top} - BELOW[top]
     assert up == set()
+
+
+def test_inside_ptq_imports_only_go_down():
+    up = set()
+    for path in (ROOT / "ptq").rglob("*.py"):
+        own = path.relative_to(ROOT / "ptq").parts[0].removesuffix(".py")
+        nodes = (
+            n for n in ast.walk(tree_of(path)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("ptq.")
+        )
+        for there in {node.module.split(".")[1] for node in nodes}:
+            if own in FLOORS and there in FLOORS and FLOORS.index(there) < FLOORS.index(own):
+                up.add(f"{name_of(path)} imports ptq.{there}")
+    assert up == set()
+
+
+def test_every_folder_of_ptq_has_its_floor_and_is_of_a_size_to_be_looked_over():
+    folders = {path.parent for top in ("ptq", "quantize", "group_methods") for path in (ROOT / top).rglob("*.py")}
+    assert {f.name for f in folders if f.parent == ROOT / "ptq"} <= set(FLOORS)
+    crowded = {name_of(f): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_MODULES}
+    assert crowded == {}
 
 
 @every_module

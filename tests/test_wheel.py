@@ -36,7 +36,12 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_licence(unpacked):
     files = {path.relative_to(unpacked).as_posix() for path in unpacked.rglob("*") if path.is_file()}
     configs = {path.relative_to(ROOT / "configs").as_posix() for path in (ROOT / "configs").rglob("*.yaml")}
     assert {f"ptq/_configs/{name}" for name in configs} <= files
-    assert {"ptq/cli/app.py", "quantize/spec.py", "group_methods/__init__.py", "experiments/__init__.py"} <= files
+    assert {
+        "ptq/cli/app.py",
+        "quantize/spec/quant_spec.py",
+        "group_methods/__init__.py",
+        "experiments/__init__.py",
+    } <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
     assert not any(name.startswith(("tests/", "outputs/")) for name in files)
     [points] = unpacked.glob("*.dist-info/entry_points.txt")

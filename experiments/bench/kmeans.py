@@ -21,7 +21,7 @@ from safetensors.torch import load_file
 
 from group_methods.kmeans import ChannelRange, Clusters, cluster, features, max_min_features, max_std_features
 from group_methods.reorder import cluster_sizes, expand, ranges_of
-from quantize.affine import fake_quantize, grid_from_range
+from quantize.grid.affine import fake_quantize, grid_from_range
 
 BITS = 4
 TOKENS = 256

@@ -22,11 +22,11 @@ from transformers import AutoModelForCausalLM
 
 from ptq.cli import catalog
 from ptq.cli.hydra_edge import compose_jobs
-from ptq.config import ExecutionConfig, ModelConfig, Recipe
-from ptq.footprint import footprint
-from ptq.models import load
-from ptq.preflight import skeleton
-from ptq.store import Store
+from ptq.config.schema import ExecutionConfig, ModelConfig, Recipe
+from ptq.files.store import Store
+from ptq.footprint.footprint import footprint
+from ptq.models.loading import load
+from ptq.network.skeleton import skeleton
 
 FORMS = {"transformers fp16": "fp16", "transformers fp32": "fp32", "as a run": "fp32"}
 """How it is loaded, with the column of the footprint that it is compared to."""
@@ -66,7 +66,7 @@ class Sampler(threading.Thread):
 def measure(form: str, folder: pathlib.Path) -> dict[str, int]:
     """Loads the model of `folder` in this process and returns bytes: of its tensors, held after, peaks."""
     recipe = _bare(folder)
-    skeleton(recipe)  # imports the architecture, so that its code counts as held before
+    skeleton(recipe.model)  # imports the architecture, so that its code counts as held before
     before, held = status("RssAnon"), status("VmRSS")
     sampler = Sampler()
     sampler.start()

@@ -20,11 +20,11 @@ from transformers import AutoModelForCausalLM
 from experiments.bench.loading import MEGA, PAGE, Sampler, status
 from ptq.cli import catalog
 from ptq.cli.hydra_edge import compose_jobs
-from ptq.config import ExecutionConfig, ModelConfig, Recipe
-from ptq.integration import PtqConfig
-from ptq.models import load
-from ptq.preflight import skeleton
-from ptq.store import Store
+from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.files.store import Store
+from ptq.integrations.transformers import PtqConfig
+from ptq.models.loading import load
+from ptq.network.skeleton import skeleton
 
 FORMS = {"int8 per channel": "w8a16", "LLM.int8()": "llm_int8", "NF4, double quantization": "nf4_dq"}
 """What it is loaded as, and the scheme."""
@@ -34,7 +34,7 @@ GOAL = 1.3
 
 def measure(folder: pathlib.Path, scheme: str | None, save: pathlib.Path | None) -> dict[str, int]:
     """Loads the model of `folder` in this process, quantized by `scheme` or as it was saved, and returns bytes."""
-    skeleton(Recipe(name="loading", model=ModelConfig(str(folder.parent / "original"))))
+    skeleton(ModelConfig(str(folder.parent / "original")))
     before, held = status("RssAnon"), status("VmRSS")
     sampler = Sampler()
     sampler.start()

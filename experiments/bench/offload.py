@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptq.config import recipe_from
+from ptq.config.schema import recipe_from
 from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 SHARD_TENSORS = 64
@@ -58,7 +58,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
 
 def work(folder: pathlib.Path) -> None:
     """Statistics, RTN W4A4 with saved codes, evaluation; prints the peak resident memory of this process."""
-    from ptq.run import collect_statistics, run
+    from ptq.run.experiment import collect_statistics, run
 
     with tempfile.TemporaryDirectory() as scratch:
         recipe = recipe_from(

@@ -1,4 +1,4 @@
-"""What `quantize.products` gains over torch's own products of float32 matrices on this machine's CPU.
+"""What `quantize.kernels.matmul` gains over torch's own products of float32 matrices on this machine's CPU.
 
     python -m experiments.bench.products [--rounds 5]
 
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from experiments.bench.speed import in_turn
-from quantize.products import add_gram, product
+from quantize.kernels.matmul import add_gram, product
 
 TOKENS = 2048
 SHAPES = ((576, 576), (1536, 576), (576, 1536))

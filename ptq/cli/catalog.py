@@ -2,8 +2,8 @@
 
 import pathlib
 
+from ptq.config.shipped import DEMO, config_folder
 from ptq.errors import UserError, nearest
-from ptq.shipped import DEMO, config_folder
 
 __all__ = ["DEMO", "config_folder", "describe", "groups", "locate", "recipes"]
 

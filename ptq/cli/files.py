@@ -18,8 +18,8 @@ def export_command(arguments: list[str], program: str) -> int:
     parser.add_argument("--output", metavar="PATH", help="where to (default: export/NAME in the run's folder)")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     given = _parse(parser, arguments)
-    from ptq.config import ExportConfig
-    from ptq.export.running import export_run
+    from ptq.config.schema import ExportConfig
+    from ptq.run.exports import export_run
 
     options = dict(_option(text) for text in given.options)
     output = pathlib.Path(given.output).expanduser() if given.output else None
@@ -34,7 +34,7 @@ def inspect_command(arguments: list[str], program: str) -> int:
     given = _parse(parser, arguments)
     from rich.console import Console
 
-    from ptq.export.inspect import inspect, table
+    from ptq.inspect.inspection import inspect, table
 
     path = pathlib.Path(given.file).expanduser()
     console = Console(soft_wrap=True, highlight=False, markup=False)

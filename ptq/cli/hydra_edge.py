@@ -1,6 +1,6 @@
 """From a config name and Hydra overrides to recipes. Hydra and OmegaConf stop here: what leaves are plain dataclasses.
 
-Hydra composes; the schema in `ptq.config` judges. A value override may therefore name any key of the schema, whether the
+Hydra composes; the schema in `ptq.config.schema` judges. A value override may therefore name any key of the schema, whether the
 YAML mentions it or not, and whatever the schema does not know is refused there, with the nearest key.
 """
 
@@ -26,7 +26,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq.cli.catalog import config_folder, groups
-from ptq.config import Recipe, recipe_from
+from ptq.config.schema import Recipe, recipe_from
 from ptq.errors import UserError, nearest
 
 OPTIONAL_GROUPS = ("export",)

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 import transformers
 
-from ptq.config import TextConfig
+from ptq.config.schema import TextConfig
 from ptq.data.sources import Text, read_text
 from ptq.errors import UserError
 

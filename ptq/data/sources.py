@@ -11,7 +11,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptq.config import DataConfig, TextConfig
+from ptq.config.schema import DataConfig, TextConfig
 from ptq.errors import UserError, nearest
 
 SUFFIXES = (".txt", ".jsonl", ".parquet")

@@ -4,13 +4,13 @@ import pathlib
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from ptq.config import SchemeConfig
+from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import LinearSpecs, attention_tensors, linear_specs
 from ptq.errors import UserError
-from ptq.export.source import Source
-from ptq.network import Network
-from ptq.scheme import LinearSpecs, attention_tensors, resolve
-from quantize.formats import INTEGER
-from quantize.spec import QuantSpec
+from ptq.export.quantized_tensors import QuantizedTensors
+from ptq.network.network import Network
+from quantize.spec.formats import INTEGER
+from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -36,13 +36,13 @@ class Exporter(Protocol):
         Needs no weights: works on a model on the meta device.
         """
 
-    def write(self, source: Source, path: pathlib.Path) -> Exported:
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model to `path`, whole or not at all; what was there is replaced."""
 
 
 def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:
     """Returns the weight and input specs of every Linear of the blocks by full name."""
-    return {name: resolve(scheme, name) for name in network.linears}
+    return {name: linear_specs(scheme, name) for name in network.linears}
 
 
 def refuse_attention(scheme: SchemeConfig, format_name: str) -> None:

@@ -3,8 +3,8 @@
 import numpy as np
 import torch
 
-from ptq.export.source import LinearTensors
-from quantize.spec import QuantSpec
+from ptq.export.quantized_tensors import LinearTensors
+from quantize.spec.quant_spec import QuantSpec
 
 BLOCK = 32
 

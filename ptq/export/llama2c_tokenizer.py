@@ -5,7 +5,7 @@ import struct
 from typing import Any
 
 from ptq.export.vocabulary import vocabulary_of
-from ptq.files import write_atomic
+from ptq.files.atomic import write_atomic
 
 NEVER = -1e11
 """A score below the -1e10 from which llama2.c's search for the best merge starts: such a token is never merged into."""

@@ -7,12 +7,12 @@ from typing import Any, BinaryIO
 
 import torch
 
-from ptq.config import SchemeConfig
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.export.base import refuse_attention, require, specs_by_linear
-from ptq.export.source import LinearTensors, Source
-from ptq.network import Network
-from quantize.q8_0 import encode_flat
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.network.network import Network
+from quantize.codecs.q8_0 import encode_flat
 
 PROJECTIONS = {
     "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
@@ -181,7 +181,9 @@ def write_encoded(file: BinaryIO, weight: torch.Tensor, group_size: int) -> floa
     return greatest
 
 
-def linears_in_order(source: Source, shape: Shape, interleaved: bool) -> Iterator[tuple[LinearTensors, int | None]]:
+def linears_in_order(
+    source: QuantizedTensors, shape: Shape, interleaved: bool
+) -> Iterator[tuple[LinearTensors, int | None]]:
     """Yields wq of all layers, wk, wv, wo, w1, w2, w3, each with the heads to un-permute by, or None."""
     heads = {"wq": shape.heads, "wk": shape.kv_heads} if interleaved else {}
     for short, projection in PROJECTIONS.items():
@@ -189,7 +191,7 @@ def linears_in_order(source: Source, shape: Shape, interleaved: bool) -> Iterato
             yield source.linear(f"{block.name}.{projection}"), heads.get(short)
 
 
-def norms_in_order(source: Source) -> Iterator[torch.Tensor]:
+def norms_in_order(source: QuantizedTensors) -> Iterator[torch.Tensor]:
     """Yields all attention norms, all feed-forward norms, the final norm, in fp32."""
     for norm in NORMS:
         for block in source.network.blocks:
@@ -198,17 +200,17 @@ def norms_in_order(source: Source) -> Iterator[torch.Tensor]:
     yield source.tensor(f"{outer}.norm.weight").float()
 
 
-def embedding_of(source: Source) -> torch.Tensor:
+def embedding_of(source: QuantizedTensors) -> torch.Tensor:
     """Returns the token embedding (vocabulary, dim)."""
     return source.tensor(f"{_name_of(source, source.network.model.get_input_embeddings())}.weight")
 
 
-def head_of(source: Source) -> torch.Tensor:
+def head_of(source: QuantizedTensors) -> torch.Tensor:
     """Returns the output matrix (vocabulary, dim)."""
     return source.tensor(f"{_name_of(source, source.network.model.get_output_embeddings())}.weight")
 
 
-def _name_of(source: Source, module: Any) -> str:
+def _name_of(source: QuantizedTensors, module: Any) -> str:
     return next(name for name, m in source.network.model.named_modules() if m is module)
 
 

@@ -4,7 +4,7 @@ import importlib
 import pkgutil
 
 import ptq.export
-from ptq.config import ExportConfig, build
+from ptq.config.schema import ExportConfig, build
 from ptq.errors import UserError, nearest
 from ptq.export.base import Exporter
 

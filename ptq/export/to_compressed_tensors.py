@@ -16,15 +16,15 @@ import torch
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq.config import Override, SchemeConfig
+from ptq.config.schema import Override, SchemeConfig
+from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
 from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
-from ptq.export.source import LinearTensors, Source
-from ptq.files import write_folder_atomic, write_text
-from ptq.network import Network
-from ptq.scheme import LinearSpecs
-from quantize.products import is_plain
-from quantize.spec import QuantSpec
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.files.atomic import write_folder_atomic, write_text
+from ptq.network.network import Network
+from quantize.kernels.matmul import is_plain
+from quantize.spec.quant_spec import QuantSpec
 
 SHARD_BYTES = 25_000_000
 """What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
@@ -84,7 +84,7 @@ class Exporter:
                 allowed = dynamic if spec.input.dynamic else {**dynamic, "granularity": ("tensor",)}
                 require(spec.input, "scheme.input", name, NAME, NEAREST, **allowed)
 
-    def write(self, source: Source, path: pathlib.Path) -> Exported:
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
         self.check(source.scheme, source.network)
         groups = _groups(source)
@@ -153,7 +153,7 @@ def _stored(specs: LinearSpecs) -> tuple[Any, ...]:
     return tuple(None if s is None else tuple(getattr(s, f) for f in kept) for s in (specs.weight, specs.input))
 
 
-def _groups(source: Source) -> _Groups:
+def _groups(source: QuantizedTensors) -> _Groups:
     """Returns config groups with targets: the class Linear for the only group, else the names of its Linears."""
     specs = specs_by_linear(source.scheme, source.network)
     members: dict[tuple[Any, ...], list[str]] = {}
@@ -181,7 +181,7 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "QuantLinear"
 
 
-def _tensors(source: Source, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
+def _tensors(source: QuantizedTensors, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every tensor of the checkpoint in the order of the model; tied ones once."""
     model = source.network.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
@@ -274,7 +274,7 @@ def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, torch.Tenso
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def _write_config(folder: pathlib.Path, source: Source, groups: _Groups) -> None:
+def _write_config(folder: pathlib.Path, source: QuantizedTensors, groups: _Groups) -> None:
     """Writes config.json with the ``quantization_config`` that the package makes of the groups."""
     package, model = _package(), source.network.model
     formats = {scheme.format for scheme in groups.schemes.values()}

@@ -16,16 +16,16 @@ import gguf
 import numpy as np
 import torch
 
-from ptq.config import Override, SchemeConfig
+from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
 from ptq.export.gguf_blocks import BLOCK, blocks_of, type_of
 from ptq.export.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
 from ptq.export.llama_family import unpermuted
-from ptq.export.source import LinearTensors, Source
-from ptq.files import write_atomic
-from ptq.network import Network
-from quantize.spec import QuantSpec
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.files.atomic import write_atomic
+from ptq.network.network import Network
+from quantize.spec.quant_spec import QuantSpec
 
 NEAREST = "weight {bits: 8 or 4, granularity: group, group_size: 32, symmetric: true} (symmetric: false with 4 bits) and input null"
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32, "F32": 0}
@@ -85,7 +85,7 @@ class Exporter:
             if specs.weight is not None:
                 _check_weight(specs.weight, name, network.shapes[name][1])
 
-    def write(self, source: Source, path: pathlib.Path) -> Exported:
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the file, a tensor in memory at a time."""
         self.check(source.scheme, source.network)
         config = source.network.model.config
@@ -204,7 +204,7 @@ class _Tensor:
     read: Callable[[], np.ndarray]
 
 
-def _tensors(source: Source, architecture: Architecture, moved: list[float]) -> Iterator[_Tensor]:
+def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[float]) -> Iterator[_Tensor]:
     """Yields every tensor in the order of the model; `moved` gathers what rounding scales to fp16 did."""
     model, names = source.network.model, _names(source.network)
     config = model.config
@@ -234,7 +234,7 @@ def _tensors(source: Source, architecture: Architecture, moved: list[float]) -> 
             yield _plain(stored, _reader(source, owner, last, owner in specs, norm, turned))
 
 
-def _parameters(source: Source) -> Iterator[str]:
+def _parameters(source: QuantizedTensors) -> Iterator[str]:
     """Yields the names of the model's parameters as they were before Linears were replaced."""
     linears = source.network.linears
     for owner, module in source.network.model.named_modules():
@@ -247,7 +247,7 @@ def _parameters(source: Source) -> Iterator[str]:
 
 
 def _reader(
-    source: Source, owner: str, last: str, linear: bool, norm: float, turned: int | None
+    source: QuantizedTensors, owner: str, last: str, linear: bool, norm: float, turned: int | None
 ) -> Callable[[], torch.Tensor]:
     def read() -> torch.Tensor:
         if linear:

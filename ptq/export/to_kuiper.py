@@ -10,13 +10,13 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ptq.config import SchemeConfig
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.export import llama_family as family
 from ptq.export.base import Exported
-from ptq.export.source import Source
-from ptq.files import write_atomic
-from ptq.network import Network
+from ptq.export.quantized_tensors import QuantizedTensors
+from ptq.files.atomic import write_atomic
+from ptq.network.network import Network
 
 BUILDS = {
     "llama2": family.Runtime("kuiper", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=False),
@@ -58,7 +58,7 @@ class Exporter:
                     f"export: kuiper reads rows in fours, and the model's {field} is {getattr(config, field)}: use another format"
                 )
 
-    def write(self, source: Source, path: pathlib.Path) -> Exported:
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model, tensor by tensor."""
         self.check(source.scheme, source.network)
         shape = family.shape_of(source.scheme, source.network)

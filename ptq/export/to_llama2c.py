@@ -9,13 +9,13 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
-from ptq.config import SchemeConfig
+from ptq.config.schema import SchemeConfig
 from ptq.export import llama_family as family
 from ptq.export.base import Exported
 from ptq.export.llama2c_tokenizer import write_tokenizer
-from ptq.export.source import Source
-from ptq.files import write_atomic
-from ptq.network import Network
+from ptq.export.quantized_tensors import QuantizedTensors
+from ptq.files.atomic import write_atomic
+from ptq.network.network import Network
 
 MAGIC, VERSION, HEADER_BYTES = 0x616B3432, 2, 256
 RUNTIME = family.Runtime("llama2c", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=True)
@@ -45,7 +45,7 @@ class Exporter:
         family.check_model(network, RUNTIME)
         family.check_scheme(scheme, network, RUNTIME)
 
-    def write(self, source: Source, path: pathlib.Path) -> Exported:
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model, tensor by tensor, then the tokenizer."""
         self.check(source.scheme, source.network)
         shape = family.shape_of(source.scheme, source.network)

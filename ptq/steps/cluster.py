@@ -18,12 +18,12 @@ from group_methods.kmeans import (
     share_heads,
 )
 from group_methods.reorder import order_of, permute_columns, permute_rows, repeat_heads
-from ptq.config import SchemeConfig
+from ptq.calibration.statistics import Statistics
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
-from ptq.links import Link
-from ptq.network import Block, replace_module, weight_of
-from ptq.statistics import Statistics
-from ptq.steps.base import STATISTICS, TRANSFORM, Plan
+from ptq.network.links import Link
+from ptq.network.network import Block, replace_module, weight_of
+from ptq.steps._step import STATISTICS, TRANSFORM, Plan
 from ptq.steps.smooth import kind_of
 
 METHODS = ("max_std_kmeans", "max_min_kmeans")

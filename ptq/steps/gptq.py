@@ -6,19 +6,20 @@ from typing import ClassVar
 
 import torch
 
-from ptq.config import SchemeConfig
+from ptq.calibration.samples import Watcher
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
-from ptq.network import Block, weight_of
-from ptq.steps.attention_inputs import quantize_attention
-from ptq.steps.base import REFERENCE, SAMPLES, SOLVER, Plan, Watcher
-from ptq.steps.solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
-from quantize.affine import Grid
-from quantize.codec import checked
-from quantize.gptq import GptqOptions, Hessian, Solution, solve
-from quantize.linear import InputQuantizer
-from quantize.products import product
-from quantize.spec import QuantSpec
-from quantize.target import ErrorMoment, corrected_weight
+from ptq.network.network import Block, weight_of
+from ptq.steps._attention import quantize_attention
+from ptq.steps._solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
+from ptq.steps._step import REFERENCE, SAMPLES, SOLVER, Plan
+from quantize.codecs.base import checked
+from quantize.grid.affine import Grid
+from quantize.kernels.matmul import product
+from quantize.modules.simulated import InputQuantizer
+from quantize.solvers.correction import ErrorMoment, corrected_weight
+from quantize.solvers.gptq import GptqOptions, Hessian, Solution, solve
+from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)

@@ -3,11 +3,11 @@
 from dataclasses import dataclass
 from typing import ClassVar
 
-from ptq.config import SchemeConfig
-from ptq.network import Block
-from ptq.steps.attention_inputs import quantize_attention
-from ptq.steps.base import SOLVER, Plan
-from ptq.steps.solving import BlockInputs, captures_of, quantize_linear, specs_of
+from ptq.config.schema import SchemeConfig
+from ptq.network.network import Block
+from ptq.steps._attention import quantize_attention
+from ptq.steps._solving import BlockInputs, captures_of, quantize_linear, specs_of
+from ptq.steps._step import SOLVER, Plan
 
 
 @dataclass(frozen=True)

@@ -6,19 +6,20 @@ from typing import ClassVar
 
 import torch
 
-from ptq.config import SchemeConfig
+from ptq.calibration.samples import Samples
+from ptq.calibration.statistics import ChannelStatistics, WeightStatistics
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
-from ptq.links import Link
-from ptq.network import Block, weight_of
-from ptq.norms import gain_offset
-from ptq.statistics import ChannelStatistics, WeightStatistics
-from ptq.steps.base import STATISTICS, TRANSFORM, Plan, Samples
-from ptq.steps.solving import Rows, specs_of
-from quantize.codecs import codec_of
-from quantize.linear import InputQuantizer, fake_quantize_dynamic
-from quantize.products import product
-from quantize.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
-from quantize.spec import QuantSpec
+from ptq.network.links import Link
+from ptq.network.network import Block, weight_of
+from ptq.network.norms import gain_offset
+from ptq.steps._solving import Rows, specs_of
+from ptq.steps._step import STATISTICS, TRANSFORM, Plan
+from quantize.codecs.registry import codec_of
+from quantize.kernels.matmul import product
+from quantize.modules.simulated import InputQuantizer, fake_quantize_dynamic
+from quantize.spec.quant_spec import QuantSpec
+from quantize.transforms.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
 
 KINDS = ("fc1_fc2", "up_down", "v_o", "norm")
 """Kinds of links, in the order in which a block is smoothed: v's new rows are among the weights that read the norm."""

@@ -9,9 +9,9 @@ import subprocess
 import pytest
 import torch
 
-from ptq.config import TextConfig, recipe_from
+from ptq.config.schema import TextConfig, recipe_from
 from ptq.data.sampling import sample_tokens
-from ptq.run import run
+from ptq.run.experiment import run
 from ptq.testing import byte_tokenizer
 
 PYTHON = os.environ.get("PTQ_LLAMA_CPP", "")

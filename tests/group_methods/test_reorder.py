@@ -20,7 +20,7 @@ from group_methods.reorder import (
     ranges_of,
     repeat_heads,
 )
-from quantize.affine import fake_quantize, grid_from_range
+from quantize.grid.affine import fake_quantize, grid_from_range
 
 LABELS = st.lists(st.integers(0, 5), min_size=1, max_size=40).map(
     lambda numbers: torch.unique(torch.tensor(numbers), return_inverse=True)[1]

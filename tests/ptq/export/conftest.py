@@ -6,17 +6,17 @@ import pytest
 import torch
 import transformers
 
-from ptq.export.source import ResidentSource
-from ptq.network import build_network, replace_module
-from ptq.scheme import resolve
-from quantize.linear import InputQuantizer, QuantLinear
+from ptq.config.scheme import linear_specs
+from ptq.export.quantized_tensors import ResidentSource
+from ptq.network.network import build_network, replace_module
+from quantize.modules.simulated import InputQuantizer, QuantLinear
 
 
 def _quantized(model, scheme, tokenizer=None, ranges=None):
     """A source of `model` quantized by rounding to nearest, without a run around it; `ranges` of inputs by Linear."""
     network = build_network(model)
     for name, module in network.linears.items():
-        specs = resolve(scheme, name)
+        specs = linear_specs(scheme, name)
         if specs.any:
             inputs = None if specs.input is None else InputQuantizer(specs.input, (ranges or {}).get(name))
             replace_module(model, name, QuantLinear(module.weight, module.bias, specs.weight, inputs))

@@ -12,14 +12,14 @@ import pytest
 import torch
 import transformers
 
-from ptq.config import Override, SchemeConfig, recipe_from
+from ptq.config.schema import Override, SchemeConfig, recipe_from
 from ptq.errors import UserError
-from ptq.export.inspect import inspect
 from ptq.export.to_compressed_tensors import Exporter, Options, lossless
-from ptq.network import build_network
-from ptq.run import run
+from ptq.inspect.inspection import inspect
+from ptq.network.network import build_network
+from ptq.run.experiment import run
 from ptq.testing import random_tiny
-from quantize.spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec
 
 pytest.importorskip("compressed_tensors")
 
@@ -128,7 +128,7 @@ def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     assert (run(again) / weights).read_bytes() == (folder / weights).read_bytes()
     code = f"""
 import torch, transformers
-from ptq.config import TextConfig
+from ptq.config.schema import TextConfig
 from ptq.data.sampling import sample_tokens
 model = transformers.AutoModelForCausalLM.from_pretrained({str(exported)!r})
 tokenizer = transformers.AutoTokenizer.from_pretrained({str(exported)!r})

@@ -8,15 +8,15 @@ import pytest
 import torch
 import transformers
 
-from ptq.config import Override, SchemeConfig, recipe_from
+from ptq.config.schema import Override, SchemeConfig, recipe_from
 from ptq.errors import UserError
-from ptq.export.inspect import inspect
-from ptq.export.running import export_run
 from ptq.export.to_gguf import Exporter, Options
-from ptq.network import build_network
-from ptq.run import run
+from ptq.inspect.inspection import inspect
+from ptq.network.network import build_network
+from ptq.run.experiment import run
+from ptq.run.exports import export_run
 from ptq.testing import byte_tokenizer, random_tiny
-from quantize.spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = QuantSpec(granularity="group", group_size=32)
 SCHEMES = {
@@ -195,7 +195,7 @@ def test_a_run_exports_its_weights_and_a_finished_one_says_what_rounding_scales_
     }  # fmt: skip
     folder = run(recipe_from({**base, "export": {"format": "gguf"}}))
     made = (folder / "export" / "gguf" / "model.gguf").read_bytes()
-    from ptq.config import ExportConfig
+    from ptq.config.schema import ExportConfig
 
     again = export_run(folder, ExportConfig("gguf"), tmp_path / "again.gguf", False)
     assert again.path.read_bytes() == made and again.notes == ()

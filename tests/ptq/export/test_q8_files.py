@@ -8,13 +8,13 @@ import pytest
 import torch
 import transformers
 
-from ptq.config import Override, SchemeConfig
+from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export import to_kuiper, to_llama2c
-from ptq.export.readers import open_kuiper, open_llama2c
-from ptq.export.reference import Reference
-from ptq.network import build_network
-from quantize.spec import QuantSpec
+from ptq.inspect.q8_readers import open_kuiper, open_llama2c
+from ptq.inspect.q8_reference import Reference
+from ptq.network.network import build_network
+from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = QuantSpec(granularity="group", group_size=16)
 INPUTS = dataclasses.replace(GROUPS, dynamic=True)

@@ -1,0 +1,149 @@
+"""The calibration samples as they reach the present block, for steps that look at them."""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.network import Block
+from ptq.network.staged_pass import StagedPass
+
+Watcher = Callable[[torch.Tensor, slice], None]
+"""Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
+
+
+class _Seen(Exception):
+    """Raised inside a block's forward when every watcher has seen its input."""
+
+
+class Samples:
+    """The calibration samples as they reach the present block: every earlier block is quantized already.
+
+    `reference` carries the same samples through the unquantized blocks, where a step captures `REFERENCE`.
+    """
+
+    def __init__(self, stream: BlockStream, flow: Flow, reference: Flow | None = None):
+        self.stream, self.flow, self.reference = stream, flow, reference
+        self._kept: dict[int, torch.Tensor] = {}
+        self._paused: StagedPass | None = None
+
+    @property
+    def tokens(self) -> int:
+        """Number of tokens in all samples."""
+        return self.flow.ids.numel()
+
+    @torch.no_grad()
+    def feed(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
+        """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
+
+        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with.
+
+        Args:
+            block: the present block, weights in memory.
+            watchers: by full name of a module, what looks at its input; "" for the block's output. A batch stops at the
+                last of them.
+        """
+        if self._paused is not None and watchers and set(watchers) <= set(self._paused.stage):
+            for rows, x in self._paused.inputs():
+                for watcher in watchers.values():
+                    watcher(x, _tokens(self.flow, rows))
+            return
+        for i, rows in self.flow.slices():
+            self._pass(self.flow, block, i, rows, watchers)
+
+    @contextmanager
+    def stage_by_stage(self, block: Block, stages: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[str, ...]]]:
+        """Gives the stages in order, for a solver that replaces the Linears of one before it asks for the next.
+
+        With resident weights and hidden states in memory the samples pass once for all stages, and their outputs are kept
+        for the stream. Otherwise every `feed` is a pass of its own, and only the hidden states are held.
+
+        Args:
+            block: the present block, weights in memory.
+            stages: full names of the Linears that read one tensor, in the order of their calls.
+        """
+        if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
+            yield iter(stages)
+            return
+        with StagedPass(self.stream, self.flow, block, stages) as paused:
+            self._paused = paused
+            try:
+                yield _advanced(paused, stages)
+                paused.finish()
+            finally:
+                self._paused = None
+
+    @torch.no_grad()
+    def advance_reference(self, block: Block, names: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Carries the reference samples through the block, which is not quantized yet.
+
+        Returns:
+            The inputs (tokens of all samples, channels) of the modules `names`, and the block's output for the name "", in
+            memory or memory-mapped as the execution asks for hidden states; they are overwritten by the next call.
+
+        Raises:
+            ValueError: when no step captures `REFERENCE`.
+        """
+        reference = self.reference
+        if reference is None:
+            raise ValueError("no step captures the reference samples")
+        kept: dict[str, torch.Tensor] = {}
+
+        def keep(place: int, name: str, x: torch.Tensor, tokens: slice) -> None:
+            shape = (reference.ids.numel(), x.shape[-1])
+            if self._kept.get(place) is None or self._kept[place].shape != shape:
+                self._kept[place] = self.stream.allocate(shape, x)
+            kept[name] = self._kept[place]
+            kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))
+
+        watchers = {name: partial(keep, place, name) for place, name in enumerate(names) if name}
+        for i, rows in reference.slices():
+            reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
+        if "" in names:
+            kept[""] = reference.hidden.flatten(0, 1)
+        return kept
+
+    def _pass(
+        self, flow: Flow, block: Block, batch: int, rows: slice, watchers: Mapping[str, Watcher], whole: bool = False
+    ) -> torch.Tensor:
+        """Calls the block for one batch; stops at the last watcher unless the `whole` block is wanted."""
+        left, tokens = set(watchers), _tokens(flow, rows)
+
+        def hook(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+            def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+                watchers[name](args[0], tokens)
+                left.discard(name)
+                if not left and not whole:
+                    raise _Seen
+
+            return look
+
+        model = self.stream.network.model
+        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers if name]
+        hidden = flow.hidden[rows].to(self.stream.device)
+        try:
+            with suppress(_Seen):
+                output = self.stream.call(flow, block, batch, hidden)
+                if "" in watchers:
+                    watchers[""](output, tokens)
+                return output
+        finally:
+            for handle in handles:
+                handle.remove()
+        return hidden
+
+
+def _advanced(paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    for stage in stages:
+        paused.advance()
+        yield stage
+
+
+def _tokens(flow: Flow, rows: slice) -> slice:
+    """Returns which of all samples' tokens, one after another, those of a batch are."""
+    length = flow.ids.shape[1]
+    return slice(rows.start * length, min(rows.stop, len(flow.ids)) * length)

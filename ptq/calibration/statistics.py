@@ -1,0 +1,305 @@
+"""Calibration statistics: running per-channel figures of every Linear's input and of its weight, as a file with provenance."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.errors import UserError
+from ptq.files.atomic import write_atomic
+from ptq.network.network import Block, weight_of
+
+FILE_KIND = "ptq-statistics/1"
+CHUNK_ROWS = 512
+"""Rows summed in float32 before they are merged in float64: short enough for float32, and they stay in cache."""
+_FIELDS = ("min", "max", "mean", "m2")
+_WEIGHT_FIELDS = ("in_min", "in_max", "in_std", "out_min", "out_max", "out_std")
+
+
+@dataclass
+class ChannelStatistics:
+    """Running figures of a tensor's channels over tokens.
+
+    Attributes:
+        min: least value, float32 (channels,).
+        max: greatest value, float32 (channels,).
+        mean: mean, float64 (channels,).
+        m2: sum of squared distances from the mean, float64 (channels,).
+        count: tokens seen.
+    """
+
+    min: torch.Tensor
+    max: torch.Tensor
+    mean: torch.Tensor
+    m2: torch.Tensor
+    count: int = 0
+
+    @classmethod
+    def empty(cls, channels: int, device: torch.device | str = "cpu") -> "ChannelStatistics":
+        """Returns statistics of no token."""
+        ends = [torch.full((channels,), end, device=device) for end in (torch.inf, -torch.inf)]
+        zeros = [torch.zeros(channels, dtype=torch.float64, device=device) for _ in range(2)]
+        return cls(ends[0], ends[1], zeros[0], zeros[1])
+
+    @property
+    def absmax(self) -> torch.Tensor:
+        """Greatest magnitude, float32 (channels,)."""
+        return torch.maximum(self.max.abs(), self.min.abs())
+
+    @property
+    def std(self) -> torch.Tensor:
+        """Population standard deviation, float64 (channels,)."""
+        return (self.m2 / max(self.count, 1)).clamp_min(0).sqrt()
+
+    def update(self, x: torch.Tensor) -> None:
+        """Adds the tokens of `x` (..., channels).
+
+        Sums run in float32 over chunks of `CHUNK_ROWS` rows, relative to the chunk's first row (so a large mean costs no
+        digits), and the chunks are merged in float64 by the formula of Chan, Golub and LeVeque: any split into batches
+        gives the same figures to float64 rounding of chunk sums. NaN and inf end up in `min`, `max` or `mean`: see `is_finite`.
+        """
+        rows = x.reshape(-1, x.shape[-1])
+        # amin and amax in turn: torch.aminmax over rows is some twenty times slower on CPU.
+        self.min = torch.minimum(self.min, rows.amin(0).float())
+        self.max = torch.maximum(self.max, rows.amax(0).float())
+        for chunk in rows.split(CHUNK_ROWS):
+            shift = chunk[0]
+            centred = (chunk - shift).float()
+            mean = centred.mean(0)
+            m2 = centred.square_().sum(0).double() - mean.double().square() * len(chunk)
+            self._add(mean.double() + shift.double(), m2.clamp_min_(0), len(chunk))
+
+    def merge(self, other: "ChannelStatistics") -> None:
+        """Adds the tokens that `other` has seen."""
+        self.min = torch.minimum(self.min, other.min)
+        self.max = torch.maximum(self.max, other.max)
+        self._add(other.mean, other.m2, other.count)
+
+    def divided(self, scale: torch.Tensor) -> "ChannelStatistics":
+        """Returns the statistics of the same tokens with channel j divided by ``scale[j]`` > 0, exactly (to rounding)."""
+        scale = scale.to(self.min.device)
+        wide = scale.double()
+        return ChannelStatistics(
+            self.min / scale, self.max / scale, self.mean / wide, self.m2 / wide.square(), self.count
+        )
+
+    def reordered(self, order: torch.Tensor) -> "ChannelStatistics":
+        """Returns the statistics of the same tokens with their channels in the order `order`, int64 (channels,)."""
+        return ChannelStatistics(self.min[order], self.max[order], self.mean[order], self.m2[order], self.count)
+
+    def is_finite(self) -> torch.Tensor:
+        """Returns a bool tensor (no wait for the device): whether everything seen was finite."""
+        return torch.isfinite(self.min).all() & torch.isfinite(self.max).all() & torch.isfinite(self.mean).all()
+
+    def _add(self, mean: torch.Tensor, m2: torch.Tensor, count: int) -> None:
+        if count == 0:
+            return
+        total = self.count + count
+        delta = mean - self.mean
+        self.mean = self.mean + delta * (count / total)
+        self.m2 = self.m2 + m2 + delta.square() * (self.count * count / total)
+        self.count = total
+
+
+@dataclass(frozen=True)
+class WeightStatistics:
+    """A weight's min, max and std per input channel (in,) and per output channel (out,), float32."""
+
+    in_min: torch.Tensor
+    in_max: torch.Tensor
+    in_std: torch.Tensor
+    out_min: torch.Tensor
+    out_max: torch.Tensor
+    out_std: torch.Tensor
+
+    @classmethod
+    def of(cls, weight: torch.Tensor) -> "WeightStatistics":
+        """Takes the statistics of a weight (out, in).
+
+        In pieces of `CHUNK_ROWS` rows, by sums of squared distances: torch's std is some forty times slower on CPU.
+        """
+        columns = ChannelStatistics.empty(weight.shape[1], weight.device)
+        rows: list[tuple[torch.Tensor, ...]] = []
+        for chunk in weight.detach().split(CHUNK_ROWS):
+            columns.update(chunk)
+            wide = chunk.float()
+            spread = (wide - wide.mean(1, keepdim=True)).square_().mean(1).sqrt_()
+            rows.append((wide.amin(1), wide.amax(1), spread))
+        ends = (torch.cat(figures) for figures in zip(*rows, strict=True))
+        return cls(columns.min, columns.max, columns.std.float(), *ends)
+
+    def reordered_inputs(self, order: torch.Tensor) -> "WeightStatistics":
+        """Returns the statistics of the weight with its columns in the order `order`, int64 (in,)."""
+        return dataclasses.replace(
+            self, in_min=self.in_min[order], in_max=self.in_max[order], in_std=self.in_std[order]
+        )
+
+    def reordered_outputs(self, order: torch.Tensor) -> "WeightStatistics":
+        """Returns the statistics of the weight with its rows in the order `order`, int64 (out,)."""
+        return dataclasses.replace(
+            self, out_min=self.out_min[order], out_max=self.out_max[order], out_std=self.out_std[order]
+        )
+
+
+@dataclass(frozen=True)
+class Provenance:
+    """What statistics were taken from, and by what."""
+
+    model: str
+    revision: str | None
+    weight_fingerprint: str
+    data_fingerprint: str
+    data_source: str
+    samples: int
+    length: int
+    dtype: str
+    version: str
+
+
+@dataclass
+class Statistics:
+    """Statistics of every Linear by full name: of its input, and of its weight."""
+
+    inputs: dict[str, ChannelStatistics]
+    weights: dict[str, WeightStatistics]
+    provenance: Provenance
+
+    def copy(self) -> "Statistics":
+        """Returns statistics whose entries can be replaced without touching these."""
+        return Statistics(dict(self.inputs), dict(self.weights), self.provenance)
+
+    def merge(self, other: "Statistics") -> "Statistics":
+        """Returns the statistics of both runs' tokens together. Raises `UserError` when the models differ."""
+        mine, theirs = self.provenance, other.provenance
+        if mine.weight_fingerprint != theirs.weight_fingerprint or self.inputs.keys() != other.inputs.keys():
+            raise UserError(f"statistics of {mine.model} and of {theirs.model} cannot be merged: their weights differ")
+        inputs = {}
+        for name, statistics in self.inputs.items():
+            inputs[name] = dataclasses.replace(statistics)
+            inputs[name].merge(other.inputs[name])
+        provenance = dataclasses.replace(
+            mine,
+            data_fingerprint=f"{mine.data_fingerprint}+{theirs.data_fingerprint}",
+            data_source=f"{mine.data_source}+{theirs.data_source}",
+            samples=mine.samples + theirs.samples,
+        )
+        return Statistics(inputs, self.weights, provenance)
+
+    def check_fits(self, weight_fingerprint: str, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Raises `UserError` with the reason when these are not statistics of the model with `linears` (out, in)."""
+        p = self.provenance
+        missing = [name for name in linears if name not in self.inputs]
+        if missing:
+            raise UserError(
+                f"calibration.statistics: taken from {p.model}, which has no {missing[0]}: take them from this model"
+            )
+        for name, (_, columns) in linears.items():
+            if len(self.inputs[name].min) != columns:
+                seen = len(self.inputs[name].min)
+                raise UserError(
+                    f"calibration.statistics: {name} has {seen} channels in {p.model}, {columns} here: take them again"
+                )
+        if p.weight_fingerprint != weight_fingerprint:
+            raise UserError(
+                f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again"
+            )
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a safetensors file with the provenance in its metadata; an old file of that name stays whole on failure."""
+        tensors: dict[str, torch.Tensor] = {}
+        for name, s in self.inputs.items():
+            tensors |= {f"{name}/input/{f}": getattr(s, f).contiguous() for f in _FIELDS}
+            tensors[f"{name}/input/count"] = torch.tensor(s.count)
+        for name, w in self.weights.items():
+            tensors |= {f"{name}/weight/{f}": getattr(w, f).contiguous() for f in _WEIGHT_FIELDS}
+        unshared = {key: value.clone() for key, value in tensors.items()}
+        metadata = {"kind": FILE_KIND, "provenance": json.dumps(dataclasses.asdict(self.provenance))}
+        write_atomic(path, lambda temporary: save_file(unshared, temporary, metadata=metadata))
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Statistics":
+        """Reads a file that `save` wrote. Raises `UserError` when it is missing, cut short, or something else."""
+        if not path.is_file():
+            raise UserError(f"calibration.statistics: {path} is not there: write it with gen_act_stat.py, or use null")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata: dict[str, Any] = file.metadata() or {}
+                if metadata.get("kind") != FILE_KIND:
+                    raise UserError(
+                        f"calibration.statistics: {path} holds no statistics: write it with gen_act_stat.py"
+                    )
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again"
+            ) from None
+        return _assemble(tensors, Provenance(**json.loads(metadata["provenance"])))
+
+
+def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Statistics:
+    names = list(dict.fromkeys(key.split("/")[0] for key in tensors))
+    inputs = {}
+    for n in names:
+        least, most, mean, m2 = (tensors[f"{n}/input/{f}"] for f in _FIELDS)
+        inputs[n] = ChannelStatistics(least, most, mean, m2, int(tensors[f"{n}/input/count"]))
+    weights = {n: WeightStatistics(*(tensors[f"{n}/weight/{f}"] for f in _WEIGHT_FIELDS)) for n in names}
+    return Statistics(inputs, weights, provenance)
+
+
+class StatisticsVisitor:
+    """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
+
+    Linears that read the very same tensor (q, k, v) share one computation.
+    """
+
+    def __init__(self) -> None:
+        self.inputs: dict[str, ChannelStatistics] = {}
+        self.weights: dict[str, WeightStatistics] = {}
+        self._handles: list[Any] = []
+        self._owner: dict[str, str] = {}
+        self._last: tuple[torch.Tensor, str] | None = None
+
+    def enter(self, block: Block) -> None:
+        """Attaches a hook to every Linear of the block and takes its weight's statistics."""
+        for name, module in block.linears.items():
+            weight = weight_of(module)
+            self.weights[name] = WeightStatistics.of(weight)
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def leave(self, block: Block) -> None:
+        """Removes the hooks. Raises `UserError` naming the first module whose input was not finite."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last = None
+        for name in block.linears:
+            self.inputs[name] = self.inputs[self._owner[name]]
+            if not bool(self.inputs[name].is_finite()):
+                raise UserError(
+                    f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
+                )
+
+    def result(self, provenance: Provenance) -> Statistics:
+        """Returns what was gathered."""
+        return Statistics(self.inputs, self.weights, provenance)
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if self._last is not None and self._last[0] is x:
+                self._owner.setdefault(name, self._last[1])
+                if self._owner[name] == self._last[1]:
+                    return
+            self._last = (x, name)
+            self._owner[name] = name
+            statistics = self.inputs.setdefault(name, ChannelStatistics.empty(x.shape[-1], x.device))
+            statistics.update(x.detach())
+
+        return hook

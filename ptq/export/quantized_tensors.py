@@ -1,0 +1,131 @@
+"""What exporters read from: the quantized model's tensors, one at a time, from memory or from a finished run's folder."""
+
+import pathlib
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError
+from ptq.network.network import Network, weight_of
+from quantize.grid.affine import Grid, dequantize, grouped, integer_range
+from quantize.kernels.matmul import Linear
+from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.spec.quant_spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class LinearTensors:
+    """One Linear as it is stored.
+
+    Attributes:
+        name: full module name.
+        spec: format of the weight, or None when it is in floating point.
+        codes: (out, in), int8 (symmetric) or uint8; None when the weight is in floating point.
+        scale: float32, broadcastable to ``grouped(codes, spec)``.
+        zero_point: float32 whole numbers of that shape, or None.
+        weight: (out, in) in floating point when `spec` is None.
+        bias: (out,) or None.
+        input_spec: format of the input, or None.
+        input_scale: float32, of a static input range.
+        input_zero_point: float32, of a static asymmetric input range.
+    """
+
+    name: str
+    spec: QuantSpec | None
+    codes: torch.Tensor | None
+    scale: torch.Tensor | None
+    zero_point: torch.Tensor | None
+    weight: torch.Tensor | None
+    bias: torch.Tensor | None
+    input_spec: QuantSpec | None = None
+    input_scale: torch.Tensor | None = None
+    input_zero_point: torch.Tensor | None = None
+
+    def dense(self) -> torch.Tensor:
+        """Returns the weight (out, in) that the simulation multiplies by, in float32."""
+        if self.spec is None or self.codes is None or self.scale is None:
+            return torch.as_tensor(self.weight).float()
+        grid = Grid(
+            self.scale, self.zero_point, *integer_range(self.spec.bits, self.spec.symmetric, self.spec.full_range)
+        )
+        return dequantize(grouped(self.codes, self.spec), grid).reshape(self.codes.shape)
+
+    def row_scales(self) -> torch.Tensor:
+        """Returns the scales as (out, scales a row); (1, 1) for granularity tensor."""
+        return _per_row(torch.as_tensor(self.scale), self)
+
+    def row_zero_points(self) -> torch.Tensor | None:
+        """Returns the zero points in the shape of `row_scales`, or None."""
+        return None if self.zero_point is None else _per_row(self.zero_point, self)
+
+
+def _per_row(values: torch.Tensor, tensors: LinearTensors) -> torch.Tensor:
+    if values.numel() == 1:
+        return values.reshape(1, 1)
+    return values.reshape(torch.as_tensor(tensors.codes).shape[0], -1)
+
+
+class QuantizedTensors(Protocol):
+    """A quantized model, read tensor by tensor."""
+
+    network: Network
+    tokenizer: Any
+    scheme: SchemeConfig
+    origin: pathlib.Path | None
+    """The GGUF file that the model was read from, or None."""
+
+    def linear(self, name: str) -> LinearTensors:
+        """Returns the tensors of the Linear `name`."""
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns the parameter or buffer `name` of the model, in floating point."""
+
+
+class ResidentSource:
+    """A quantized model that is in memory."""
+
+    def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig, origin: pathlib.Path | None = None):
+        self.network, self.tokenizer, self.scheme, self.origin = network, tokenizer, scheme, origin
+        for block in network.blocks:
+            for name, module in block.module.named_modules():
+                ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
+                if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer):
+                    raise UserError(
+                        f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
+                        "which no format can hold: leave the step out"
+                    )
+
+    def linear(self, name: str) -> LinearTensors:
+        """Returns the tensors of the Linear `name`: the module's own, no copies."""
+        return tensors_of(name, self.network.model.get_submodule(name))
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns the parameter or buffer `name` itself."""
+        owner, _, last = name.rpartition(".")
+        value = getattr(self.network.model.get_submodule(owner), last)
+        if not isinstance(value, torch.Tensor):
+            raise TypeError(f"{name} is no tensor")
+        return value
+
+
+def tensors_of(name: str, module: nn.Module) -> LinearTensors:
+    """Returns the tensors of `module`, a `QuantLinear` or a Linear that was left alone."""
+    if not isinstance(module, QuantLinear):
+        bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+        return LinearTensors(name, None, None, None, None, weight_of(module), bias)
+    inputs = module.inputs
+    return LinearTensors(
+        name=name,
+        spec=module.weight_spec,
+        codes=None if module.weight_spec is None else module.codes,
+        scale=None if module.weight_spec is None else module.scale,
+        zero_point=None if module.weight_spec is None else module.zero_point,
+        weight=module.weight if module.weight_spec is None else None,
+        bias=module.bias,
+        input_spec=module.input_spec,
+        input_scale=None if inputs is None or inputs.spec.dynamic else inputs.scale,
+        input_zero_point=None if inputs is None or inputs.spec.dynamic else inputs.zero_point,
+    )

@@ -1,0 +1,100 @@
+"""What a safetensors file holds, read with bounds, and one tensor of it, read piece by piece."""
+
+import json
+import math
+import pathlib
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+
+PIECE = 1 << 23
+DTYPES = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
+    "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """One tensor inside a safetensors file: its bytes are ``file[start:end]``."""
+
+    file: pathlib.Path
+    start: int
+    end: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def pieces(self) -> Iterator[torch.Tensor]:
+        """Yields the tensor's values in order, flat, at most 8 MiB at a time; a piece is valid until the next one.
+
+        Plain reads, not a memory map: pages of a map count as the process's memory for as long as it lives.
+        """
+        buffer = bytearray(min(PIECE, self.end - self.start))
+        with self.file.open("rb", buffering=0) as file:
+            file.seek(self.start)
+            left = self.end - self.start
+            while left:
+                view = memoryview(buffer)[: min(left, len(buffer))]
+                filled = 0
+                while filled < len(view):
+                    count = file.readinto(view[filled:])
+                    if not count:
+                        raise ValueError(f"{self.file} became shorter while it was read")
+                    filled += count
+                yield torch.frombuffer(view, dtype=self.dtype)
+                left -= len(view)
+
+    def read(self, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> torch.Tensor:
+        """Returns the tensor on `device`; floating point is rounded to `rounding`, then held as `arithmetic`."""
+        floating = self.dtype.is_floating_point
+        value = torch.empty(self.shape, dtype=arithmetic if floating else self.dtype, device=device)
+        # Through the arithmetic type first, as a resident model is: two roundings may differ from one.
+        exact = not floating or self.dtype == rounding
+        flat, position = value.view(-1), 0
+        for piece in self.pieces():
+            # On the device the copy must be complete before the buffer is filled again: copy_ from pageable memory is.
+            flat[position : position + len(piece)].copy_(piece if exact else piece.to(arithmetic).to(rounding))
+            position += len(piece)
+        return value
+
+    def overflows(self, dtype: torch.dtype) -> bool:
+        """Returns whether a value is beyond the range of `dtype`."""
+        most = torch.finfo(dtype).max
+        return self.dtype.is_floating_point and any(bool((piece.float().abs() > most).any()) for piece in self.pieces())
+
+
+def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
+    """Returns what a safetensors file holds, by name, without reading it.
+
+    Raises:
+        ValueError: when the header is damaged or the file is not as long as it promises.
+    """
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        head = file.read(8)
+        if len(head) < 8:
+            raise ValueError("the file ends inside its header")
+        (length,) = struct.unpack("<Q", head)
+        if length > size - 8:
+            raise ValueError("the file ends inside its header")
+        header = json.loads(file.read(length))
+    tensors: dict[str, StoredTensor] = {}
+    try:
+        for name, entry in header.items():
+            if name != "__metadata__":
+                dtype, shape = DTYPES[entry["dtype"]], tuple(entry["shape"])
+                start, end = (8 + length + offset for offset in entry["data_offsets"])
+                if not all(isinstance(n, int) and n >= 0 for n in (*shape, *entry["data_offsets"])):
+                    raise ValueError(f"the shape or the place of {name} is no row of whole numbers from 0")
+                if math.prod(shape) * dtype.itemsize != end - start:
+                    raise ValueError(f"the shape of {name} does not fit its bytes")
+                tensors[name] = StoredTensor(path, start, end, dtype, shape)
+    except (KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"the header is damaged ({error})") from None
+    promised = max((t.end for t in tensors.values()), default=8 + length)
+    if promised != size:
+        raise ValueError(f"its header promises {promised} bytes, the file has {size}")
+    return tensors

@@ -1,0 +1,211 @@
+"""A forward pass on the meta device: FLOPs by part and the KV cache's shape, from a model that has no weights."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ptq.models.locations import quiet
+from ptq.network.network import Network, is_linear
+
+NAME = "ptq_counted"
+SHORT = 16
+"""Tokens of the first of two passes that tell attention by its growth; the second has twice as many."""
+
+
+@dataclass(frozen=True)
+class Flops:
+    """Floating-point operations of one forward pass; a multiplication with its addition counts as two.
+
+    Only matrix products are counted: norms, activation functions, softmax and rotary embeddings are not.
+
+    Attributes:
+        attention: Linears of the attention.
+        products: query with key, probabilities with value: the part that grows with the context. The full square is
+            counted in a prefill; a kernel that skips what a causal mask hides does about half of it.
+        mlp: everything else inside the blocks; of a mixture of experts, those that a token is sent to.
+        head: the output projection, for every token.
+        other: the rest, such as projections between an embedding and the blocks.
+    """
+
+    attention: int
+    products: int
+    mlp: int
+    head: int
+    other: int
+
+    @property
+    def total(self) -> int:
+        """The sum of the parts."""
+        return self.attention + self.products + self.mlp + self.head + self.other
+
+
+@dataclass(frozen=True)
+class CacheLayer:
+    """One layer of the KV cache: `attention` is the full name of the module that fills it.
+
+    `keys` and `values` are (heads, tokens, channels) after a prefill; `tokens` is less than was prefilled where attention
+    has a window.
+    """
+
+    attention: str
+    keys: tuple[int, int, int]
+    values: tuple[int, int, int]
+
+
+@dataclass(frozen=True)
+class Pass:
+    """What a network does with a text of `context` tokens.
+
+    Attributes:
+        context: tokens of the prefill.
+        attentions: full names of the modules that multiply tokens with tokens.
+        interfaced: how many of them call transformers' attention interface.
+        prefill: FLOPs of all `context` tokens at once.
+        decode: FLOPs of one more token, after them, with their keys and values in the cache.
+        cache: the KV cache after the prefill.
+    """
+
+    context: int
+    attentions: tuple[str, ...]
+    interfaced: int
+    prefill: Flops
+    decode: Flops
+    cache: tuple[CacheLayer, ...]
+
+
+class NotTraceable(Exception):
+    """The model's forward pass needs values, so that it does not run on the meta device. The text is the reason."""
+
+
+def trace_shapes(network: Network, context: int) -> Pass:
+    """Runs a network that is on the meta device on `context` tokens and one more, and counts.
+
+    Attention is found by what it does, not by its name: it is the innermost module of a block whose products grow faster
+    than the number of tokens.
+
+    Raises:
+        NotTraceable: when the forward pass does not run without values, or hands no KV cache back.
+    """
+    seen: set[nn.Module] = set()
+    with _counted(network, seen):
+        try:
+            short, _ = _count(network.model, SHORT)
+            double, _ = _count(network.model, 2 * SHORT)
+            prefill, cache = _count(network.model, context)
+            layers = _layers(cache)  # before the next token enters the cache
+            decode, _ = _count(network.model, 1, cache)
+        except Exception as error:  # remote code may raise anything; the caller says that nothing was counted
+            raise NotTraceable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+    attentions = _attentions(network, short, double)
+    return Pass(
+        context,
+        attentions,
+        len(seen),
+        _by_part(network, attentions, prefill),
+        _by_part(network, attentions, decode),
+        tuple(CacheLayer(_owner(network, attentions, index), keys, values) for index, keys, values in layers),
+    )
+
+
+def attentions_by_structure(network: Network) -> tuple[str, ...]:
+    """Returns the attentions of a network that cannot be traced: the innermost modules inside the blocks that hold Linears
+    and know their layer's index, as transformers' modules that fill a KV cache do.
+    """
+    names = [
+        f"{block.name}.{name}"
+        for block in network.blocks
+        for name, module in block.module.named_modules()
+        if name and hasattr(module, "layer_idx") and any(is_linear(m) for m in module.modules())
+    ]
+    return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
+
+
+def _counted_attention(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The two products of an attention and nothing else; (batch, heads, tokens, channels) as in transformers' interface."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    return (query @ key.transpose(2, 3) @ value).transpose(1, 2).contiguous(), None
+
+
+@contextmanager
+def _counted(network: Network, seen: set[nn.Module]) -> Iterator[None]:
+    """Inside, attentions that use transformers' interface run `_counted_attention` and are added to `seen`."""
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        seen.add(module)
+        return _counted_attention(module, *args, **kwargs)
+
+    model = network.model
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    with quiet():
+        try:
+            model.set_attn_implementation(NAME)
+            if network.uncovered and hasattr(model, "set_experts_implementation"):
+                # The other ways to run experts look up which tokens go where, and there are no values to look up.
+                model.set_experts_implementation("batched_mm")
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+def _count(model: Any, tokens: int, cache: Any = None) -> tuple[dict[str, int], Any]:
+    """Returns the FLOPs by full module name ("" is the model) of a pass over `tokens` tokens, and the cache."""
+    options = {} if cache is None else {"past_key_values": cache}
+    before = 0 if cache is None else cache.get_seq_length()
+    ids = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    # Without a mask some models look for padding among the tokens, and these have no values.
+    mask = torch.ones(1, before + tokens, dtype=torch.long, device="meta")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+    counts: dict[str, int] = {"": counter.get_total_flops()}
+    for name, operations in counter.get_flop_counts().items():
+        root, _, inner = name.partition(".")
+        if inner and root == type(model).__name__:
+            counts[inner] = sum(operations.values())
+    return counts, output.past_key_values
+
+
+def _layers(cache: Any) -> list[tuple[int, tuple[int, int, int], tuple[int, int, int]]]:
+    """Returns (layer index, shape of the keys, shape of the values) of every layer that keeps keys, without the batch."""
+    held = [(i, layer.keys, layer.values) for i, layer in enumerate(cache.layers) if hasattr(layer, "keys")]
+    return [
+        (i, (keys.shape[1], keys.shape[2], keys.shape[3]), (values.shape[1], values.shape[2], values.shape[3]))
+        for i, keys, values in held
+        if keys is not None
+    ]
+
+
+def _attentions(network: Network, short: dict[str, int], double: dict[str, int]) -> tuple[str, ...]:
+    inside = tuple(f"{block.name}." for block in network.blocks)
+    growing = [n for n in short if n.startswith(inside) and double[n] > 2 * short[n]]
+    return tuple(name for name in growing if not any(other.startswith(f"{name}.") for other in growing))
+
+
+def _owner(network: Network, attentions: tuple[str, ...], index: int) -> str:
+    block = network.blocks[index].name
+    return next((name for name in attentions if name.startswith(f"{block}.")), block)
+
+
+def _by_part(network: Network, attentions: tuple[str, ...], counts: dict[str, int]) -> Flops:
+    blocks = sum(counts.get(block.name, 0) for block in network.blocks)
+    whole = sum(counts.get(name, 0) for name in attentions)
+    inside = tuple(f"{name}." for name in attentions)
+    linears = sum(counts.get(name, 0) for name in network.linears if name.startswith(inside))
+    head = counts.get(head_name(network) or "none", 0)
+    return Flops(linears, whole - linears, blocks - whole, head, counts[""] - blocks - head)
+
+
+def head_name(network: Network) -> str | None:
+    """Returns the full name of the output projection, or None where the model names none."""
+    head = network.model.get_output_embeddings()
+    return next((name for name, module in network.model.named_modules() if module is head), None)

@@ -1,0 +1,142 @@
+"""How a checkpoint's weights are read by transformers: all of them into memory, or left on disk block by block."""
+
+import pathlib
+import tempfile
+from typing import Any
+
+import torch
+from accelerate import init_empty_weights
+from accelerate.hooks import remove_hook_from_submodules
+from huggingface_hub import snapshot_download
+from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.conversion_mapping import get_model_conversion_mapping
+from transformers.core_model_loading import WeightConverter
+from transformers.integrations.accelerate import accelerate_disk_offload
+
+from ptq.errors import UserError
+from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.models.locations import ModelSource
+from ptq.models.weights import OffloadedWeights, ResidentWeights, Weights, shards_of
+
+
+def _pretrained(source: ModelSource, options: dict[str, Any]) -> Any:
+    """Returns the model; weights that the checkpoint lacks are refused instead of made up."""
+    location = source.location
+    options = {**source.arguments, **options}
+    if location.kind != "gguf":
+        options["use_safetensors"] = True  # never a pickle
+    model, info = source.guarded(
+        lambda: AutoModelForCausalLM.from_pretrained(location.base, output_loading_info=True, **options)
+    )
+    missing = sorted(info["missing_keys"])
+    if missing:
+        raise UserError(
+            f"model.path: {source.config.path} lacks {missing[0]} and {len(missing) - 1} more weights: "
+            "expected a causal language model"
+        )
+    return model
+
+
+def read_resident(
+    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
+) -> tuple[Any, Weights] | None:
+    """Returns the model in memory, or None when a weight is beyond the range of `rounding`."""
+    model = _pretrained(source, {"dtype": arithmetic})
+    model.requires_grad_(False)
+    most = torch.finfo(rounding).max
+    for parameter in model.parameters():
+        if rounding == torch.float16 and bool((parameter.abs() > most).any()):
+            return None
+        if rounding != arithmetic:
+            parameter.copy_(parameter.to(rounding))
+    if source.location.kind == "gguf":  # its weights are plain tensors now: nothing shall treat the model as quantized
+        for owner, name in (
+            (model.config, "quantization_config"),
+            (model, "hf_quantizer"),
+            (model, "quantization_method"),
+        ):
+            owner.__dict__.pop(name, None)
+        model.is_quantized = False
+    return model.to(device), ResidentWeights()
+
+
+def read_offloaded(
+    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
+) -> tuple[Any, Weights] | None:
+    """Returns the model on meta with the place of each weight on disk, or None when one is beyond the range of `rounding`.
+
+    transformers, through accelerate, says which stored tensor is which parameter.
+    """
+    found = _mapped(source, arithmetic) or _converted(source, arithmetic)
+    model, index, folder = found
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    stored: dict[str, StoredTensor] = {}
+    for name, entry in index.items():
+        file = entry["safetensors_file"]
+        if file not in headers:
+            headers[file] = read_header(pathlib.Path(file))
+        stored[name] = headers[file][entry.get("weight_name", name)]
+    for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
+        if other in stored:
+            stored[name] = stored[other]
+    for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+        if tensor.device.type == "meta" and (name not in stored or stored[name].shape != tensor.shape):
+            raise UserError(
+                f"execution.weights: 'offloaded', but {name} is not on disk as the config says: use resident"
+            )
+    if rounding == torch.float16 and any(tensor.overflows(rounding) for tensor in dict.fromkeys(stored.values())):
+        return None
+    for buffers in (module._buffers for module in model.modules()):
+        for name, buffer in buffers.items():
+            if buffer is not None and buffer.device.type != "meta":
+                buffers[name] = buffer.to(device)
+    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder)
+
+
+def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, Any], Any] | None:
+    """Returns the model on meta and the index of its checkpoint, no weight read; None where weights must be converted."""
+    location, arguments = source.location, source.arguments
+    folder = pathlib.Path(location.base)
+    if location.kind == "hub":
+        files = ["config.json", "model*.safetensors", "model.safetensors.index.json"]
+        options: dict[str, Any] = {
+            key: value for key, value in arguments.items() if key in {"revision", "local_files_only"}
+        }
+        folder = pathlib.Path(source.guarded(lambda: snapshot_download(location.base, allow_patterns=files, **options)))
+    found = source.guarded(lambda: AutoConfig.from_pretrained(location.base, **arguments))
+    # Only parameters go to meta: buffers such as rotary frequencies are computed by the model, not stored.
+    with init_empty_weights(include_buffers=False):
+        trust = source.config.trust_remote_code
+        model = source.guarded(
+            lambda: AutoModelForCausalLM.from_config(found, dtype=arithmetic, trust_remote_code=trust)
+        )
+    mapping = get_model_conversion_mapping(model)
+    if any(isinstance(entry, WeightConverter) for entry in mapping):
+        return None
+    shards = shards_of(folder)
+    names = {name: shard.name for shard in shards for name in read_header(shard)}
+    index = accelerate_disk_offload(model, None, [str(s) for s in shards], {"": "disk"}, {"weight_map": names}, mapping)
+    return (model, index, None) if all(name in index for name, _ in model.named_parameters()) else None
+
+
+def _converted(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, Any], Any]:
+    """Like `_mapped` for checkpoints that transformers converts while it reads them, such as experts that become one tensor.
+
+    All shards pass through memory maps once. Converted weights are written to a temporary folder, the last item returned.
+    """
+    folder = tempfile.TemporaryDirectory(prefix="ptq-offload-")
+    options = {"dtype": arithmetic, "device_map": {"": "disk"}, "offload_folder": folder.name}
+    model = _pretrained(source, options)
+    index = _index(model)
+    remove_hook_from_submodules(model)
+    return model, index, folder
+
+
+def _index(model: Any) -> dict[str, Any]:
+    """Returns accelerate's index: full parameter name -> shard and the name in it, which may differ."""
+    for module in model.modules():
+        weights_map = getattr(getattr(module, "_hf_hook", None), "weights_map", None)
+        if weights_map is not None:
+            index: dict[str, Any] = weights_map.dataset.index
+            return index
+    raise UserError("execution.weights: 'offloaded' found nothing to offload in this model: use resident")

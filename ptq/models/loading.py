@@ -1,0 +1,223 @@
+"""Models by path: checked, with their tokenizer, their weights rounded to the baseline's type."""
+
+import hashlib
+import pathlib
+from dataclasses import dataclass
+from typing import Any
+
+import huggingface_hub
+import tokenizers
+import torch
+import transformers
+from transformers import AutoConfig, AutoTokenizer
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.errors import UserError
+from ptq.files.gguf_header import check_gguf
+from ptq.files.store import Store
+from ptq.models.checkpoint import read_offloaded, read_resident
+from ptq.models.locations import Location, ModelSource, quiet, source_of
+from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
+
+NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
+
+
+@dataclass
+class LoadedModel:
+    """A model ready to be streamed.
+
+    Attributes:
+        model: the causal language model, in evaluation mode.
+        tokenizer: its tokenizer.
+        weights: how its parameters come into memory.
+        baseline_dtype: what the weights were rounded to: fp32, fp16 or bf16.
+        arithmetic_dtype: what is computed in.
+        fingerprint: SHA-256 over the weights' files and the config.
+        location: where it was found.
+        revision: the hub's commit, or None.
+    """
+
+    model: Any
+    tokenizer: Any
+    weights: Weights
+    baseline_dtype: str
+    arithmetic_dtype: str
+    fingerprint: str
+    location: Location
+    revision: str | None
+
+
+def check(config: ModelConfig, store: Store | None = None, weights: bool = True) -> Any:
+    """Checks a model's files without reading its weights and returns its transformers config.
+
+    Args:
+        config: which model.
+        store: where what has been read out of a GGUF file is kept; transformers parses it for seconds each time.
+        weights: whether weights have to be there; without, a config.json is enough, on the hub as well.
+
+    Raises:
+        UserError: for anything missing, cut short, out of reach, or no decoder with a language model head.
+    """
+    return _checked(source_of(config, weights), store, weights)
+
+
+def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> Any:
+    config = source.config
+    found = _config(source, store, weights)
+    if source.location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
+        raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
+    # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
+    encoder = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
+    causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+        getattr(found, "auto_map", None) or {}
+    )
+    if encoder or getattr(found, "is_encoder_decoder", False) or not causal:
+        kind = getattr(found, "model_type", type(found).__name__)
+        raise UserError(
+            f"model.path: {config.path} is a {kind!r}, no causal language model: expected a decoder such as LLaMA or OPT"
+        )
+    return found
+
+
+def _config(source: ModelSource, store: Store | None, weights: bool = True) -> Any:
+    base = source.location.base
+    if source.location.kind == "directory":
+        (check_directory if weights else check_config)(pathlib.Path(base))
+
+    def read() -> Any:
+        return source.guarded(lambda: AutoConfig.from_pretrained(base, **source.arguments))
+
+    if source.location.kind != "gguf":
+        return read()
+    key = _gguf_key(source)
+    if store is None:
+        return read()
+    folder = store.keep("gguf-config", key, lambda temporary: read().save_pretrained(temporary))
+    return source.guarded(lambda: AutoConfig.from_pretrained(folder))
+
+
+def _gguf_key(source: ModelSource) -> dict[str, object]:
+    """Checks the GGUF file and returns all that its config and tokenizer depend on."""
+    header = check_gguf(pathlib.Path(source.location.base) / str(source.location.gguf))
+    return {"header": header, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+
+
+def load_tokenizer(config: ModelConfig, store: Store | None = None) -> Any:
+    """Returns the model's tokenizer. Raises `UserError` when there is none or it is out of reach. `store`: see `check`."""
+    source = source_of(config)
+    return _tokenizer(source, _config(source, store), store)
+
+
+def _tokenizer(source: ModelSource, found: Any, store: Store | None) -> Any:
+    def read() -> Any:
+        # The config is handed on because reading it out of a GGUF file takes seconds each time.
+        base, arguments = source.location.base, source.arguments
+        return source.guarded(lambda: AutoTokenizer.from_pretrained(base, config=found, **arguments), "tokenizer")
+
+    if source.location.kind != "gguf" or store is None:
+        return read()
+    folder = store.keep("gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary))
+    return source.guarded(lambda: AutoTokenizer.from_pretrained(folder, config=found), "tokenizer")
+
+
+def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = None) -> LoadedModel:
+    """Loads the model, its weights rounded to the baseline's type.
+
+    With dtype ``auto`` the weights are rounded to fp16 (bf16 where fp16 would overflow) and computed with in fp32 on CPU,
+    in the checkpoint's own 16-bit type on CUDA. An explicit dtype is used for both.
+
+    With a `store`, a GGUF file is converted once, to safetensors in the baseline's type: the same bits, read in a tenth of
+    the time. The first conversion needs the whole model in memory, also when the weights are offloaded afterwards.
+
+    Raises:
+        UserError: for a model that is missing, damaged, out of reach, or cannot be offloaded.
+    """
+    source = source_of(config)
+    if execution.weights == "offloaded" and source.location.kind == "gguf" and store is None:
+        raise UserError(
+            "execution.weights: 'offloaded', but a GGUF file is dequantized as a whole and there is no store to keep it in"
+        )
+    found = _checked(source, store)
+    device = torch.device(
+        ("cuda" if torch.cuda.is_available() else "cpu") if execution.device == "auto" else execution.device
+    )
+    tokenizer = _tokenizer(source, found, store)
+    rounding, arithmetic = _dtypes(config, found, device)
+    loaded = _read(source, execution, rounding, arithmetic, device, store)
+    if loaded is None:
+        if config.dtype != "auto":
+            raise UserError(
+                f"model.dtype: 'float16' cannot hold the weights of {config.path}, some are over 65504: use bfloat16"
+            )
+        rounding, arithmetic = torch.bfloat16, torch.float32 if arithmetic == torch.float32 else torch.bfloat16
+        loaded = _read(source, execution, rounding, arithmetic, device, store)
+    model, weights = loaded  # type: ignore[misc]  # bf16 has the range of fp32, so the second reading is never None
+    model.eval().requires_grad_(False)
+    model.config.use_cache = False
+    revision = getattr(model.config, "_commit_hash", None)
+    fingerprint = _fingerprint(source.location, revision or config.revision)
+    return LoadedModel(
+        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, source.location, revision
+    )
+
+
+def _dtypes(config: ModelConfig, found: Any, device: torch.device) -> tuple[torch.dtype, torch.dtype]:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype, dtype
+    stored = getattr(found, "dtype", None)
+    half = torch.bfloat16 if stored == torch.bfloat16 and device.type != "cpu" else torch.float16
+    return half, torch.float32 if device.type == "cpu" else half
+
+
+def _read(
+    source: ModelSource,
+    execution: ExecutionConfig,
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+    store: Store | None,
+) -> tuple[Any, Weights] | None:
+    """Returns the model and its weights, or None when a weight is beyond the range of `rounding`."""
+    if source.location.kind == "gguf" and store is not None:
+        try:
+            source = _unpacked(source, rounding, store)
+        except OverflowError:
+            return None
+    read = read_offloaded if execution.weights == "offloaded" else read_resident
+    return read(source, rounding, arithmetic, device)
+
+
+def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> ModelSource:
+    """Returns the folder in the store that holds the GGUF file's weights, rounded; fills it on first use.
+
+    Raises:
+        OverflowError: when a weight is beyond the range of `rounding`.
+    """
+
+    def fill(temporary: pathlib.Path) -> None:
+        loaded = read_resident(source, rounding, torch.float32, torch.device("cpu"))
+        if loaded is None:
+            raise OverflowError(NAMES[rounding])
+        with quiet():
+            loaded[0].to(rounding).save_pretrained(temporary)
+
+    key = {
+        "file": _fingerprint(source.location, None),
+        "rounding": NAMES[rounding],
+        "transformers": transformers.__version__,
+    }
+    folder = store.keep("gguf-weights", key, fill)
+    return ModelSource(source.config, Location("directory", str(folder)), {"trust_remote_code": False})
+
+
+def _fingerprint(location: Location, revision: str | None) -> str:
+    """Returns the SHA-256 over the weights' bytes and config.json; where they are stored makes no difference."""
+    folder = pathlib.Path(location.base)
+    if location.kind == "hub":
+        cached = huggingface_hub.try_to_load_from_cache(location.base, "config.json", revision=revision)
+        if not isinstance(cached, str):  # not in the cache, which can be switched off: the commit names the bytes
+            return hashlib.sha256(f"{location.base}@{revision}".encode()).hexdigest()
+        folder = pathlib.Path(cached).parent
+    return digest_files([folder / location.gguf] if location.gguf else [folder / "config.json", *shards_of(folder)])

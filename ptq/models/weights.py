@@ -1,0 +1,163 @@
+"""Where the parameters are: the files that hold them, and how they come into memory, all of them or one module's worth."""
+
+import hashlib
+import json
+import pathlib
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from ptq.errors import UserError
+from ptq.files.safetensors_file import PIECE, StoredTensor, read_header
+from ptq.models.resident_memory import return_freed_memory
+
+
+class Weights(Protocol):
+    """Brings parameters into memory."""
+
+    @property
+    def resident(self) -> bool:
+        """Whether everything is in memory all the time."""
+
+    def hold(self, names: Iterable[str]) -> AbstractContextManager[None]:
+        """Inside the context, the parameters of the submodules `names` are in memory."""
+
+
+class ResidentWeights:
+    """Everything is in memory all the time."""
+
+    resident = True
+
+    @contextmanager
+    def hold(self, names: Iterable[str]) -> Iterator[None]:
+        """Does nothing."""
+        yield
+
+
+class OffloadedWeights:
+    """Parameters are read from disk when a module is held, and dropped after.
+
+    Args:
+        model: the model; its offloaded parameters are on the meta device.
+        stored: where each parameter is, by full name; tied parameters name the same bytes and share one tensor in a hold.
+        rounding: what floating point values are rounded to.
+        arithmetic: what they are computed with.
+        device: where the arithmetic happens.
+        keep: anything that must live as long as the weights, such as the temporary folder of converted ones.
+    """
+
+    resident = False
+
+    def __init__(
+        self,
+        model: nn.Module,
+        stored: Mapping[str, StoredTensor],
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
+        device: torch.device,
+        keep: Any = None,
+    ):
+        self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
+        self._rounding, self._arithmetic = rounding, arithmetic
+
+    @contextmanager
+    def hold(self, names: Iterable[str]) -> Iterator[None]:
+        """Reads what the submodules `names` need; on leaving, their meta tensors are put back."""
+        held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
+        read: dict[StoredTensor, torch.Tensor] = {}
+        try:
+            for owner, name, full in self._missing(names):
+                stored = self._stored[full]
+                if stored not in read:
+                    read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
+                held.append((owner, name, owner[name]))
+                owner[name] = _in_place_of(owner[name], read[stored])
+            # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
+            read.clear()
+            yield
+        finally:
+            for owner, name, before in held:
+                owner[name] = before
+            return_freed_memory()
+
+    def _missing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, str]]:
+        """Yields (the dictionary that holds it, name in it, full name) of the parameters and buffers that are on meta."""
+        for outer in names:
+            for inner, module in self._model.get_submodule(outer).named_modules():
+                prefix = ".".join(p for p in (outer, inner) if p)
+                owners: tuple[dict[str, Any], ...] = (module._parameters, module._buffers)
+                for owner in owners:
+                    for name, tensor in list(owner.items()):
+                        if tensor is not None and tensor.device.type == "meta":
+                            yield owner, name, f"{prefix}.{name}" if prefix else name
+
+
+def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return nn.Parameter(value, requires_grad=False) if isinstance(before, nn.Parameter) else value
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise UserError(
+            f"model.path: {path} is no JSON ({' '.join(str(error).split())}): download the model again"
+        ) from None
+    if not isinstance(value, dict):
+        raise UserError(f"model.path: {path} holds no JSON object: download the model again")
+    return value
+
+
+def check_config(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder has a config.json that is a JSON object."""
+    path = folder / "config.json"
+    if not path.is_file():
+        raise UserError(f"model.path: {folder} has no config.json: expected a folder saved by save_pretrained")
+    _read_json(path)
+
+
+def check_directory(folder: pathlib.Path) -> None:
+    """Raises `UserError` unless the folder has a config and every byte of the weights that its headers promise."""
+    check_config(folder)
+    for shard in shards_of(folder):
+        try:
+            read_header(shard)
+        except (ValueError, OSError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(f"model.path: {shard} is truncated or damaged ({reason}): download it again") from None
+
+
+def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
+    """Returns the weights' files that transformers reads in this folder."""
+    single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
+    if single.is_file():
+        return [single]
+    if not index.is_file():
+        pickles = any(folder.glob("*.bin")) or any(folder.glob("*.pt"))
+        convert = (
+            "pickled weights are not read: save it again with safe_serialization" if pickles else "download the weights"
+        )
+        raise UserError(f"model.path: {folder} has no model.safetensors and no model.safetensors.index.json: {convert}")
+    weight_map = _read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise UserError(f"model.path: {index} names no shards: download the model again")
+    shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+    for shard in shards:
+        if not shard.is_file():
+            raise UserError(f"model.path: {folder} lacks {shard.name}, which its index names: download the model again")
+    return shards
+
+
+def digest_files(files: Iterable[pathlib.Path]) -> str:
+    """Returns the SHA-256 over the names, sizes and bytes of `files`."""
+    digest = hashlib.sha256()
+    buffer = bytearray(PIECE)
+    for path in files:
+        digest.update(f"{path.name}:{path.stat().st_size}".encode())
+        with path.open("rb", buffering=0) as file:
+            while count := file.readinto(buffer):
+                digest.update(memoryview(buffer)[:count])
+    return digest.hexdigest()

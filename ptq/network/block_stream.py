@@ -1,0 +1,241 @@
+"""The block stream: the one loop that carries hidden states of many samples through a network, block by block."""
+
+import pathlib
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+
+from ptq.models.weights import Weights
+from ptq.network.network import Block, Network, first_tensor, replaced_forward
+from quantize.kernels.matmul import fast_linears
+
+Progress = Callable[[str, int, int], None]
+"""Called with (what, done, total)."""
+
+
+class Visitor(Protocol):
+    """What looks at, or changes, a block while samples pass through it."""
+
+    def enter(self, block: Block) -> None:
+        """Called when the block's weights are in memory, before the samples pass through it."""
+
+    def leave(self, block: Block) -> None:
+        """Called after all samples have passed through it, before its weights may go."""
+
+
+class Nothing:
+    """The visitor that only lets the samples pass."""
+
+    def enter(self, block: Block) -> None:
+        """Does nothing."""
+
+    def leave(self, block: Block) -> None:
+        """Does nothing."""
+
+
+@dataclass
+class Call:
+    """How the model called one block for one batch: everything but the hidden states."""
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+
+@dataclass
+class Flow:
+    """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
+
+    With `exact` the Linears round as torch's own do; otherwise they may be faster. `ahead` has the outputs of a block, batch by batch, where a solver's pass has computed them already.
+    """
+
+    ids: torch.Tensor
+    batch_size: int
+    hidden: torch.Tensor
+    exact: bool = False
+    calls: list[list[Call]] = field(default_factory=list)
+    ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+
+    def slices(self) -> Iterator[tuple[int, slice]]:
+        """Yields (index of the batch, its rows)."""
+        for i, start in enumerate(range(0, len(self.ids), self.batch_size)):
+            yield i, slice(start, start + self.batch_size)
+
+
+class _Done(Exception):
+    """Raised inside the model's forward when the last block has been called: the head is not wanted."""
+
+
+class BlockStream:
+    """Carries flows through the blocks of `network` whose parameters `weights` brings into memory.
+
+    The model's own forward computes what comes before the blocks and how each is called (masks, rotary embeddings,
+    sliding windows), and what comes after them: no architecture is spelled out here.
+
+    Args:
+        network: the model as blocks.
+        weights: resident or offloaded parameters.
+        device: where the arithmetic happens.
+        hidden_states: ``memory``, or ``disk`` for a memory-mapped file.
+        progress: called after every block of every flow.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        weights: Weights,
+        device: torch.device,
+        hidden_states: str = "memory",
+        progress: Progress | None = None,
+    ):
+        self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
+        self.progress = progress or (lambda what, done, total: None)
+        self._scratch: list[tempfile.TemporaryDirectory[str]] = []
+
+    def close(self) -> None:
+        """Removes the memory-mapped files."""
+        for folder in self._scratch:
+            folder.cleanup()
+        self._scratch.clear()
+
+    @torch.no_grad()
+    def open(self, ids: torch.Tensor, batch_size: int, exact: bool = False) -> Flow:
+        """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block.
+
+        What is evaluated is to be `exact`: the bits that the model gives outside of the stream.
+        """
+        flow: Flow | None = None
+        with self.weights.hold(self.network.outside):
+            for start in range(0, len(ids), batch_size):
+                first, calls = self._record(ids[start : start + batch_size].to(self.device))
+                if flow is None:
+                    shape = (len(ids), *first.shape[1:])
+                    flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
+                flow.hidden[start : start + batch_size].copy_(first)
+                flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
+        if flow is None:
+            raise ValueError("no samples to carry through the network")
+        return flow
+
+    @torch.no_grad()
+    def run(self, flows: Sequence[Flow], visitor: Visitor, what: str = "blocks") -> None:
+        """Carries every flow through every block, once, in order; `visitor` is called around each block."""
+        total = len(self.network.blocks)
+        for block in self.network.blocks:
+            with self.weights.hold([block.name]):
+                with fast_linears():
+                    visitor.enter(block)
+                for flow in flows:
+                    self.step(flow, block)
+                visitor.leave(block)
+            self.progress(what, block.index + 1, total)
+
+    def step(self, flow: Flow, block: Block) -> None:
+        """Carries one flow through one block whose weights are in memory; `flow.hidden` is overwritten."""
+        ahead = flow.ahead.pop(block.index, None)
+        with fast_linears(not flow.exact):
+            for i, rows in flow.slices():
+                output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
+                flow.hidden[rows].copy_(output)
+
+    def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
+        """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""
+        call = flow.calls[batch][block.index]
+        return first_tensor(block.module(hidden, *call.args, **call.kwargs))
+
+    @contextmanager
+    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+        """Gives a function from final hidden states (batch, tokens, channels) to logits (batch, tokens, vocabulary).
+
+        The model's own forward does it, with the blocks stepped over, so scaled or capped logits come out as the
+        model means them. What follows the blocks works token by token, hence any chunk of tokens may be asked for.
+        """
+        given: list[torch.Tensor] = []
+
+        def step_over(index: int) -> Callable[..., Any]:
+            return lambda *args, **kwargs: self._wrap(given[-1])
+
+        def logits(hidden: torch.Tensor) -> torch.Tensor:
+            given[:] = [hidden.to(self.device)]
+            ids = torch.zeros(hidden.shape[:2], dtype=torch.long, device=self.device)
+            return self.network.model(input_ids=ids, use_cache=False).logits
+
+        modules = [block.module for block in self.network.blocks]
+        with torch.no_grad(), self.weights.hold(self.network.outside), replaced_forward(modules, step_over):
+            yield logits
+
+    def _wrap(self, hidden: torch.Tensor) -> Any:
+        return (hidden, None) if self.network.returns_tuple else hidden
+
+    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+        if self.network.returns_tuple is None:
+            # A block returns a tensor or a tuple; the model's code shows which, by what reaches the second block.
+            for guess in (False, True):
+                self.network.returns_tuple = guess
+                first, calls, intact = self._pass(ids)
+                if intact:
+                    return first, calls
+            self.network.returns_tuple = None
+            raise RuntimeError("hidden states do not pass from block to block unchanged: this model cannot be streamed")
+        first, calls, _ = self._pass(ids)
+        return first, calls
+
+    def _pass(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call], bool]:
+        first: list[torch.Tensor] = []
+        calls: list[Call] = []
+        intact = [True]
+        last = len(self.network.blocks) - 1
+
+        def record(index: int) -> Callable[..., Any]:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
+                if not first:
+                    first.append(hidden)
+                if not isinstance(hidden, torch.Tensor) or hidden.shape != first[0].shape:
+                    intact[0] = False
+                    raise _Done
+                calls.append(Call(tuple(args[1:]), kwargs))
+                if index == last:
+                    raise _Done
+                return self._wrap(hidden)
+
+            return forward
+
+        with replaced_forward([block.module for block in self.network.blocks], record), suppress(_Done):
+            self.network.model(input_ids=ids, use_cache=False)
+        return first[0], calls, intact[0]
+
+    def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
+        """Returns room for hidden states, in memory or in a memory-mapped file as `hidden_states` says, not initialised."""
+        if self.hidden_states == "memory":
+            return torch.empty(shape, dtype=like.dtype, device=like.device)
+        folder = tempfile.TemporaryDirectory(prefix="ptq-hidden-")
+        self._scratch.append(folder)
+        size = 1
+        for extent in shape:
+            size *= extent
+        path = str(pathlib.Path(folder.name) / "hidden.bin")
+        return torch.from_file(path, shared=True, size=size, dtype=like.dtype).view(shape)
+
+
+def _share(earlier: list[Call] | None, calls: list[Call]) -> list[Call]:
+    """Lets `calls` hold the tensors of `earlier` where they are equal: masks and rotary embeddings repeat in every batch."""
+    if earlier is None:
+        return calls
+    return [
+        Call(_same(old.args, new.args), {key: _same(old.kwargs.get(key), value) for key, value in new.kwargs.items()})
+        for old, new in zip(earlier, calls, strict=True)
+    ]
+
+
+def _same(old: Any, new: Any) -> Any:
+    if isinstance(new, tuple) and isinstance(old, tuple) and len(old) == len(new):
+        return tuple(_same(a, b) for a, b in zip(old, new, strict=True))
+    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
+        alike = old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
+        return old if alike else new
+    return new

@@ -1,0 +1,252 @@
+"""Links: one tensor inside a block, who produces it and which Linears read it. Found by tracing, proved by a probe."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.network import Block, Network, is_linear, weight_of
+from ptq.network.residual import find_sums
+
+PROBE_SCALES = (1 / 64, 1.0, 64.0)
+"""Powers of two: scaling by them is exact, so a true link shows no error but the summation's."""
+
+
+@dataclass(frozen=True)
+class Link:
+    """One tensor inside a block.
+
+    Attributes:
+        kind: ``norm``, ``activation`` (an activation function that is a module) or ``linear`` (v -> o, up -> down).
+        block: index of the block.
+        producer: full name of the module that writes the tensor.
+        readers: full names of the Linears that read it, in the order of the calls.
+        repeat: for v -> o with grouped-query attention, how many query heads read one value head; otherwise 1.
+        head_dim: channels of a head, for v -> o; otherwise 0.
+        source: for kind ``activation``, the Linear whose output the activation function reads, or "".
+        homogeneous: whether the activation function is proved to commute with positive scales, as ReLU does.
+    """
+
+    kind: str
+    block: int
+    producer: str
+    readers: tuple[str, ...]
+    repeat: int = 1
+    head_dim: int = 0
+    source: str = ""
+    homogeneous: bool = False
+
+    def reader_scale(self, scale: torch.Tensor) -> torch.Tensor:
+        """Returns what the readers' input channels are scaled by when the producer's output channels are by `scale`."""
+        if self.repeat == 1:
+            return scale
+        return scale.view(-1, 1, self.head_dim).expand(-1, self.repeat, -1).reshape(-1)
+
+
+@dataclass
+class Trace:
+    """What a tiny input showed of a block: its links, its notes, the roles of its Linears, its `stages` (the Linears in the
+    order of their calls, those that read one tensor together), and the `sums` that their outputs are part of.
+    """
+
+    links: list[Link] = field(default_factory=list)
+    stages: list[tuple[str, ...]] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    roles: dict[str, str] = field(default_factory=dict)
+    sums: dict[str, str] = field(default_factory=dict)
+
+
+def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> dict[int, Trace]:
+    """Traces every block on one tiny input and returns, for each block, its proved links, its notes and the roles of its Linears.
+
+    A norm or an activation function is linked to the Linears whose input is the very object it returned. A Linear whose
+    input nobody returned is tried against the Linears beside it (same parent, fitting shape). Every candidate is proved:
+    scaling the producer's output and the readers' input by reciprocal factors must leave the block's output alone.
+
+    Args:
+        network: the model.
+        stream: carries the tiny input through it.
+        sums: whether to look for the sums too: some more passes through each block, which few steps need.
+    """
+    vocabulary = network.model.get_input_embeddings().num_embeddings
+    length = min(8, network.max_positions or 8)
+    flow = stream.open((torch.arange(1, length + 1) * 7 % vocabulary)[None], 1)
+    tracer = _Tracer(network, stream, flow, sums)
+    stream.run([flow], tracer, "links")
+    return tracer.traces
+
+
+class _Tracer:
+    """The visitor that traces a block before the tiny flow passes through it."""
+
+    def __init__(self, network: Network, stream: BlockStream, flow: Flow, sums: bool):
+        self.network, self.stream, self.flow, self.sums = network, stream, flow, sums
+        self.traces: dict[int, Trace] = {}
+
+    def enter(self, block: Block) -> None:
+        """Traces the block."""
+        hidden = self.flow.hidden[:1].to(self.stream.device)
+        names = {module: f"{block.name}.{name}" for name, module in block.module.named_modules() if name}
+        producers, inputs, fed, keep = _record(self.stream, self.flow, block, hidden, names)
+        readings: dict[int, list[str]] = {}
+        for name, tensor in inputs.items():
+            readings.setdefault(id(tensor), []).append(name)
+        trace = Trace(stages=[tuple(names) for names in readings.values()])
+        found: dict[str, list[str]] = {}
+        free: list[str] = []
+        for name, tensor in inputs.items():
+            if id(tensor) in producers:
+                found.setdefault(producers[id(tensor)], []).append(name)
+            else:
+                free.append(name)
+        del keep
+        reference = self.stream.call(self.flow, block, 0, hidden)
+        for producer, readers in found.items():
+            module = self.network.model.get_submodule(producer)
+            if not is_linear(module):
+                kind = "norm" if any(True for _ in module.parameters()) else "activation"
+                link = Link(kind, block.index, producer, tuple(readers))
+                source = producers.get(fed.get(producer, 0), "") if kind == "activation" else ""
+                if source and is_linear(self.network.model.get_submodule(source)):
+                    link = replace(link, source=source)
+                    positive = replace(link, producer=source)
+                    error, tolerance = self._probe(block, hidden, reference, positive)
+                    link = replace(link, homogeneous=error <= tolerance)
+                self._add(trace, block, hidden, reference, link)
+        for reader in free:
+            self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
+        _roles(trace, list(inputs), self.network.head_dim)
+        if self.sums:
+            trace.sums = find_sums(self.stream, self.flow, block, hidden)
+        self.traces[block.index] = trace
+
+    def leave(self, block: Block) -> None:
+        """Does nothing."""
+
+    def _add(self, trace: Trace, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> bool:
+        error, tolerance = self._probe(block, hidden, reference, link)
+        proved = error <= tolerance
+        if proved:
+            trace.links.append(link)
+        elif link.kind != "linear":
+            trace.notes.append(f"{link.producer}: read by more than {', '.join(link.readers)}; not a link")
+        return proved
+
+    def _linear_pair(
+        self, trace: Trace, block: Block, hidden: torch.Tensor, reference: torch.Tensor, reader: str, order: list[str]
+    ) -> None:
+        channels = weight_of(self.network.model.get_submodule(reader)).shape[1]
+        parent = reader.rpartition(".")[0]
+        beside = [
+            n for n in order if n.rpartition(".")[0] == parent and n != reader and order.index(n) < order.index(reader)
+        ]
+        for producer in reversed(beside):
+            width = weight_of(self.network.model.get_submodule(producer)).shape[0]
+            head_dim = self.network.head_dim if width != channels else 0
+            if channels % width or (width != channels and (head_dim == 0 or width % head_dim)):
+                continue
+            link = Link("linear", block.index, producer, (reader,), channels // width, head_dim)
+            if self._add(trace, block, hidden, reference, link):
+                return
+
+    def _probe(self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> tuple[float, float]:
+        """Returns the relative change of what the block adds when the link is scaled there and back, and its tolerance."""
+        model = self.network.model
+        channels = weight_of(model.get_submodule(link.readers[0])).shape[1] // link.repeat
+        generator = torch.Generator().manual_seed(link.block)
+        pick = torch.randint(len(PROBE_SCALES), (channels,), generator=generator)
+        scale = torch.tensor(PROBE_SCALES)[pick].to(hidden)
+        back = link.reader_scale(scale)
+        with _scaled(model.get_submodule(link.producer), scale, [model.get_submodule(r) for r in link.readers], back):
+            output = self.stream.call(self.flow, block, 0, hidden)
+        return change_error(hidden, reference, output), tolerance_of(hidden, reference)
+
+
+def change_error(hidden: torch.Tensor, reference: torch.Tensor, output: torch.Tensor) -> float:
+    """Returns |output - reference| / |reference - hidden|: the error relative to what the block adds to its input."""
+    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return float((output - reference).float().norm() / change)
+
+
+def tolerance_of(hidden: torch.Tensor, reference: torch.Tensor) -> float:
+    """Returns the `change_error` that rounding alone may cause: 256 ulp of the type, of the greater of sum and change."""
+    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
+    return 256 * torch.finfo(reference.dtype).eps * max(1.0, float(reference.float().norm() / change))
+
+
+def _record(
+    stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor, names: dict[nn.Module, str]
+) -> tuple[dict[int, str], dict[str, torch.Tensor], dict[str, int], list[Any]]:
+    """Runs the block once; returns id of output -> module name, Linear name -> input, module name -> id of its input,
+    and the tensors that keep ids unique.
+    """
+    producers: dict[int, str] = {}
+    fed: dict[str, int] = {}
+    inputs: dict[str, torch.Tensor] = {}
+    keep: list[Any] = []
+
+    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        keep.append((args, output))
+        if args:
+            fed[names[module]] = id(args[0])
+        if is_linear(module) and args:
+            inputs[names[module]] = args[0]
+        passes_through = any(output is a for a in args)
+        if isinstance(output, torch.Tensor) and not passes_through:
+            producers.setdefault(id(output), names[module])
+
+    # Containers return what their last child returned; `setdefault` keeps the child, whose hook runs first.
+    handles = [module.register_forward_hook(hook) for module in names]
+    try:
+        stream.call(flow, block, 0, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return producers, inputs, fed, keep
+
+
+@contextmanager
+def _scaled(producer: nn.Module, scale: torch.Tensor, readers: list[nn.Module], back: torch.Tensor) -> Iterator[None]:
+    handles = [producer.register_forward_hook(lambda module, args, output: output * scale)]
+    handles += [r.register_forward_pre_hook(lambda module, args: (args[0] / back, *args[1:])) for r in readers]
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _roles(trace: Trace, order: list[str], head_dim: int) -> None:
+    """Names query, key and value: value is the producer of the attention's v -> o link, query and key are called before it."""
+    for link in list(trace.links):
+        if link.kind != "linear":
+            continue
+        norm = next((x for x in trace.links if link.producer in x.readers), None)
+        if norm is None:
+            continue
+        parent = link.producer.rpartition(".")[0]
+        beside = [n for n in order if n in norm.readers and n.rpartition(".")[0] == parent]
+        if len(beside) == 3:
+            others = [n for n in beside if n != link.producer]
+            trace.roles.update({others[0]: "query", others[1]: "key", link.producer: "value"})
+            trace.links[trace.links.index(link)] = replace(link, head_dim=head_dim)
+
+
+def describe(traces: dict[int, Trace]) -> list[str]:
+    """Returns sentences on what the links allow and what they do not, for the log."""
+    kinds = {
+        kind: sum(x.kind == kind for t in traces.values() for x in t.links) for kind in ("norm", "activation", "linear")
+    }
+    lines = [
+        f"links: {kinds['norm']} from norms, {kinds['activation']} from activation functions, {kinds['linear']} between Linears"
+    ]
+    if not any(kinds.values()):
+        lines.append(
+            "no links found: transforms that move scale or order between modules (smooth, reorder) cannot be used; "
+            "statistics and rtn work"
+        )
+    return lines + [note for t in traces.values() for note in t.notes]

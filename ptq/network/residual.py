@@ -1,0 +1,92 @@
+"""Where a Linear's output is added to something that does not depend on it: the residual stream. Found by a probe."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.network import Block, weight_of
+
+TOLERANCE = 1e-3
+"""Share of the probe that may be lost to rounding; a norm or an activation on the way loses far more."""
+
+
+def find_sums(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor) -> dict[str, str]:
+    """Returns, by full name of a Linear of the block, the module that reads its output plus a rest, or "" for the block's
+    own output being that sum.
+
+    A probe is added to the Linear's output: a tensor that grows by just the probe is such a sum. Of several the last counts
+    (a dropout module reads the output alone, before anything was added). Linears whose output reaches the rest of the block
+    in no such way are left out.
+
+    Args:
+        stream: calls the block.
+        flow: how the model calls it.
+        block: its weights are in memory.
+        hidden: input of the block (1, tokens, channels).
+    """
+    before = _tensors(stream, flow, block, hidden, None, None)
+    found: dict[str, str] = {}
+    for name, linear in block.linears.items():
+        if weight_of(linear).shape[0] != hidden.shape[-1]:
+            continue
+        probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(block.index)).to(hidden)
+        probe *= float(before[""].float().std())
+        after = _tensors(stream, flow, block, hidden, linear, probe)
+        for place, tensor in before.items():
+            if place in after and _grew_by(tensor, after[place], probe):
+                found[name] = place
+    return found
+
+
+def _grew_by(before: torch.Tensor, after: torch.Tensor, probe: torch.Tensor) -> bool:
+    """Whether `after` is `before` plus `probe` but for rounding, which is relative to the greatest number at hand."""
+    error = float((after.float() - before.float() - probe.float()).norm() / probe.float().norm())
+    rounding = torch.finfo(before.dtype).eps * float(before.float().norm() / probe.float().norm())
+    return error <= TOLERANCE + rounding
+
+
+def _tensors(
+    stream: BlockStream,
+    flow: Flow,
+    block: Block,
+    hidden: torch.Tensor,
+    linear: nn.Module | None,
+    probe: torch.Tensor | None,
+) -> dict[str, torch.Tensor]:
+    """Returns the inputs of the block's modules that have the tokens and channels of `hidden`, in the order of the calls, and
+    last the block's output as "". The `probe` is added to the output of `linear`.
+    """
+    seen: dict[str, torch.Tensor] = {}
+
+    def look(name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, args: tuple[Any, ...]) -> None:
+            x = args[0] if args else None
+            if isinstance(x, torch.Tensor) and x.shape[-1:] == hidden.shape[-1:] and x.numel() == hidden.numel():
+                seen.setdefault(f"{block.name}.{name}", x.reshape(hidden.shape).clone())
+
+        return hook
+
+    handles = [module.register_forward_pre_hook(look(name)) for name, module in block.module.named_modules() if name]
+    try:
+        with _added(linear, probe):
+            output = stream.call(flow, block, 0, hidden)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return {**seen, "": output}
+
+
+@contextmanager
+def _added(linear: nn.Module | None, probe: torch.Tensor | None) -> Iterator[None]:
+    if linear is None or probe is None:
+        yield
+        return
+    handle = linear.register_forward_hook(lambda module, args, output: output + probe.view(output.shape))
+    try:
+        yield
+    finally:
+        handle.remove()

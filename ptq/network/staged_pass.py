@@ -1,0 +1,115 @@
+"""One pass of many batches through a block that waits where a solver wants to look, and goes on through quantized Linears."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from greenlet import GreenletExit, getcurrent, greenlet
+from torch import nn
+
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.network import Block, replaced_forward
+
+
+@dataclass
+class _Batch:
+    """One batch under way: where it waits, and with what; its output when it has come to the end."""
+
+    rows: slice
+    call: greenlet
+    stage: int = -1
+    tensor: torch.Tensor | None = None
+    seen: set[int] = field(default_factory=set)
+
+    def resume(self, *given: Any) -> None:
+        """Goes on to the next stage, or to the end of the block."""
+        # What it waited with is let go first: two stages' worth of all batches is never held.
+        self.tensor = None
+        self.stage, self.tensor = self.call.switch(*given)
+
+
+class StagedPass:
+    """Carries every batch of a flow through a block once, in as many goes as the block has stages.
+
+    The model's code is not cut up for that: each batch's call of the block is a coroutine (a greenlet) that is left where it
+    calls the first Linear of a stage, and entered again when the Linears of that stage have been replaced. What the batches
+    hold between two stages stays in memory until then. The numbers are those of a pass that starts over for every stage.
+
+    Use as a context: leaving it gives up what has not been finished.
+
+    Args:
+        stream: calls the block.
+        flow: the samples; `flow.hidden` stays as it is.
+        block: the block, weights in memory.
+        stages: full names of the Linears that read one tensor together, in the order of their calls.
+    """
+
+    def __init__(self, stream: BlockStream, flow: Flow, block: Block, stages: Sequence[tuple[str, ...]]):
+        self._stream, self._flow, self._block, self._stages = stream, flow, block, list(stages)
+        self._at = -1
+        self._batches: list[_Batch] = []
+        self._modules = [stream.network.model.get_submodule(stage[0]) for stage in stages]
+        self._plain: list[Callable[..., Any]] = [module.forward for module in self._modules]
+        self._waiting = replaced_forward(self._modules, self._wait)
+
+    def __enter__(self) -> "StagedPass":
+        self._waiting.__enter__()
+        self._batches = [_Batch(rows, greenlet(self._call)) for _, rows in self._flow.slices()]
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        try:
+            for batch in self._batches:
+                if batch.call:
+                    batch.call.throw(GreenletExit)
+        finally:
+            self._batches = []
+            self._waiting.__exit__(None, None, None)
+
+    @property
+    def stage(self) -> tuple[str, ...]:
+        """The Linears that the batches are about to call; empty before the first `advance`."""
+        return self._stages[self._at] if self._at >= 0 else ()
+
+    def inputs(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields (its rows of the flow, what the Linears of the present stage read) of every batch that comes to them."""
+        for batch in self._batches:
+            if batch.stage == self._at and batch.tensor is not None:
+                yield batch.rows, batch.tensor
+
+    @torch.no_grad()
+    def advance(self) -> None:
+        """Takes every batch to the next stage, or beyond where it does not call that."""
+        self._at += 1
+        for index, batch in enumerate(self._batches):
+            if batch.stage < self._at:
+                batch.resume(*((index, batch.rows) if batch.stage < 0 else ()))
+
+    @torch.no_grad()
+    def finish(self) -> None:
+        """Takes every batch to the end of the block; the next `BlockStream.step` of this block takes the outputs."""
+        while self._at < len(self._stages):
+            self.advance()
+        self._flow.ahead[self._block.index] = [batch.tensor for batch in self._batches if batch.tensor is not None]
+
+    def _call(self, index: int, rows: slice) -> tuple[int, torch.Tensor]:
+        hidden = self._flow.hidden[rows].to(self._stream.device)
+        return len(self._stages), self._stream.call(self._flow, self._block, index, hidden)
+
+    def _wait(self, stage: int) -> Callable[..., Any]:
+        """The forward of the first Linear of a stage: waits, then does what stands in its place by then."""
+
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            here = getcurrent()
+            # Others may come by meanwhile: another flow, or a pass that starts over.
+            own = next((batch for batch in self._batches if batch.call is here), None)
+            if own is not None and stage not in own.seen:
+                if stage < self._at:
+                    raise RuntimeError(f"{self._stages[stage][0]} is called in another order than {self._stages}")
+                own.seen.add(stage)
+                here.parent.switch((stage, args[0]))
+            now: nn.Module = self._stream.network.model.get_submodule(self._stages[stage][0])
+            return self._plain[stage](*args, **kwargs) if now is self._modules[stage] else now(*args, **kwargs)
+
+        return forward

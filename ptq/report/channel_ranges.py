@@ -1,0 +1,115 @@
+"""What statistics look like: a table of the most outlying links, and one picture of their channels' ranges."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from rich.table import Table
+
+from group_methods.reorder import expand, ranges_of
+from ptq.calibration.statistics import ChannelStatistics, Statistics
+from ptq.files.atomic import write_atomic
+
+
+def outlier_ratios(statistics: Statistics) -> list[tuple[str, float, int]]:
+    """Returns (Linear, max/median of per-channel absmax, channel of the max), most outlying first, one row for each tensor.
+
+    Linears that read the same tensor (same figures) appear once, under the first one's name.
+    """
+    rows: dict[int, tuple[str, float, int]] = {}
+    seen: list[tuple[str, torch.Tensor]] = []
+    for name, s in statistics.inputs.items():
+        if seen and torch.equal(seen[-1][1], s.absmax):
+            continue
+        seen.append((name, s.absmax))
+        median = s.absmax.median().clamp_min(torch.finfo(torch.float32).tiny)
+        rows[len(rows)] = (name, float(s.absmax.max() / median), int(s.absmax.argmax()))
+    return sorted(rows.values(), key=lambda row: -row[1])
+
+
+def outlier_table(statistics: Statistics, top: int = 10) -> Table:
+    """Returns a table of the `top` most outlying Linear inputs."""
+    table = Table(title=f"most outlying inputs of {statistics.provenance.model}", title_justify="left")
+    table.add_column("Linear (first reader of its input)")
+    for column in ("max / median", "channel", "min", "max", "std there"):
+        table.add_column(column, justify="right")
+    for name, ratio, channel in outlier_ratios(statistics)[:top]:
+        s = statistics.inputs[name]
+        figures = (s.min[channel], s.max[channel], s.std[channel])
+        table.add_row(name, f"{ratio:.1f}", str(channel), *(f"{float(v):.3g}" for v in figures))
+    return table
+
+
+def save_picture(statistics: Statistics, path: pathlib.Path, panels: int = 4) -> None:
+    """Draws the channel ranges of the most outlying inputs, one panel each (PNG)."""
+    rows = [
+        (f"{name}   max/median {ratio:.1f}", statistics.inputs[name]) for name, ratio, _ in outlier_ratios(statistics)
+    ]
+    title = f"{statistics.provenance.model}: ranges of the most outlying Linear inputs"
+    _draw(path, title, [_Panel(words, figures) for words, figures in rows[:panels]])
+
+
+def save_transformed(
+    before: Statistics, after: Statistics, labels: Mapping[str, torch.Tensor], path: pathlib.Path
+) -> None:
+    """Draws the most outlying input before the transforms and after them, with a band for the range of each cluster (PNG).
+
+    Args:
+        before: statistics as they were taken.
+        after: as the transforms have rewritten them.
+        labels: clusters of input channels by full name of the Linear, where there are some.
+        path: the picture's file.
+    """
+    changed = [
+        row for row in outlier_ratios(before) if before.inputs[row[0]] is not after.inputs[row[0]] or row[0] in labels
+    ]
+    if not changed:
+        return
+    name = changed[0][0]
+    panels = [
+        _Panel(f"{name}   before, max/median {_ratio(before.inputs[name]):.1f}", before.inputs[name]),
+        _Panel(f"after, max/median {_ratio(after.inputs[name]):.1f}", after.inputs[name], labels.get(name)),
+    ]
+    _draw(path, f"{before.provenance.model}: channel ranges before and after the transforms", panels)
+
+
+@dataclass(frozen=True)
+class _Panel:
+    title: str
+    figures: ChannelStatistics
+    labels: torch.Tensor | None = None
+
+
+def _ratio(s: ChannelStatistics) -> float:
+    return float(s.absmax.max() / s.absmax.median().clamp_min(torch.finfo(torch.float32).tiny))
+
+
+def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
+    """Draws min..max of every channel as a band, mean ± std inside it, and under them the range of each cluster."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.6), layout="constrained")
+    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    for axis, panel in zip(axes, panels, strict=True):
+        s = panel.figures
+        channels = range(len(s.min))
+        low, high, mean, std = (t.double().cpu().numpy() for t in (s.min, s.max, s.mean, s.std))
+        if panel.labels is not None:
+            least, most = (expand(panel.labels, ends).cpu().numpy() for ends in ranges_of(panel.labels, s.min, s.max))
+            axis.fill_between(
+                channels, least, most, step="mid", color="#fdd0a2", linewidth=0, label="its cluster's range"
+            )
+        axis.fill_between(channels, low, high, step="mid", color="#9ecae1", linewidth=0, label="min to max")
+        axis.fill_between(
+            channels, mean - std, mean + std, step="mid", color="#08519c", linewidth=0, label="mean ± std"
+        )
+        axis.axhline(0, color="0.3", linewidth=0.5)
+        axis.set_title(panel.title, loc="left", fontsize=9)
+        axis.set_xlim(0, len(s.min) - 1)
+        axis.tick_params(labelsize=8)
+        axis.spines[["top", "right"]].set_visible(False)
+    axes[-1].legend(loc="upper right", fontsize=8, frameon=False, ncols=3)
+    axes[-1].set_xlabel("input channel", fontsize=9)
+    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

@@ -1,0 +1,189 @@
+"""One experiment: load, find links, calibrate, evaluate the baseline, quantize block by block, evaluate, report."""
+
+import contextlib
+import dataclasses
+import pathlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import yaml
+
+from ptq.config.schema import Recipe
+from ptq.config.scheme import attention_specs
+from ptq.data.sampling import Tokens
+from ptq.errors import UserError
+from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
+from ptq.files.atomic import ensure_folder, write_text
+from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
+from ptq.report.results import (
+    TensorKind,
+    describe_spec,
+    outlier_share,
+    table,
+    tensor_kinds,
+    tensor_table,
+    write_results,
+)
+from ptq.run.baseline import Baseline, baseline_of
+from ptq.run.environment import environment
+from ptq.run.exports import adapted, check_export, export_session, needs_saved_weights
+from ptq.run.journal import Journal
+from ptq.run.planning import check_steps, open_plan, plan_steps
+from ptq.run.preflight import check_before
+from ptq.run.quantize_visitor import QuantizeVisitor, size_of
+from ptq.run.session import Session, open_session
+from ptq.run.statistics_pass import statistics_of
+from ptq.steps._registry import build_steps
+from ptq.steps._step import Plan, Step
+
+_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
+"""What a run writes before its first result."""
+
+
+def run(recipe: Recipe) -> pathlib.Path:
+    """Runs `recipe` from calibration to the report. Returns the folder that holds the results.
+
+    Raises:
+        UserError: for anything that the user can mend, before the work where it can be known before.
+    """
+    steps = build_steps(recipe.steps)
+    recipe = adapted(recipe)
+    check_steps(recipe.scheme, steps)
+    check_before(recipe)
+    with _folder_of_a_run(recipe) as folder:
+        return _run(recipe, steps, folder)
+
+
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathlib.Path:
+    journal = Journal(folder / "run.log")
+    journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
+    write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    with open_session(recipe, journal) as session:
+        check_export(recipe, session.network)
+        tokens = session.evaluation_tokens()
+        plan = open_plan(session, steps)
+        baseline = baseline_of(session, tokens)
+        taken = None if plan.statistics is None else plan.statistics.copy()
+        plan_steps(session, steps, plan)
+        if taken is not None and plan.statistics is not None:
+            save_transformed(taken, plan.statistics, plan.labels, folder / "channels.png")
+        with journal.phase("quantize"):
+            flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
+            store = folder / "quantized" if needs_saved_weights(recipe) else None
+            visitor = QuantizeVisitor(session, plan, steps, flow, store)
+            session.stream.run([flow] if plan.samples is None else [flow, plan.samples.flow], visitor, "quantize")
+        for name, proof in visitor.proofs.items():
+            journal.say(proof.sentence(name))
+        with journal.phase("evaluate"), session.stream.head() as head:
+            compared = compare_tokens(head, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
+        _report(session, visitor, tokens, baseline, compared, folder)
+        export_session(session, folder)
+        journal.say(f"results: {folder}")
+    return folder
+
+
+def _report(
+    session: Session,
+    visitor: QuantizeVisitor,
+    tokens: Tokens,
+    baseline: Baseline,
+    compared: TokenComparison,
+    folder: pathlib.Path,
+) -> None:
+    """Writes the run's files and shows its tables."""
+    recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
+    comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
+    bytes_before = 4 if session.loaded.baseline_dtype == "fp32" else 2
+    size = size_of(session.network, visitor, bytes_before)
+    kinds = tensor_kinds(visitor.layers, size, _attention_formats(visitor.plan), 8 * bytes_before)
+    facts = _facts(session, tokens, kinds, baseline.losses.tolist(), compared.losses.tolist())
+    facts["outlier_share"] = outlier_share(visitor.layers)
+    facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
+    write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
+    journal.show(tensor_table(kinds))
+    journal.show(table(recipe, comparison, size, facts, journal.seconds))
+
+
+def _attention_formats(plan: Plan) -> dict[str, dict[str, str]]:
+    names = (name for found in plan.attentions.values() for name in found)
+    return {n: {t: describe_spec(s, 32) for t, s in attention_specs(plan.scheme, n).items()} for n in names}
+
+
+def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
+    """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
+    check_before(recipe)
+    recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
+    with _folder_of_a_run(recipe) as folder:
+        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
+
+
+def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    ensure_folder(path.parent, "--output")
+    journal = Journal(folder / "statistics.log")
+    with open_session(recipe, journal) as session:
+        statistics, _ = statistics_of(session)
+        statistics.save(path)
+        journal.show(outlier_table(statistics))
+        picture = path.with_suffix(".png")
+        save_picture(statistics, picture)
+    journal.say(f"statistics: {path}")
+    journal.say(f"picture: {picture}")
+    return path
+
+
+def dry_run(recipe: Recipe) -> None:
+    """Checks everything that can be checked without running, and says what a run would do."""
+    steps = build_steps(recipe.steps)
+    recipe = adapted(recipe)
+    check_steps(recipe.scheme, steps)
+    for line in check_before(recipe):
+        print(line)
+    print(f"ok: {recipe.name} would write to {_folder(recipe)}")
+
+
+def output_folder(recipe: Recipe) -> pathlib.Path:
+    """Returns ``<outputs>/<recipe>/<hash of the recipe>``, created and proved writable."""
+    folder = _folder(recipe)
+    ensure_folder(folder, "outputs")
+    return folder
+
+
+@contextmanager
+def _folder_of_a_run(recipe: Recipe) -> Iterator[pathlib.Path]:
+    """Gives the run's folder. A refusal before there is any result leaves no trace of a folder that was not there before."""
+    folder = _folder(recipe)
+    above = [path for path in (folder, *folder.parents) if not path.exists()]
+    ensure_folder(folder, "outputs")
+    try:
+        yield folder
+    except UserError:
+        if above and {path.name for path in folder.iterdir()} <= _BEGINNINGS:
+            for path in folder.iterdir():
+                path.unlink()
+            with contextlib.suppress(OSError):  # another run may have put its own folder beside this one
+                for path in above:
+                    path.rmdir()
+        raise
+
+
+def _folder(recipe: Recipe) -> pathlib.Path:
+    return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest()
+
+
+def _facts(
+    session: Session, tokens: Tokens, kinds: list[TensorKind], before: list[float], after: list[float]
+) -> dict[str, Any]:
+    loaded = session.loaded
+    return {
+        "baseline": f"weights {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {session.stream.device.type}",
+        "simulated": True,
+        "model": session.recipe.model.path,
+        "revision": loaded.revision,
+        "weight_fingerprint": loaded.fingerprint,
+        "evaluation_source": tokens.source,
+        "evaluation_fingerprint": tokens.fingerprint,
+        "tensors": [dataclasses.asdict(kind) for kind in kinds],
+        "not_covered": session.network.coverage(),
+        "window_losses": {"baseline": before, "quantized": after},
+    }

@@ -1,0 +1,174 @@
+"""Exports of runs: adapted and checked before the work, written after it, or later from a finished run's folder."""
+
+import dataclasses
+import json
+import pathlib
+from typing import Any
+
+import torch
+import yaml
+
+from ptq.config.schema import ExportConfig, Recipe, SchemeConfig, recipe_from
+from ptq.config.scheme import linear_specs
+from ptq.errors import UserError
+from ptq.export.base import Exported, Exporter, refuse_existing
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
+from ptq.export.registry import build_exporter
+from ptq.files.atomic import ensure_folder
+from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.network.network import Block, Network
+from ptq.run.journal import Journal
+from ptq.run.session import Session, open_session
+
+
+def adapted(recipe: Recipe) -> Recipe:
+    """Returns `recipe` with what its export fixes filled into the scheme, so that what is evaluated is what is exported."""
+    if recipe.export is None:
+        return recipe
+    return dataclasses.replace(recipe, scheme=build_exporter(recipe.export).adapt(recipe.scheme))
+
+
+def check_export(recipe: Recipe, network: Network) -> None:
+    """Raises `UserError` when the recipe's export cannot express its scheme or its model. Needs no weights."""
+    if recipe.export is not None:
+        build_exporter(recipe.export).check(recipe.scheme, network)
+
+
+def needs_saved_weights(recipe: Recipe) -> bool:
+    """Whether the quantized weights have to be written block by block: asked for, or offloaded and to be exported."""
+    return recipe.execution.save or (recipe.export is not None and recipe.execution.weights == "offloaded")
+
+
+def export_session(session: Session, folder: pathlib.Path) -> Exported | None:
+    """Writes the export that the session's recipe asks for into the run's `folder`; None when it asks for none."""
+    recipe, loaded = session.recipe, session.loaded
+    if recipe.export is None:
+        return None
+    exporter = build_exporter(recipe.export)
+    source: QuantizedTensors = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, _origin(session))
+    if not loaded.weights.resident:
+        source = SavedSource(session, folder / "quantized")
+    with session.journal.phase("export"):
+        return _write(exporter, source, _default_path(folder, recipe.export, exporter), session.journal)
+
+
+def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path | None, force: bool) -> Exported:
+    """Exports a finished run whose codes were saved, without quantizing again.
+
+    Args:
+        folder: the run's folder.
+        config: format and options.
+        output: where to, None for the run's folder.
+        force: replace what is there.
+
+    Raises:
+        UserError: for a folder that holds no finished run with saved codes, another model than the run's, a scheme that
+            the format cannot express, or an output that exists.
+    """
+    recipe, fingerprint = _finished(folder)
+    exporter = build_exporter(config)
+    path = output or _default_path(folder, config, exporter)
+    refuse_existing(path, force)
+    ensure_folder(path.parent, "--output")
+    journal = Journal(folder / "export.log")
+    with open_session(recipe, journal) as session:
+        if session.loaded.fingerprint != fingerprint:
+            raise UserError(f"--run: {recipe.model.path} holds other weights than when {folder} was run: run it again")
+        exporter.check(recipe.scheme, session.network)
+        return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
+
+
+def _origin(session: Session) -> pathlib.Path | None:
+    location = session.loaded.location
+    return pathlib.Path(location.base) / location.gguf if location.gguf is not None else None
+
+
+def _default_path(folder: pathlib.Path, config: ExportConfig, exporter: Exporter) -> pathlib.Path:
+    return folder / "export" / config.format / exporter.filename
+
+
+def _write(exporter: Exporter, source: QuantizedTensors, path: pathlib.Path, journal: Journal) -> Exported:
+    exported = exporter.write(source, path)
+    journal.say(f"export: {exported.path} ({exported.bytes / 1e6:.1f} MB)")
+    for note in exported.notes:
+        journal.say(f"export: {note}")
+    return exported
+
+
+def _finished(folder: pathlib.Path) -> tuple[Recipe, str]:
+    """Returns the recipe and the weights' fingerprint of a finished run."""
+    if not (folder / "recipe.yaml").is_file() or not (folder / "metrics.json").is_file():
+        raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
+    try:
+        recipe = recipe_from(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+        fingerprint = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["weight_fingerprint"]
+    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+        raise UserError(
+            f"--run: the files in {folder} are damaged ({str(error).splitlines()[0]}): run it again"
+        ) from None
+    if not any((folder / "quantized").glob("block-*.safetensors")):
+        raise UserError(f"--run: {folder} kept no quantized weights: run it again with execution.save=true")
+    return recipe, str(fingerprint)
+
+
+class SavedSource:
+    """A quantized model whose blocks lie in a run's folder and whose other parameters are the session's."""
+
+    def __init__(self, session: Session, folder: pathlib.Path):
+        self.network: Network = session.network
+        self.tokenizer: Any = session.loaded.tokenizer
+        self.scheme: SchemeConfig = session.recipe.scheme
+        self.origin = _origin(session)
+        self._weights = session.loaded.weights
+        self._saved: dict[str, StoredTensor] = {}
+        for block in self.network.blocks:
+            path = folder / f"block-{block.index:05d}.safetensors"
+            try:
+                saved = read_header(path)
+            except (OSError, ValueError) as error:
+                raise UserError(f"--run: {path} is missing or damaged ({error}): run it again") from None
+            _refuse_unknown_tensors(block, saved)
+            self._saved |= saved
+
+    def linear(self, name: str) -> LinearTensors:
+        """Returns the tensors of the Linear `name`, read from the run's folder."""
+        if f"{name}.codes" not in self._saved and f"{name}.weight" not in self._saved:
+            with self._weights.hold([name]):
+                return tensors_of(name, self.network.model.get_submodule(name))
+        specs = linear_specs(self.scheme, name)
+        if (specs.weight is None) != (f"{name}.codes" not in self._saved):
+            raise UserError(f"--run: {name} was saved under another scheme than recipe.yaml says: run it again")
+        weight = self._maybe(f"{name}.weight")
+        if weight is not None and tuple(weight.shape) != self.network.shapes[name]:
+            weight = weight.t()  # GPT-2's Conv1D keeps (in, out)
+        return LinearTensors(
+            name, specs.weight, self._maybe(f"{name}.codes"), self._maybe(f"{name}.scale"),
+            self._maybe(f"{name}.zero_point"), weight, self._maybe(f"{name}.bias"),
+            specs.input, self._maybe(f"{name}.inputs.scale"), self._maybe(f"{name}.inputs.zero_point"),
+        )  # fmt: skip
+
+    def tensor(self, name: str) -> torch.Tensor:
+        """Returns the parameter or buffer `name`, from the run's folder where it lies in a block."""
+        saved = self._maybe(name)
+        if saved is not None:
+            return saved
+        owner, _, last = name.rpartition(".")
+        with self._weights.hold([owner]):
+            value: torch.Tensor = getattr(self.network.model.get_submodule(owner), last)
+            return value
+
+    def _maybe(self, name: str) -> torch.Tensor | None:
+        stored = self._saved.get(name)
+        return None if stored is None else stored.read(stored.dtype, stored.dtype, torch.device("cpu"))
+
+
+def _refuse_unknown_tensors(block: Block, saved: dict[str, StoredTensor]) -> None:
+    """Raises `UserError` when a step has left tensors in the block that no format has a place for."""
+    own = {f"{block.name}.{name}" for name in block.module.state_dict()}
+    parts = ("codes", "scale", "zero_point", "weight", "inputs.scale", "inputs.zero_point", "labels", "inputs.labels")
+    own |= {f"{name}.{part}" for name in block.linears for part in parts}
+    unknown = sorted(set(saved) - own)
+    if unknown:
+        raise UserError(
+            f"export: a step has put {unknown[0]} into the block, which no format can hold: leave the step out"
+        )

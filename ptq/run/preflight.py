@@ -1,0 +1,87 @@
+"""What can be checked before the work: files, shapes, positions, folders. Takes no weights into memory."""
+
+import pathlib
+
+import torch
+
+from ptq.calibration.statistics import Statistics
+from ptq.config.schema import Recipe
+from ptq.config.scheme import check_scheme
+from ptq.data.sources import check_disjoint, check_source
+from ptq.errors import UserError
+from ptq.files.atomic import check_folder
+from ptq.files.store import store_of
+from ptq.models.locations import locate
+from ptq.network.skeleton import skeleton
+from ptq.run.exports import check_export
+
+
+def check_before(recipe: Recipe) -> list[str]:
+    """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
+
+    Returns:
+        Lines that say what was checked and what could not be.
+
+    Raises:
+        UserError: for the first thing that would stop the run later.
+    """
+    lines: list[str] = []
+    _check_device(recipe)
+    if not recipe.steps and _quantizes(recipe):
+        raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
+    check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
+    check_folder(pathlib.Path(recipe.store).expanduser(), "store")
+    check_source(recipe.data.calibration, "data.calibration")
+    check_source(recipe.data.evaluation, "data.evaluation")
+    check_disjoint(recipe.data)
+    lines.append("texts: found")
+    if locate(recipe.model).kind == "hub":
+        lines.append(
+            f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked"
+        )
+        _check_statistics_file(recipe)
+        return lines
+    network = skeleton(recipe.model, store_of(recipe))
+    check_scheme(recipe.scheme, network.shapes, network.head_dim)
+    check_positions(recipe, network.max_positions)
+    check_export(recipe, network)
+    if recipe.export is not None:
+        lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
+    lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
+    _check_statistics_file(recipe)
+    return lines
+
+
+def check_positions(recipe: Recipe, positions: int | None) -> None:
+    """Raises `UserError` when a window is longer than the model has positions for."""
+    for field, length in (
+        ("calibration.length", recipe.calibration.length),
+        ("evaluation.length", recipe.evaluation.length),
+    ):
+        if positions is not None and length > positions:
+            raise UserError(
+                f"{field}: {length} is longer than the model's {positions} positions: use {positions} or less"
+            )
+
+
+def _check_device(recipe: Recipe) -> None:
+    name = recipe.execution.device
+    if name == "auto":
+        return
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        raise UserError(f"execution.device: {name!r} is no device: use auto, cpu, cuda or cuda:0") from None
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"execution.device: {name!r}, but this machine has no CUDA device: use auto or cpu")
+
+
+def _check_statistics_file(recipe: Recipe) -> None:
+    if recipe.calibration.statistics is not None:
+        Statistics.load(pathlib.Path(recipe.calibration.statistics).expanduser())
+
+
+def _quantizes(recipe: Recipe) -> bool:
+    s = recipe.scheme
+    tensors = (s.weight, s.input, s.query, s.key, s.value, s.attention_probs, *s.overrides)
+    return any(t is not None for t in tensors)

@@ -1,0 +1,92 @@
+"""Quantizers for what a block's attentions multiply, as the scheme says; part of every solver."""
+
+import torch
+from torch import nn
+
+from group_methods.reorder import repeat_heads
+from ptq.calibration.statistics import ChannelStatistics
+from ptq.config.scheme import attention_specs
+from ptq.errors import UserError
+from ptq.network.attention import CHILD, AttentionQuantizers
+from ptq.network.network import Block
+from ptq.steps._step import Plan
+from quantize.modules.simulated import InputQuantizer
+from quantize.spec.quant_spec import QuantSpec
+
+
+def quantize_attention(plan: Plan, block: Block) -> None:
+    """Gives each attention of the block the quantizers of its query, key, value and probabilities.
+
+    Static ranges come from the calibration samples, as they pass through the block before its Linears are quantized.
+    """
+    for name in plan.attentions.get(block.index, []):
+        specs = attention_specs(plan.scheme, name)
+        if not specs:
+            continue
+        module = plan.network.model.get_submodule(name)
+        seen = _watched(plan, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
+        labels = _labels(plan, name, specs, seen)
+        quantizers = {tensor: _quantizer(tensor, spec, seen, labels) for tensor, spec in specs.items()}
+        setattr(module, CHILD, AttentionQuantizers(quantizers))
+
+
+def _watches(tensor: str, spec: QuantSpec) -> bool:
+    # Probabilities lie in 0 .. 1 whatever the samples.
+    return not spec.dynamic and tensor != "attention_probs"
+
+
+def _watched(plan: Plan, block: Block, module: nn.Module) -> dict[str, ChannelStatistics]:
+    """Returns statistics of query, key and value (heads * head_dim channels) over the calibration samples."""
+    if plan.samples is None:
+        raise UserError("scheme: static ranges of query, key or value need calibration samples: none were drawn")
+    seen: dict[str, ChannelStatistics] = {}
+
+    def watch(tensor: str, x: torch.Tensor) -> None:
+        seen.setdefault(tensor, ChannelStatistics.empty(x.shape[-1], x.device)).update(x)
+
+    watcher = AttentionQuantizers({})
+    watcher.watch = watch
+    setattr(module, CHILD, watcher)
+    try:
+        plan.samples.feed(block, {})
+    finally:
+        delattr(module, CHILD)
+    return seen
+
+
+def _labels(
+    plan: Plan, name: str, specs: dict[str, QuantSpec], seen: dict[str, ChannelStatistics]
+) -> dict[str, torch.Tensor]:
+    """Returns the clusters of the channels of query, key and value where the scheme asks for them, inside each head.
+
+    Query and key are clustered together (RPTQ's R2): their channels meet in the scores. Moving them would have to happen
+    after the rotary embedding; a simulation needs no move.
+    """
+    wanted = [tensor for tensor, spec in specs.items() if spec.granularity == "cluster"]
+    if not wanted:
+        return {}
+    # scikit-learn takes some 100 MiB: only runs that cluster load it.
+    from group_methods.kmeans import cluster_heads, max_min_features, share_heads
+
+    if not plan.head_clusters:
+        raise UserError(
+            f"scheme.{wanted[0]}.granularity: 'cluster', but steps.cluster.clusters.heads gives no clusters for {name}: "
+            f"add the step, or use granularity tensor"
+        )
+    head_dim = plan.network.head_dim
+    figures = {tensor: max_min_features(s.min, s.max, False) for tensor, s in seen.items()}
+    repeat = figures["query"].shape[1] // figures["key"].shape[1]
+    together = torch.cat([share_heads(figures["query"], head_dim, repeat), figures["key"]])
+    shared = cluster_heads(together, head_dim, plan.head_clusters).labels
+    own = cluster_heads(figures["value"], head_dim, plan.head_clusters).labels
+    return {"query": repeat_heads(shared, head_dim, repeat) if repeat > 1 else shared, "key": shared, "value": own}
+
+
+def _quantizer(
+    tensor: str, spec: QuantSpec, seen: dict[str, ChannelStatistics], labels: dict[str, torch.Tensor]
+) -> InputQuantizer:
+    if spec.dynamic:
+        return InputQuantizer(spec)
+    if tensor == "attention_probs":
+        return InputQuantizer(spec, (torch.zeros(1), torch.ones(1)))
+    return InputQuantizer(spec, (seen[tensor].min, seen[tensor].max), labels.get(tensor))

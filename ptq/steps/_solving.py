@@ -1,0 +1,152 @@
+"""What every solver does: input quantizers shared by the Linears of a stage, and the quantized Linear in the old one's place."""
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import LinearSpecs, linear_specs
+from ptq.errors import UserError
+from ptq.network.network import Block, replace_module, weight_of
+from ptq.steps._step import SAMPLES, STATISTICS, Plan
+from quantize.grid.affine import Grid
+from quantize.grid.ranges import RunningRange, observed_grid
+from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.spec.quant_spec import QuantSpec
+
+OBSERVED_VALUES = 1 << 21
+"""Numbers of one tensor that the percentile and mse estimators look at: evenly spaced tokens of all samples."""
+
+
+class BlockInputs:
+    """Gives the Linears of a block that read one tensor with one spec the same `InputQuantizer`: it is rounded once."""
+
+    def __init__(self, plan: Plan, block: Block):
+        self._plan, self._block = plan, block
+        self._stage = {name: i for i, stage in enumerate(plan.stages(block)) for name in stage}
+        self._made: dict[tuple[int, QuantSpec], InputQuantizer] = {}
+
+    def of(self, name: str, specs: LinearSpecs) -> InputQuantizer | None:
+        """Returns the quantizer of the input of the Linear `name`, or None where the scheme leaves it alone."""
+        if specs.input is None:
+            return None
+        key = (self._stage[name], specs.input)
+        if key not in self._made:
+            self._made[key] = self._make(name, specs.input)
+        return self._made[key]
+
+    def _make(self, name: str, spec: QuantSpec) -> InputQuantizer:
+        plan, labels = self._plan, labels_of(self._plan, name, spec, "input")
+        if spec.dynamic:
+            return InputQuantizer(spec)
+        if spec.range == "minmax":
+            if plan.statistics is None:
+                raise UserError(f"scheme.input.dynamic: false for {name} needs calibration statistics: none were taken")
+            statistics = plan.statistics.inputs[name]
+            return InputQuantizer(spec, (statistics.min, statistics.max), labels)
+        if plan.samples is None:
+            raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
+        if spec.range == "ema":
+            running, length = RunningRange(), plan.samples.flow.ids.shape[1]
+            plan.samples.feed(
+                self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))}
+            )
+            return InputQuantizer(spec, running.range(), labels)
+        rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
+        plan.samples.feed(self._block, {name: rows.add})
+        return InputQuantizer(spec, None, labels, observed_grid(rows.kept(), spec, labels))
+
+
+class Rows:
+    """Keeps evenly spaced tokens of what passes, at most about `values` numbers in all of `tokens` tokens."""
+
+    def __init__(self, values: int, tokens: int):
+        self._values, self._tokens = values, tokens
+        self._kept: list[torch.Tensor] = []
+        self._next = 0
+
+    def add(self, x: torch.Tensor, tokens: slice) -> None:
+        """Keeps some rows of `x` (..., channels); a watcher of `Samples`."""
+        rows = x.reshape(-1, x.shape[-1])
+        every = max(1, self._tokens * rows.shape[1] // self._values)
+        self._kept.append(rows[self._next :: every].clone())
+        self._next = (self._next - len(rows)) % every
+
+    def kept(self) -> torch.Tensor:
+        """Returns the rows that were kept (rows, channels)."""
+        return torch.cat(self._kept)
+
+
+def specs_of(plan: Plan, name: str) -> LinearSpecs:
+    """Returns what the scheme says of the Linear `name`."""
+    return linear_specs(plan.scheme, name)
+
+
+def quantize_linear(
+    plan: Plan,
+    name: str,
+    specs: LinearSpecs,
+    inputs: InputQuantizer | None,
+    solve: Callable[[torch.Tensor], tuple[torch.Tensor, Grid]] | None = None,
+) -> QuantLinear:
+    """Puts the quantized Linear in the place of the Linear `name`, and returns it.
+
+    Args:
+        plan: what the steps have planned with.
+        name: full name of the Linear.
+        specs: its formats.
+        inputs: the quantizer of its input.
+        solve: gives codes and grid of a weight (out, in); None rounds to nearest.
+
+    Raises:
+        UserError: for NaN or inf in the weight, or a scheme that does not fit it.
+    """
+    module: nn.Module = plan.network.model.get_submodule(name)
+    weight, labels = weight_of(module), labels_of(plan, name, specs.weight, "weight")
+    bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+    try:
+        codes, grid = solve(weight) if solve is not None and specs.weight is not None else (None, None)
+        quantized = QuantLinear(weight, bias, specs.weight, inputs, grid, codes, labels)
+    except ValueError as error:
+        raise UserError(f"{name}: {error}") from None
+    replace_module(plan.network.model, name, quantized)
+    plan.quantized(name, module, quantized)
+    return quantized
+
+
+def labels_of(plan: Plan, name: str, spec: QuantSpec | None, tensor: str) -> torch.Tensor | None:
+    """Returns the cluster of each input channel of the Linear `name` where `spec` asks for clusters, else None."""
+    if spec is None or spec.granularity != "cluster":
+        return None
+    if name not in plan.labels:
+        raise UserError(
+            f"scheme.{tensor}.granularity: 'cluster', but no step clusters the input of {name}: "
+            f"add steps.cluster, or an override with granularity tensor for it"
+        )
+    return plan.labels[name]
+
+
+def captures_of(scheme: SchemeConfig) -> frozenset[str]:
+    """Returns what static ranges need: statistics for inputs by minmax; the samples for other estimators, and for query,
+    key and value, which no Linear reads.
+    """
+    ranges = {spec.range for spec in _specs(scheme, "input") if not spec.dynamic}
+    wanted = {STATISTICS} if "minmax" in ranges else set()
+    watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in _specs(scheme, tensor))
+    return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
+
+
+def check_integers(scheme: SchemeConfig, step: str) -> None:
+    """Raises `UserError` for a weight whose format is no integer grid, which is what the solver `step` chooses codes on."""
+    for spec in _specs(scheme, "weight"):
+        if not spec.affine:
+            raise UserError(
+                f"scheme.weight.format: {spec.format!r} has no integer grid for steps.{step} to choose codes on: "
+                f"use int, or steps.rtn"
+            )
+
+
+def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:
+    found = [getattr(scheme, tensor), *(o.tensors.get(tensor) for o in scheme.overrides)]
+    return [spec for spec in found if spec is not None]

@@ -1,0 +1,279 @@
+"""The packed Linear: codes and scales are all that it holds of its weight, which is decoded in each forward."""
+
+from collections.abc import Callable
+from typing import Any, Self
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from quantize.codecs.base import Encoded, Layout, stored_bytes
+from quantize.codecs.integers import INTEGERS
+from quantize.codecs.llm_int8 import WEIGHT, llm_int8_linear
+from quantize.codecs.registry import codec_of
+from quantize.grid.affine import Grid, grouped
+from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
+from quantize.spec.quant_spec import QuantSpec
+
+
+class DecodedWeight(torch.Tensor):
+    """A weight decoded for someone who reads it: its ``data`` cannot be had, because what is written into it, such as an
+    adapter that is merged, would be lost without a word.
+    """
+
+    # What is computed from it is an ordinary tensor.
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    @property
+    def data(self) -> torch.Tensor:  # type: ignore[override]
+        """Refused.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(
+            "the weight is quantized and cannot be written: use ptq.integrations.replace.dequantize_ before merging"
+        )
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        raise ValueError(
+            "the weight is quantized and cannot be written: use ptq.integrations.replace.dequantize_ before merging"
+        )
+
+
+class PackedLinear(nn.Linear):
+    """A Linear whose weight is held as packed codes and scales, with no dequantized copy beside them.
+
+    It computes the function of `quantize.modules.simulated.QuantLinear` with the same specs. What it stores are parameters that need no
+    gradient, named as `Codec.encode` names them (``codes``, ``scale``, ...), so that whatever moves, saves or offloads
+    parameters does so with them; ``.to(dtype)`` leaves their types alone. ``weight`` is decoded each time that it is read
+    (a `DecodedWeight`). Gradients reach the input and the bias; the weight is frozen, and rounding of the input lets
+    gradients through unchanged (straight-through).
+
+    Built empty; filled by `store`, `from_weight` or ``load_state_dict``.
+
+    Args:
+        in_features: columns of the weight.
+        out_features: rows of the weight.
+        bias: whether there is one.
+        weight_spec: format of the weight.
+        input_spec: format of the input, dynamic, or None.
+        dtype: of the bias; None for torch's default.
+        device: where to; ``meta`` for shapes only.
+
+    Raises:
+        ValueError: for a format that the tensor cannot have, a group size that does not divide, clusters, or an input
+            whose ranges are static.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        bias: bool,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec | None = None,
+        dtype: torch.dtype | None = None,
+        device: torch.device | str | None = None,
+    ):
+        # Not Linear's own: that would allocate the weight.
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = in_features, out_features
+        self.weight_spec, self.input_spec = weight_spec, input_spec
+        layout = packed_layout(out_features, in_features, weight_spec, input_spec)
+        self.stored_names = tuple(layout)
+        for name, (shape, kind) in layout.items():
+            self.register_parameter(name, _frozen(torch.empty(shape, dtype=kind, device=device)))
+        empty = torch.empty(out_features, dtype=dtype, device=device) if bias else None
+        self.register_parameter("bias", None if empty is None else _frozen(empty))
+
+    @classmethod
+    def from_weight(
+        cls,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        weight_spec: QuantSpec,
+        input_spec: QuantSpec | None = None,
+    ) -> Self:
+        """Returns the module for a floating-point weight (out, in), rounded to nearest.
+
+        Raises:
+            ValueError: as the class, and for a weight that `quantize.codecs.base.checked` refuses.
+        """
+        module = cls(weight.shape[1], weight.shape[0], False, weight_spec, input_spec, device="meta")
+        module.store(weight)
+        if bias is not None:
+            module.bias = _frozen(bias.detach().clone())
+        return module
+
+    @classmethod
+    def from_quantized(cls, linear: QuantLinear) -> "PackedLinear":
+        """Returns the packed form of a simulated Linear, with the codes that a solver has chosen.
+
+        Raises:
+            ValueError: when its weight is in floating point or has clusters, or its input has static ranges.
+        """
+        spec = linear.weight_spec
+        if spec is None:
+            raise ValueError("the weight is in floating point: there is nothing to pack")
+        kind = packed_type(spec, linear.input_spec)
+        module = kind(linear.in_features, linear.out_features, False, spec, linear.input_spec, device="meta")
+        if spec.affine:
+            grid = Grid(linear.scale, linear.zero_point, 0, 0)
+            module._set(INTEGERS.store(linear.codes, grid, spec))
+        else:
+            module._set({name: getattr(linear, name) for name in module.stored_names})
+        if linear.bias is not None:
+            module.bias = _frozen(linear.bias.detach().clone())
+        return module
+
+    def store(self, weight: torch.Tensor) -> None:
+        """Encodes a floating-point weight (out, in) and holds the result; `weight` itself is not kept.
+
+        Raises:
+            ValueError: as `encode`.
+        """
+        self._set(self.encode(weight))
+
+    @torch.no_grad()
+    def encode(self, weight: torch.Tensor) -> Encoded:
+        """Returns what `store` would hold of a floating-point weight (out, in).
+
+        Raises:
+            ValueError: for another shape, or a weight that `quantize.codecs.base.checked` refuses.
+        """
+        if weight.shape != (self.out_features, self.in_features):
+            raise ValueError(f"shape {tuple(weight.shape)} is not {(self.out_features, self.in_features)}")
+        return codec_of(self.weight_spec).encode(weight.contiguous(), self.weight_spec)
+
+    def _set(self, stored: Encoded) -> None:
+        for name in self.stored_names:
+            setattr(self, name, _frozen(stored[name].detach()))
+
+    @property
+    def stored(self) -> Encoded:
+        """The tensors that hold the weight."""
+        return {name: getattr(self, name) for name in self.stored_names}
+
+    def dequantized(self, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+        """Returns the weight (out, in) that the codes stand for."""
+        return self._decoded(self.stored, dtype)
+
+    def _decoded(self, stored: Encoded, dtype: torch.dtype) -> torch.Tensor:
+        shape = (self.out_features, self.in_features)
+        return codec_of(self.weight_spec).decode(stored, self.weight_spec, shape, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        if name == "weight" and name not in self._parameters:
+            return self.dequantized().as_subclass(DecodedWeight)
+        return super().__getattr__(name)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
+        wanted = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
+        if torch.is_grad_enabled() and wanted:
+            result: torch.Tensor = _FrozenProduct.apply(x, self.bias, self, *self.stored.values())
+            return result
+        return self._product(x, self.bias)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        if self.input_spec is not None:
+            x = fake_quantize_dynamic(x, self.input_spec)
+        return functional.linear(x, self.dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        held = {id(tensor) for tensor in self.stored.values()}
+
+        def keeping(tensor: torch.Tensor) -> torch.Tensor:
+            # In another type they would no longer be what was encoded, and small scales would become 0.
+            moved = fn(tensor)
+            kept = id(tensor) in held and moved.dtype != tensor.dtype
+            return tensor.to(moved.device) if kept else moved
+
+        result: Self = super()._apply(keeping, recurse)
+        return result
+
+    def stored_bytes(self) -> int:
+        """Returns the bytes of the weight as it is held, scales included."""
+        return stored_bytes(self.stored)
+
+    def bits_per_weight(self) -> float:
+        """Returns stored bits over weights, scales and zero points included."""
+        return 8 * self.stored_bytes() / (self.in_features * self.out_features)
+
+    def extra_repr(self) -> str:
+        """Names the shape and the formats."""
+        shape = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{shape}, weight={self.weight_spec}, input={self.input_spec}"
+
+
+class LlmInt8Linear(PackedLinear):
+    """A Linear by LLM.int8(): int8 products, with the outlier columns of the input in floating point.
+
+    `outlier_share` is the share of outlier columns of the last call, None before the first.
+    """
+
+    outlier_share: float | None = None
+
+    def int8_codes(self) -> torch.Tensor:
+        """Returns the weight's codes, int8 (out, in)."""
+        return self.stored["codes"].view(torch.int8)
+
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        threshold = 6.0 if self.input_spec is None else self.input_spec.threshold
+        y, self.outlier_share = llm_int8_linear(x, self.int8_codes(), self.stored["scale"], bias, threshold)
+        return y
+
+
+class _FrozenProduct(torch.autograd.Function):
+    """The product with a frozen weight. What is saved for backward are the codes: saving the decoded weight, as autograd
+    would, holds a dequantized model in memory for the time of a training step.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear, *stored: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.module, ctx.dtype = module, x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.save_for_backward(*stored)
+        return module._product(x, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        [grad] = grads
+        module: PackedLinear = ctx.module
+        # The saved tensors and not the module's: offloading may have taken those away since.
+        stored = dict(zip(module.stored_names, ctx.saved_tensors, strict=True))
+        to_x = to_bias = None
+        if ctx.needs_input_grad[0]:
+            to_x = (grad @ module._decoded(stored, grad.dtype)).to(ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            to_bias = grad.reshape(-1, module.out_features).sum(0).to(ctx.bias_dtype)
+        return to_x, to_bias, None, *(None for _ in stored)
+
+
+def packed_type(weight_spec: QuantSpec, input_spec: QuantSpec | None) -> type[PackedLinear]:
+    """Returns the class of the packed Linear with these formats: `LlmInt8Linear` where its int8 product applies."""
+    mixed = input_spec is not None and input_spec.format == "llm_int8"
+    return LlmInt8Linear if mixed and weight_spec == WEIGHT else PackedLinear
+
+
+def packed_layout(rows: int, columns: int, weight_spec: QuantSpec, input_spec: QuantSpec | None = None) -> Layout:
+    """Returns shapes and dtypes of what a `PackedLinear` of a weight (rows, columns) holds of it.
+
+    Raises:
+        ValueError: for what `PackedLinear` refuses.
+    """
+    weight_spec.check_weight()
+    if input_spec is not None:
+        input_spec.check_activation()
+        if not input_spec.dynamic:
+            raise ValueError("dynamic: False for the input needs ranges from calibration: use dynamic true")
+        grouped(torch.empty(1, columns, device="meta"), input_spec)
+    return codec_of(weight_spec).layout((rows, columns), weight_spec)
+
+
+def _frozen(tensor: torch.Tensor) -> nn.Parameter:
+    return nn.Parameter(tensor, requires_grad=False)

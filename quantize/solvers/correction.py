@@ -1,0 +1,75 @@
+"""What a quantized Linear should reproduce when its input has changed too: what it gave before anything was quantized."""
+
+import torch
+
+from quantize.checks import all_finite
+from quantize.kernels.matmul import product
+
+
+class ErrorMoment:
+    """Accumulates D = 2 E^T Y / n over n tokens: what the input Y of a quantized Linear tells of an error E.
+
+    The differences are accumulated, not two near equal moments: nothing cancels.
+
+    Args:
+        rows: channels of the error.
+        columns: channels of the input.
+        device: where both are.
+    """
+
+    def __init__(self, rows: int, columns: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self._sum = torch.zeros(rows, columns, device=device)
+
+    @torch.no_grad()
+    def update(self, error: torch.Tensor, present: torch.Tensor) -> None:
+        """Adds tokens: the error (..., rows) and the input (..., columns). Raises `ValueError` for other shapes."""
+        shapes = tuple(error.shape), tuple(present.shape)
+        if shapes[0][:-1] != shapes[1][:-1] or (shapes[0][-1], shapes[1][-1]) != self._sum.shape:
+            expected = f"(tokens, {self._sum.shape[0]}) and (tokens, {self._sum.shape[1]})"
+            raise ValueError(f"error, present: shapes {shapes[0]} and {shapes[1]}, expected {expected}")
+        e, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (error, present))
+        self._sum += product(e.t(), y)
+        self.count += len(y)
+
+    @property
+    def matrix(self) -> torch.Tensor:
+        """D, float32 (rows, columns); zeros before the first token."""
+        return self._sum * (2 / max(self.count, 1))
+
+
+@torch.no_grad()
+def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+    """Returns the weight (out, in) that takes an error E of the outputs back, as far as the present input Y tells it.
+
+    min_V |E + W Y - V Y|^2 + d |V - W|^2 with d = `damping` times the mean of diag(H): V = W + M (H + d I)^-1, M = 2 E Y^T / n.
+    Since |E + W Y - Q Y|^2 = |(V - Q) Y|^2 + a constant (for d = 0), a solver given V and H minimises the error that is left.
+    With E = W (X - Y), X the original input, the outputs come closest to the original ones: M = W D, D the `ErrorMoment`
+    of X - Y.
+
+    Args:
+        weight: (out, in).
+        moment: M, (out, in).
+        hessian: H = 2 Y^T Y / n, (in, in).
+        damping: above 0; how strongly V is held to W where the tokens say little.
+
+    Raises:
+        ValueError: for shapes that do not fit, NaN or inf, or a damping that is not above 0.
+    """
+    size = weight.shape[1]
+    if moment.shape != weight.shape or hessian.shape != (size, size):
+        raise ValueError(
+            f"moment, hessian: shapes {tuple(moment.shape)}, {tuple(hessian.shape)} do not fit {tuple(weight.shape)}"
+        )
+    if not damping > 0:
+        raise ValueError(f"damping: {damping} is not valid: expected a number above 0, such as 0.01")
+    if not (all_finite(moment) and all_finite(hessian)):
+        raise ValueError("moment, hessian: NaN or inf")
+    mean = hessian.diagonal().mean()
+    if mean == 0:
+        return weight
+    # In float64: what is left of an error is divided by small eigenvalues.
+    damped = hessian.double()
+    damped.diagonal().add_(damping * mean)
+    change = torch.linalg.solve(damped, moment.double().t())
+    return (weight.double() + change.t()).to(weight.dtype)

@@ -1,0 +1,171 @@
+"""Statistics: any split and order, against numpy in float64; files that fit, and files that do not."""
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, StatisticsVisitor, WeightStatistics
+from ptq.errors import UserError
+from ptq.models.weights import ResidentWeights
+from ptq.network.block_stream import BlockStream
+from ptq.network.network import build_network, weight_of
+from ptq.report.channel_ranges import outlier_ratios
+from ptq.testing import random_tiny
+
+
+def _data(rows, channels, seed, mean=0.0):
+    return torch.randn(rows, channels, generator=torch.Generator().manual_seed(seed)) + mean
+
+
+def _of(parts, channels):
+    statistics = ChannelStatistics.empty(channels)
+    for part in parts:
+        statistics.update(part)
+    return statistics
+
+
+@given(st.integers(2, 700), st.integers(0, 1000), st.lists(st.integers(1, 90), max_size=6), st.booleans())
+def test_any_split_and_order_gives_the_statistics_of_the_whole(rows, seed, cuts, backwards):
+    x = _data(rows, 5, seed, mean=3.0)
+    bounds = sorted({min(c, rows) for c in np.cumsum([0, *cuts])} | {rows})
+    parts = [x[a:b] for a, b in itertools.pairwise(bounds)]
+    whole, split = _of([x], 5), _of(parts[::-1] if backwards else parts, 5)
+    assert split.count == whole.count == rows
+    assert torch.equal(split.min, whole.min) and torch.equal(split.max, whole.max)
+    torch.testing.assert_close(split.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(split.std, whole.std, rtol=1e-5, atol=1e-6)
+
+
+@given(st.integers(1, 600), st.integers(1, 600), st.integers(0, 100))
+def test_two_halves_merged_are_the_whole(first, second, seed):
+    x = _data(first + second, 4, seed)
+    whole, merged, other = _of([x], 4), _of([x[:first]], 4), _of([x[first:]], 4)
+    merged.merge(other)
+    assert merged.count == whole.count and torch.equal(merged.absmax, whole.absmax)
+    torch.testing.assert_close(merged.mean, whole.mean, rtol=1e-6, atol=1e-6)
+    torch.testing.assert_close(merged.std, whole.std, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("mean", [0.0, 1.0, 1000.0])
+def test_figures_equal_numpy_in_float64_even_far_from_zero(mean):
+    x = _data(5000, 16, 7, mean).view(5, 1000, 16)
+    s = _of([x], 16)
+    reference = x.view(-1, 16).numpy().astype(np.float64)
+    np.testing.assert_allclose(s.mean.numpy(), reference.mean(0), rtol=1e-6, atol=1e-6)
+    np.testing.assert_allclose(s.std.numpy(), reference.std(0), rtol=1e-5)
+    np.testing.assert_array_equal(s.min.numpy(), reference.min(0))
+    np.testing.assert_array_equal(s.max.numpy(), reference.max(0))
+
+
+def test_weight_statistics_equal_numpy():
+    w = _data(7, 9, 1)
+    s, n = WeightStatistics.of(w), w.numpy().astype(np.float64)
+    np.testing.assert_allclose(s.in_std.numpy(), n.std(0), rtol=1e-5)
+    np.testing.assert_allclose(s.out_std.numpy(), n.std(1), rtol=1e-5)
+    assert torch.equal(s.in_min, w.amin(0)) and torch.equal(s.out_max, w.amax(1))
+
+
+def _collect(model, ids, batch_size=2):
+    network = build_network(model)
+    stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
+    visitor = StatisticsVisitor()
+    stream.run([stream.open(ids, batch_size)], visitor)
+    provenance = Provenance("m", None, "w" * 64, "d" * 64, "docs/train", len(ids), ids.shape[1], "fp32", "0")
+    return network, visitor.result(provenance)
+
+
+@pytest.fixture(scope="module")
+def ids():
+    return torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(5))
+
+
+@pytest.mark.parametrize("architecture", ["opt", "gpt2", "mixtral"])
+def test_every_linear_and_conv1d_is_measured_on_its_own_input(architecture, ids):
+    model = random_tiny(architecture)
+    seen = {}
+    network = build_network(model)
+    for name, module in network.linears.items():
+        module.register_forward_pre_hook(lambda m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, -2)))
+    with torch.no_grad():
+        model(input_ids=ids, use_cache=False)
+    expected = {name: torch.cat(parts) for name, parts in seen.items()}
+    _, statistics = _collect(model, ids)
+    assert statistics.inputs.keys() == expected.keys()
+    for name, x in expected.items():
+        torch.testing.assert_close(statistics.inputs[name].max, x.amax(0), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(statistics.inputs[name].std.float(), x.std(0, correction=0), rtol=1e-3, atol=1e-5)
+        assert len(statistics.weights[name].in_min) == x.shape[1]
+
+
+def test_a_saved_file_comes_back_the_same(tmp_path, ids):
+    network, statistics = _collect(random_tiny("llama"), ids)
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    loaded = Statistics.load(path)
+    assert loaded.provenance == statistics.provenance and loaded.inputs.keys() == statistics.inputs.keys()
+    for name, s in statistics.inputs.items():
+        assert torch.equal(loaded.inputs[name].m2, s.m2) and loaded.inputs[name].count == s.count
+    loaded.check_fits("w" * 64, {n: tuple(weight_of(m).shape) for n, m in network.linears.items()})
+
+
+def test_files_that_are_missing_cut_short_or_foreign_get_one_line(tmp_path, ids):
+    _, statistics = _collect(random_tiny("llama"), ids)
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    whole = path.read_bytes()
+    for content, reason in ((whole[: len(whole) // 2], "cut short"), (whole[:5], "cut short"), (b"", "cut short")):
+        path.write_bytes(content)
+        with pytest.raises(UserError, match=reason):
+            Statistics.load(path)
+    with pytest.raises(UserError, match="is not there"):
+        Statistics.load(tmp_path / "none")
+    from safetensors.torch import save_file
+
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="holds no statistics"):
+        Statistics.load(path)
+
+
+def test_statistics_of_other_weights_or_shapes_are_refused_with_the_reason(ids):
+    network, statistics = _collect(random_tiny("llama"), ids)
+    shapes = {n: tuple(weight_of(m).shape) for n, m in network.linears.items()}
+    with pytest.raises(UserError, match="other weights"):
+        statistics.check_fits("x" * 64, shapes)
+    with pytest.raises(UserError, match="has no nowhere"):
+        statistics.check_fits("w" * 64, {"nowhere": (1, 1)})
+    with pytest.raises(UserError, match="channels"):
+        statistics.check_fits("w" * 64, {name: (rows, columns + 1) for name, (rows, columns) in shapes.items()})
+
+
+def test_halves_of_the_samples_merge_into_the_whole_and_other_models_are_refused(ids):
+    model = random_tiny("llama")
+    whole, first, second = (_collect(model, part)[1] for part in (ids, ids[:2], ids[2:]))
+    merged = first.merge(second)
+    assert merged.provenance.samples == 4
+    for name, s in whole.inputs.items():
+        torch.testing.assert_close(merged.inputs[name].std, s.std, rtol=1e-5, atol=1e-7)
+        assert torch.equal(merged.inputs[name].min, s.min)
+    with pytest.raises(UserError, match="cannot be merged"):
+        first.merge(_collect(random_tiny("opt"), ids)[1])
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_an_activation_that_is_not_finite_is_reported_with_the_modules_name(bad, ids):
+    model = random_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[1].mlp.up_proj.weight[0, 0] = bad
+    with pytest.raises(UserError, match=r"model\.layers\.1\.mlp\.down_proj: its input holds NaN or inf"):
+        _collect(model, ids)
+
+
+def test_the_most_outlying_channel_comes_first(ids):
+    model = random_tiny("llama")
+    with torch.no_grad():
+        model.model.layers[0].input_layernorm.weight[3] = 500
+    _, statistics = _collect(model, ids)
+    name, ratio, channel = outlier_ratios(statistics)[0]
+    assert "layers.0.self_attn" in name and channel == 3 and ratio > 50

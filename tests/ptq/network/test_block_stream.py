@@ -1,0 +1,71 @@
+"""The one loop: resident or offloaded, hidden states in memory or on disk, the same result."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.models.loading import load
+from ptq.network.block_stream import BlockStream, Nothing
+from ptq.network.network import build_network
+from ptq.testing import byte_tokenizer, random_tiny
+
+
+@pytest.fixture(params=["opt", "llama", "gpt2", "gemma3"])
+def folder(request, tmp_path):
+    random_tiny(request.param).half().save_pretrained(tmp_path, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    return tmp_path
+
+
+def _final(folder, weights, hidden_states, batch_size=2):
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig(weights=weights))
+    network = build_network(loaded.model)
+    stream = BlockStream(network, loaded.weights, torch.device("cpu"), hidden_states)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    flow = stream.open(ids, batch_size)
+    stream.run([flow], Nothing())
+    with stream.head() as head:
+        logits = head(flow.hidden)
+    result = flow.hidden.clone(), logits.clone()
+    stream.close()
+    return network, result
+
+
+@pytest.mark.parametrize("hidden_states", ["memory", "disk"])
+def test_offloaded_weights_give_the_same_bits_as_resident_ones(folder, hidden_states):
+    _, (expected, expected_logits) = _final(folder, "resident", "memory")
+    _, (hidden, logits) = _final(folder, "offloaded", hidden_states)
+    assert torch.equal(hidden, expected)
+    assert torch.equal(logits, expected_logits)
+
+
+def test_offloaded_weights_leave_no_block_in_memory(folder):
+    network, _ = _final(folder, "offloaded", "memory")
+    assert all(p.device.type == "meta" for block in network.blocks for p in block.module.parameters())
+
+
+def test_the_batch_size_changes_nothing_beyond_rounding(folder):
+    _, (one, _) = _final(folder, "resident", "memory", batch_size=1)
+    _, (three, _) = _final(folder, "resident", "memory", batch_size=3)
+    torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+
+
+def test_a_memory_mapped_file_goes_when_the_stream_is_closed(folder):
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig())
+    stream = BlockStream(build_network(loaded.model), loaded.weights, torch.device("cpu"), "disk")
+    stream.open(torch.ones(2, 4, dtype=torch.long), 1)
+    scratch = [s.name for s in stream._scratch]
+    stream.close()
+    import pathlib
+
+    assert scratch and not any(pathlib.Path(s).exists() for s in scratch)
+
+
+def test_the_checkpoints_own_tensors_are_what_is_computed_with(folder):
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig())
+    stored = {k: v for shard in folder.glob("*.safetensors") for k, v in load_file(shard).items()}
+    parameters = dict(loaded.model.named_parameters())
+    shared = [name for name in stored if name in parameters]
+    assert loaded.baseline_dtype == "fp16" and loaded.arithmetic_dtype == "fp32"
+    assert all(torch.equal(parameters[name], stored[name].float()) for name in shared)

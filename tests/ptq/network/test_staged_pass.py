@@ -1,0 +1,120 @@
+"""A pass that waits at every stage gives what passes that start over give."""
+
+import pytest
+import torch
+
+from ptq.calibration.samples import Samples
+from ptq.config.schema import SchemeConfig
+from ptq.models.weights import ResidentWeights
+from ptq.network.block_stream import BlockStream
+from ptq.network.links import trace_links
+from ptq.network.network import build_network
+from ptq.network.staged_pass import StagedPass
+from ptq.steps import gptq
+from ptq.steps._step import Plan
+from ptq.testing import ARCHITECTURES, random_tiny
+from quantize.spec.quant_spec import QuantSpec
+
+INPUTS = QuantSpec(bits=8, symmetric=False, range="mse")
+
+
+class Solver:
+    """GPTQ of a tiny model, run as the stream's visitor."""
+
+    def __init__(self, architecture: str, hidden_states: str = "memory", **options: object):
+        self.model = random_tiny(architecture)
+        self.network = build_network(self.model)
+        self.stream = BlockStream(self.network, ResidentWeights(), torch.device("cpu"), hidden_states)
+        # Five samples in batches of two: the last batch is shorter.
+        ids = torch.randint(3, 60, (5, 12), generator=torch.Generator().manual_seed(1))
+        scheme = SchemeConfig(weight=QuantSpec(bits=3, granularity="channel"), input=INPUTS)
+        # What a run traces for `target: residual`; without it that target would be `original`.
+        traces = trace_links(self.network, self.stream, sums=True)
+        self.plan = Plan(self.network, self.stream, scheme, traces)
+        reference = self.stream.open(ids, 2) if options.get("target", "present") != "present" else None
+        self.plan.samples = Samples(self.stream, self.stream.open(ids, 2), reference)
+        self.step = gptq.Step(gptq.Options(**options))  # type: ignore[arg-type]
+        self.step.plan(self.plan)
+
+    def enter(self, block: object) -> None:
+        self.step.apply(block)  # type: ignore[arg-type]
+
+    def leave(self, block: object) -> None:
+        pass
+
+    def solved(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
+        """Everything that the quantized model holds, and the hidden states after its last block."""
+        self.stream.run([self.plan.samples.flow], self)  # type: ignore[union-attr]
+        state = {name: t.clone() for name, t in self.model.state_dict().items()}
+        hidden = self.plan.samples.flow.hidden.clone()  # type: ignore[union-attr]
+        self.stream.close()
+        return state, hidden
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+def test_one_waiting_pass_gives_the_bits_of_a_pass_for_every_stage(architecture: str) -> None:
+    once, again = Solver(architecture).solved(), Solver(architecture, hidden_states="disk").solved()
+    assert once[0].keys() == again[0].keys()
+    for name, tensor in once[0].items():
+        assert tensor.equal(again[0][name]), name
+    assert once[1].equal(again[1])
+
+
+@pytest.mark.parametrize("target", ["original", "residual"])
+def test_every_target_gives_the_same_bits_in_one_waiting_pass(target: str) -> None:
+    once = Solver("llama", target=target).solved()
+    separate = Solver("llama", hidden_states="disk", target=target)
+    assert all(separate.plan.sums(block) for block in separate.network.blocks)
+    again = separate.solved()
+    assert all(tensor.equal(again[0][name]) for name, tensor in once[0].items())
+    assert once[1].equal(again[1])
+
+
+def test_every_batch_passes_a_block_once_for_all_its_stages() -> None:
+    solver = Solver("llama")
+    norms = [block.module.input_layernorm for block in solver.network.blocks]
+    seen: list[torch.nn.Module] = []
+    for norm in norms:
+        norm.register_forward_hook(lambda module, args, output: seen.append(module))
+    solver.solved()
+    assert len(seen) == 3 * len(norms)
+
+
+def test_a_failure_half_way_leaves_the_block_and_the_samples_as_they_were() -> None:
+    solver = Solver("llama")
+    samples, block = solver.plan.samples, solver.network.blocks[0]
+    assert samples is not None
+    before = samples.flow.hidden.clone()
+    expected = solver.stream.call(samples.flow, block, 0, before[:2])
+    with pytest.raises(KeyError), samples.stage_by_stage(block, solver.plan.stages(block)) as present:
+        next(present)
+        raise KeyError
+    assert samples.flow.hidden.equal(before) and not samples.flow.ahead
+    assert not any("forward" in vars(module) for module in block.module.modules())
+    assert solver.stream.call(samples.flow, block, 0, before[:2]).equal(expected)
+
+
+def test_stages_in_another_order_than_they_are_called_in_are_reported() -> None:
+    solver = Solver("llama")
+    block = solver.network.blocks[0]
+    flow, stages = solver.plan.samples.flow, solver.plan.stages(block)  # type: ignore[union-attr]
+    with StagedPass(solver.stream, flow, block, stages[::-1]) as paused:
+        paused.advance()
+        assert paused.stage == stages[-1] and not list(paused.inputs())
+        with pytest.raises(RuntimeError, match="called in another order"):
+            paused.finish()
+
+
+def test_a_linear_that_is_never_called_does_not_hold_up_the_pass() -> None:
+    solver = Solver("llama")
+    block = solver.network.blocks[0]
+    block.module.spare = torch.nn.Linear(4, 4)
+    flow, stages = solver.plan.samples.flow, solver.plan.stages(block)  # type: ignore[union-attr]
+    with StagedPass(solver.stream, flow, block, [*stages, (f"{block.name}.spare",)]) as paused:
+        for _ in stages:
+            paused.advance()
+            assert len(list(paused.inputs())) == 3
+        paused.advance()
+        assert not list(paused.inputs())
+        paused.finish()
+    assert [len(x) for x in flow.ahead[block.index]] == [2, 2, 1]

@@ -1,0 +1,96 @@
+"""Exports of whole runs: refused before the work, written after it, or later from the saved codes."""
+
+import dataclasses
+
+import pytest
+
+from ptq.cli.app import main
+from ptq.config.schema import ExportConfig, recipe_from
+from ptq.errors import UserError
+from ptq.inspect.q8_readers import open_llama2c
+from ptq.network.block_stream import BlockStream
+from ptq.run.experiment import dry_run, run
+from ptq.run.exports import export_run
+
+GROUPS = {"bits": 8, "granularity": "group", "group_size": 64}
+Q8 = {"weight": GROUPS, "input": {**GROUPS, "dynamic": True}}
+
+
+@pytest.fixture
+def recipe(tmp_path, tiny_llama_eps):
+    """A quick recipe that exports to llama2.c."""
+
+    def make(**changes):
+        base = {
+            "name": "tiny",
+            "model": {"path": str(tiny_llama_eps)},
+            "calibration": {"samples": 2, "length": 64},
+            "evaluation": {"windows": 2, "length": 128},
+            "scheme": Q8,
+            "steps": {"rtn": {}},
+            "export": {"format": "llama2c"},
+            "outputs": str(tmp_path / "outputs"),
+            "store": str(tmp_path / "store"),
+        }
+        return recipe_from({**base, **changes})
+
+    return make
+
+
+def test_a_run_exports_at_its_end_offloaded_or_not_and_a_finished_run_gives_the_same_bytes(recipe, tmp_path, capsys):
+    folder = run(recipe(execution={"save": True}))
+    first = (folder / "export" / "llama2c" / "model.bin").read_bytes()
+    assert (folder / "export" / "llama2c" / "tokenizer.bin").is_file()
+    offloaded = run(recipe(execution={"weights": "offloaded"}))
+    assert (offloaded / "export" / "llama2c" / "model.bin").read_bytes() == first
+    arguments = ["export", "--run", str(folder), "--format", "llama2c"]
+    assert main([*arguments, "--output", str(tmp_path / "again" / "m.bin"), "tokenizer=false"]) == 0
+    assert (tmp_path / "again" / "m.bin").read_bytes() == first
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["m.bin"]
+    capsys.readouterr()
+    assert main(arguments) == 2
+    assert "add --force" in capsys.readouterr().err
+    assert main([*arguments, "--force"]) == 0
+    header = open_llama2c(folder / "export" / "llama2c" / "model.bin").header
+    assert (header.dim, header.hidden_dim, header.group_size, header.shared) == (128, 320, 64, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"scheme": {"weight": {"bits": 4}}}, "scheme.weight.bits: 4"),
+        ({"export": {"format": "lama2c"}}, "did you mean 'llama2c'"),
+        ({"export": {"format": "llama2c", "options": {"tokenzier": True}}}, "export.options.tokenzier"),
+        ({"export": {"format": "kuiper", "options": {"build": "llama3"}}}, "rope_theta"),
+    ],
+)
+def test_what_cannot_be_exported_is_refused_before_the_work(recipe, tmp_path, monkeypatch, changes, words):
+    monkeypatch.setattr(BlockStream, "run", lambda *a, **k: pytest.fail("work was begun"))
+    for action in (run, dry_run):
+        with pytest.raises(UserError, match=words):
+            action(recipe(**changes))
+    assert not list(tmp_path.rglob("recipe.yaml"))
+
+
+def test_a_finished_run_that_cannot_be_exported_says_why(recipe, tmp_path, tiny_llama_outliers):
+    config = ExportConfig("llama2c")
+    with pytest.raises(UserError, match="holds no finished run"):
+        export_run(tmp_path, config, None, False)
+    folder = run(recipe(export=None))
+    with pytest.raises(UserError, match="execution.save=true"):
+        export_run(folder, config, None, False)
+    folder = run(recipe(export=None, execution={"save": True}))
+    saved = folder / "quantized" / "block-00001.safetensors"
+    content = saved.read_bytes()
+    saved.write_bytes(content[:-1])
+    with pytest.raises(UserError, match="block-00001.safetensors is missing or damaged"):
+        export_run(folder, config, None, False)
+    saved.write_bytes(content)
+    text = (folder / "recipe.yaml").read_text()
+    (folder / "recipe.yaml").write_text(text.replace(str(recipe().model.path), str(tiny_llama_outliers)))
+    with pytest.raises(UserError, match="holds other weights"):
+        export_run(folder, config, None, False)
+    (folder / "recipe.yaml").write_text(text)
+    with pytest.raises(UserError, match="scheme.input"):
+        export_run(folder, dataclasses.replace(config, format="kuiper"), None, False)
+    assert not (folder / "export").exists() or not list((folder / "export").rglob("*.bin"))

@@ -1,0 +1,112 @@
+"""The quantized Linear: one definition with its stored codes, shared inputs, honest sizes."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn.functional import linear
+
+import quantize.modules.simulated
+from quantize.grid.affine import Grid, dequantize, grouped
+from quantize.modules.simulated import InputQuantizer, QuantLinear, fake_quantize_dynamic
+from quantize.spec.quant_spec import QuantSpec
+
+TOKEN = QuantSpec(granularity="token", dynamic=True)
+
+
+def _weight(rows=12, columns=32, seed=0):
+    return torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize(("granularity", "size"), [("tensor", None), ("channel", None), ("group", 8)])
+def test_the_stored_codes_and_scales_alone_give_the_weight_that_is_computed_with(bits, symmetric, granularity, size):
+    spec = QuantSpec(bits=bits, symmetric=symmetric, granularity=granularity, group_size=size)
+    module = QuantLinear(_weight(), None, spec)
+    state = module.state_dict()
+    assert "weight" not in state
+    low, high = (-(2 ** (bits - 1) - 1), 2 ** (bits - 1) - 1) if symmetric else (0, 2**bits - 1)
+    grid = Grid(state["scale"], state.get("zero_point"), low, high)
+    weight = dequantize(grouped(state["codes"], spec), grid).view(12, 32)
+    assert torch.equal(weight, module.weight)
+
+
+def test_integer_arithmetic_gives_what_the_simulation_gives():
+    weight, x = _weight(), _weight(5, 32, seed=1)
+    module = QuantLinear(weight, torch.ones(12), QuantSpec(), InputQuantizer(TOKEN))
+    scale = x.abs().amax(1, keepdim=True) / 127
+    codes = (x / scale).round().to(torch.int64)
+    integers = codes @ module.codes.to(torch.int64).t()
+    expected = integers.double() * scale.double() * module.scale.double().t() + 1
+    torch.testing.assert_close(module(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_linears_that_read_one_tensor_round_it_once(monkeypatch):
+    calls = []
+    original = fake_quantize_dynamic
+    monkeypatch.setattr(
+        quantize.modules.simulated, "fake_quantize_dynamic", lambda x, spec: (calls.append(1), original(x, spec))[1]
+    )
+    inputs = InputQuantizer(TOKEN)
+    modules = [QuantLinear(_weight(seed=i), None, QuantSpec(), inputs) for i in range(3)]
+    x = _weight(4, 32, seed=9)
+    outputs = [m(x) for m in modules]
+    assert len(calls) == 1
+    for module, output in zip(modules, outputs, strict=True):
+        torch.testing.assert_close(output, linear(original(x, TOKEN), module.weight))
+
+
+def test_an_input_changed_in_place_is_rounded_again():
+    inputs = InputQuantizer(TOKEN)
+    x = _weight(4, 32)
+    first = inputs(x).clone()
+    x.mul_(3)
+    torch.testing.assert_close(inputs(x), first * 3)
+
+
+def test_nothing_is_kept_once_the_input_is_gone():
+    inputs = InputQuantizer(TOKEN)
+    x = _weight(4, 32)
+    inputs(x)
+    assert inputs._last is not None
+    del x
+    assert inputs._last is None
+    assert copy.deepcopy(inputs).spec == TOKEN
+
+
+def test_static_inputs_saturate_outside_their_calibrated_range():
+    ranges = torch.full((4,), -1.0), torch.full((4,), 1.0)
+    inputs = InputQuantizer(QuantSpec(granularity="tensor"), ranges)
+    assert inputs(torch.tensor([[5.0, 0.5, -7.0, 1.0]])).tolist()[0][0] == pytest.approx(1.0)
+    with pytest.raises(ValueError, match="statistics"):
+        InputQuantizer(QuantSpec(granularity="tensor"))
+
+
+@pytest.mark.parametrize(
+    ("spec", "bits"),
+    [
+        (QuantSpec(bits=8), 8 + 32 / 64),
+        (QuantSpec(bits=4, granularity="group", group_size=16), 4 + 32 / 16),
+        (QuantSpec(bits=4, granularity="group", group_size=16, symmetric=False), 4 + 36 / 16),
+    ],
+)
+def test_bits_per_weight_count_scales_and_zero_points(spec, bits):
+    assert QuantLinear(_weight(16, 64), None, spec).bits_per_weight() == pytest.approx(bits)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_weight_that_is_not_finite_is_refused(bad):
+    weight = _weight()
+    weight[0, 0] = bad
+    with pytest.raises(ValueError, match="NaN or inf"):
+        QuantLinear(weight, None, QuantSpec())
+
+
+def test_codes_chosen_by_a_solver_are_kept():
+    weight = _weight()
+    nearest = QuantLinear(weight, None, QuantSpec(bits=4))
+    grid = Grid(nearest.scale, None, -7, 7)
+    codes = torch.zeros_like(nearest.codes)
+    chosen = QuantLinear(weight, None, QuantSpec(bits=4), grid=grid, codes=codes)
+    assert chosen.weight.abs().sum() == 0 and torch.equal(chosen.codes, codes)

@@ -1,0 +1,59 @@
+"""`QuantSpec`: what a format does not allow is refused with the nearest choice."""
+
+import pytest
+
+from quantize.spec.formats import formats
+from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
+
+NF4 = {"format": "nf4", "bits": 4, "granularity": "group", "group_size": 64}
+MX = {"format": "mxfp4", "bits": 4, "granularity": "group", "group_size": 32}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"format": "nf5"}, "format: 'nf5' is not valid: expected one of int, fp4"),
+        ({**NF4, "bits": 8}, "bits: 8 is not valid: expected 4 with format nf4"),
+        ({**NF4, "granularity": "channel", "group_size": None}, "granularity: 'channel' .* group with format nf4"),
+        ({**NF4, "symmetric": False}, "symmetric: False .* true with format nf4: only int has zero points"),
+        ({**NF4, "range": "mse"}, "range: 'mse' .* minmax with format nf4"),
+        ({**MX, "group_size": 64}, "group_size: 64 is not valid: expected 32 with format mxfp4"),
+        ({**MX, "double_quant": True}, "double_quant: True .* false with format mxfp4: fp4 and nf4 have it"),
+        ({"format": "fp8_e4m3", "bits": 4}, "bits: 4 is not valid: expected 8 with format fp8_e4m3"),
+        (
+            {"format": "fp8_e5m2", "granularity": "cluster"},
+            "granularity: 'cluster' .* channel or tensor or token or group",
+        ),
+        ({"threshold": 5.0}, "threshold: 5.0 .* 6.0 with format int: only llm_int8 reads it"),
+        ({"format": "llm_int8", "granularity": "token", "threshold": 0.0}, "threshold: 0.0 .* a number above 0"),
+    ],
+)
+def test_a_field_that_the_format_does_not_allow_is_refused(fields, message):
+    with pytest.raises(SpecError, match=message):
+        QuantSpec(**fields)
+
+
+@pytest.mark.parametrize("name", formats())
+def test_every_format_has_a_usual_spec_where_it_can_stand(name):
+    form = formats()[name]
+    for activation, able in ((False, form.weight), (True, form.activation)):
+        spec = spec_of(name, activation)
+        assert (spec.format, spec.bits, spec.dynamic) == (name, form.bits[0], activation)
+        check = spec.check_activation if activation else spec.check_weight
+        if able:
+            check()
+        else:
+            with pytest.raises(SpecError, match=f"^format: '{name}' is not valid: expected {form.instead}"):
+                check()
+
+
+def test_an_activation_in_a_float_format_is_dynamic_and_has_no_channel_scales():
+    with pytest.raises(SpecError, match="dynamic: False .* true with format fp8_e4m3"):
+        QuantSpec(format="fp8_e4m3", granularity="tensor").check_activation()
+    with pytest.raises(SpecError, match="granularity: 'channel' .* token or tensor"):
+        QuantSpec(format="fp8_e4m3", granularity="channel", dynamic=True).check_activation()
+
+
+def test_an_unknown_name_is_refused_with_the_known_ones():
+    with pytest.raises(SpecError, match="one of int, nf4"):
+        spec_of("nf3")
