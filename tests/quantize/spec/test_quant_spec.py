@@ -55,5 +55,5 @@ def test_an_activation_in_a_float_format_is_dynamic_and_has_no_channel_scales():
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
-    with pytest.raises(SpecError, match="one of int, nf4"):
+    with pytest.raises(SpecError, match="one of int, fp4"):
         spec_of("nf3")
