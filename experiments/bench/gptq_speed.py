@@ -31,7 +31,7 @@ from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
 from ptq.network.links import trace_links
 from ptq.network.network import Block, build_network
-from ptq.steps._step import Plan
+from ptq.steps._step import Context, StepPlan
 from ptq.steps.gptq import Options, Step
 from quantize.spec.quant_spec import QuantSpec
 
@@ -43,11 +43,11 @@ OTHER = pathlib.Path(__file__).with_name("llmcompressor_gptq.py")
 class _Apply:
     """The visitor that quantizes each block before the samples pass through it."""
 
-    def __init__(self, step: Step):
-        self.step = step
+    def __init__(self, step: Step, context: Context):
+        self.step, self.context = step, context
 
     def enter(self, block: Block) -> None:
-        self.step.apply(block)
+        self.step.apply(block, StepPlan(), self.context)
 
     def leave(self, block: Block) -> None:
         pass
@@ -61,10 +61,9 @@ def ours(folder: pathlib.Path, tokens: pathlib.Path, sequential: bool) -> float:
     network = build_network(model)
     stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
     step = Step(Options(act_order=False, sequential=sequential))
-    plan = Plan(network, stream, SCHEME, trace_links(network, stream))
-    plan.samples = Samples(stream, stream.open(ids, BATCH))
-    step.plan(plan)
-    stream.run([plan.samples.flow], _Apply(step))
+    samples = Samples(stream, stream.open(ids, BATCH))
+    context = Context(network, stream, SCHEME, trace_links(network, stream), samples=samples)
+    stream.run([samples.flow], _Apply(step, context))
     return time.perf_counter() - start
 
 

@@ -31,7 +31,7 @@ from ptq.models.loading import LoadedModel, load
 from ptq.network.block_stream import BlockStream, Nothing, Visitor
 from ptq.network.links import trace_links
 from ptq.network.network import Network, build_network
-from ptq.steps._step import Plan
+from ptq.steps._step import Context, StepPlan
 from ptq.steps.rtn import Options, Step
 from quantize.spec.quant_spec import QuantSpec
 
@@ -93,9 +93,9 @@ class Bench:
         """Replaces every Linear of the blocks by a simulated W8A8 one."""
         traces = trace_links(self.network, self.stream)
         step = Step(Options())
-        step.plan(Plan(self.network, self.stream, W8A8, traces))
+        context = Context(self.network, self.stream, W8A8, traces)
         for block in self.network.blocks:
-            step.apply(block)
+            step.apply(block, StepPlan(), context)
 
 
 def in_turn(a: Callable[[], object], b: Callable[[], object], rounds: int) -> tuple[float, float, float]:

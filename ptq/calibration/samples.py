@@ -2,12 +2,14 @@
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptq.network.attention import unquantized_attention
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block
 from ptq.network.staged_pass import StagedPass
@@ -77,6 +79,24 @@ class Samples:
             finally:
                 self._paused = None
 
+    def pairs(self, block: Block) -> "Pairs":
+        """Returns what a method learns from: what reaches the block now, and what the unquantized block gave.
+
+        That is the output of the unquantized network's block on the same samples where a step captures `REFERENCE`, else
+        this block's own on what reaches it now. To be called once a block, before its Linears are replaced.
+        """
+        if self.reference is not None:
+            return Pairs(
+                self.stream, self.flow, block, self.advance_reference(block, [""])[""].view_as(self.flow.hidden)
+            )
+        targets = self.stream.allocate(tuple(self.flow.hidden.shape), self.flow.hidden)
+        with torch.no_grad(), unquantized_attention(block):
+            for i, rows in self.flow.slices():
+                targets[rows].copy_(
+                    self.stream.call(self.flow, block, i, self.flow.hidden[rows].to(self.stream.device))
+                )
+        return Pairs(self.stream, self.flow, block, targets)
+
     @torch.no_grad()
     def advance_reference(self, block: Block, names: Sequence[str]) -> dict[str, torch.Tensor]:
         """Carries the reference samples through the block, which is not quantized yet.
@@ -101,8 +121,9 @@ class Samples:
             kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))
 
         watchers = {name: partial(keep, place, name) for place, name in enumerate(names) if name}
-        for i, rows in reference.slices():
-            reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
+        with unquantized_attention(block):
+            for i, rows in reference.slices():
+                reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
         if "" in names:
             kept[""] = reference.hidden.flatten(0, 1)
         return kept
@@ -135,6 +156,47 @@ class Samples:
             for handle in handles:
                 handle.remove()
         return hidden
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One batch of samples at a block: `hidden` (samples, length, channels) reaches it now, `target` is to come out."""
+
+    hidden: torch.Tensor
+    target: torch.Tensor
+    output: Callable[[], torch.Tensor]
+    """Calls the block as it stands for `hidden`; with gradients where they are enabled."""
+
+
+class Pairs:
+    """What reaches a block and what is to come out of it, batch by batch, in any order, as often as a method wants."""
+
+    def __init__(self, stream: BlockStream, flow: Flow, block: Block, targets: torch.Tensor):
+        self._stream, self._flow, self._block, self._targets = stream, flow, block, targets
+        self._slices = list(flow.slices())
+
+    def __len__(self) -> int:
+        return len(self._slices)
+
+    def __iter__(self) -> Iterator[Pair]:
+        return self.batches()
+
+    def batches(self, seed: int | None = None, only: Sequence[int] | None = None) -> Iterator[Pair]:
+        """Yields the batches.
+
+        Args:
+            seed: of their order; None for the order of the samples.
+            only: numbers of the batches to yield, so that some can be held out; None for all.
+        """
+        numbers = list(range(len(self)) if only is None else only)
+        if seed is not None:
+            order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+            numbers = [numbers[i] for i in order]
+        for number in numbers:
+            index, rows = self._slices[number]
+            hidden = self._flow.hidden[rows].to(self._stream.device)
+            target = self._targets[rows].to(self._stream.device)
+            yield Pair(hidden, target, partial(self._stream.call, self._flow, self._block, index, hidden))
 
 
 def _advanced(paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:

@@ -211,14 +211,24 @@ class Statistics:
                 f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again"
             )
 
-    def save(self, path: pathlib.Path) -> None:
-        """Writes a safetensors file with the provenance in its metadata; an old file of that name stays whole on failure."""
+    def to_tensors(self) -> dict[str, torch.Tensor]:
+        """Returns all figures by name, as a file holds them."""
         tensors: dict[str, torch.Tensor] = {}
         for name, s in self.inputs.items():
             tensors |= {f"{name}/input/{f}": getattr(s, f).contiguous() for f in _FIELDS}
             tensors[f"{name}/input/count"] = torch.tensor(s.count)
         for name, w in self.weights.items():
             tensors |= {f"{name}/weight/{f}": getattr(w, f).contiguous() for f in _WEIGHT_FIELDS}
+        return tensors
+
+    @classmethod
+    def from_tensors(cls, tensors: dict[str, torch.Tensor], provenance: Provenance) -> "Statistics":
+        """Returns the statistics whose `to_tensors` gave these."""
+        return _assemble(tensors, provenance)
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes a safetensors file with the provenance in its metadata; an old file of that name stays whole on failure."""
+        tensors = self.to_tensors()
         unshared = {key: value.clone() for key, value in tensors.items()}
         metadata = {"kind": FILE_KIND, "provenance": json.dumps(dataclasses.asdict(self.provenance))}
         write_atomic(path, lambda temporary: save_file(unshared, temporary, metadata=metadata))

@@ -60,11 +60,12 @@ class TokenComparison:
 
 
 def compare_tokens(
-    head: Head, baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int
+    heads: tuple[Head, Head], baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int
 ) -> TokenComparison:
     """Compares the next-token distributions that follow from two sets of final hidden states (windows, length, channels).
 
-    The head is the same for both: it is never quantized. Logits exist for `chunk` tokens at a time.
+    Each has its own of the two `heads`, which differ where the residual stream was turned. Logits exist for `chunk` tokens
+    at a time.
     """
     losses = torch.empty(len(ids), dtype=torch.float64)
     divergences: list[torch.Tensor] = []
@@ -72,8 +73,8 @@ def compare_tokens(
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            p = log_softmax(head(baseline[w : w + 1, span])[0].float(), dim=-1)
-            q = log_softmax(head(quantized[w : w + 1, span])[0].float(), dim=-1)
+            p = log_softmax(heads[0](baseline[w : w + 1, span])[0].float(), dim=-1)
+            q = log_softmax(heads[1](quantized[w : w + 1, span])[0].float(), dim=-1)
             total += _loss(q, targets)
             agreed += int((p.argmax(-1) == q.argmax(-1)).sum())
             divergences.append(_divergence(p, q))

@@ -16,7 +16,7 @@ from transformers.masking_utils import eager_mask
 
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream, Nothing
-from ptq.network.network import Network
+from ptq.network.network import Block, Network
 from quantize.modules.simulated import InputQuantizer
 
 NAME = "ptq_simulated"
@@ -27,18 +27,22 @@ TENSORS = ("query", "key", "value")
 class AttentionQuantizers(nn.Module):
     """Quantizers by tensor (``query``, ``key``, ``value``, ``attention_probs``), a child of the attention that they serve.
 
-    While `watch` is set, it is called with (tensor, values (batch, tokens, heads * head_dim)) and nothing is quantized.
+    `transforms` act on query and key, (batch, heads, tokens, head_dim), before they are quantized. While `watch` is set, it
+    is called with (tensor, values (batch, tokens, heads * head_dim)) and nothing is quantized.
     """
 
-    def __init__(self, quantizers: dict[str, InputQuantizer]):
+    def __init__(self, quantizers: dict[str, InputQuantizer], transforms: dict[str, nn.Module] | None = None):
         super().__init__()
         self.quantizers = nn.ModuleDict(quantizers)
+        self.transforms = nn.ModuleDict(transforms or {})
         self.watch: Callable[[str, torch.Tensor], None] | None = None
 
     def quantize(self, tensor: str, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` (batch, heads, tokens, head_dim) rounded: dynamic ranges are those of a token in a head (or of a
         group in it), static ones those of channels over all heads.
         """
+        if tensor in self.transforms:
+            x = self.transforms[tensor](x)
         if self.watch is not None:
             self.watch(tensor, x.transpose(1, 2).flatten(2))
             return x
@@ -95,6 +99,19 @@ def simulated_attention(
 
 AttentionInterface.register(NAME, simulated_attention)
 AttentionMaskInterface.register(NAME, eager_mask)
+
+
+@contextmanager
+def unquantized_attention(block: Block) -> Iterator[None]:
+    """Inside the context the block's attentions multiply what is not quantized; their transforms still act."""
+    quantized = [(m, m.quantizers) for m in block.module.modules() if isinstance(m, AttentionQuantizers)]
+    for module, _ in quantized:
+        module.quantizers = nn.ModuleDict()
+    try:
+        yield
+    finally:
+        for module, quantizers in quantized:
+            module.quantizers = quantizers
 
 
 def use_simulated_attention(network: Network) -> None:

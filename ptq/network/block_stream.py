@@ -11,10 +11,13 @@ import torch
 
 from ptq.models.weights import Weights
 from ptq.network.network import Block, Network, first_tensor, replaced_forward
+from ptq.network.outside import OutsideState
 from quantize.kernels.matmul import fast_linears
 
 Progress = Callable[[str, int, int], None]
 """Called with (what, done, total)."""
+Head = Callable[[torch.Tensor], torch.Tensor]
+"""From final hidden states (batch, tokens, channels) to logits (batch, tokens, vocabulary)."""
 
 
 class Visitor(Protocol):
@@ -35,6 +38,16 @@ class Nothing:
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
+
+
+class Kept(Protocol):
+    """What a pass keeps of its finished blocks, so that it can be taken up after the last of them."""
+
+    def take_up(self, blocks: Sequence[Block]) -> int:
+        """Puts hidden states and the visitor's results back; returns how many blocks are done."""
+
+    def keep(self, block: Block) -> None:
+        """Keeps a finished block."""
 
 
 @dataclass
@@ -93,6 +106,8 @@ class BlockStream:
     ):
         self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
         self.progress = progress or (lambda what, done, total: None)
+        self.outside: list[Callable[[], None]] = []
+        """What the transforms do to embedding, final norm and head, in order; done each time that these are held."""
         self._scratch: list[tempfile.TemporaryDirectory[str]] = []
 
     def close(self) -> None:
@@ -101,14 +116,33 @@ class BlockStream:
             folder.cleanup()
         self._scratch.clear()
 
+    @contextmanager
+    def hold_outside(self, changed: bool = True) -> Iterator[None]:
+        """Inside the context what lies outside the blocks is in memory, `changed` as the transforms leave it or as it was."""
+        with self.weights.hold(self.network.outside):
+            before = OutsideState.of(self.network)
+            try:
+                for change in self.outside if changed else ():
+                    change()
+                yield
+            finally:
+                before.put_back()
+
+    def change_outside(self) -> None:
+        """Changes what lies outside the blocks for good, where weights are resident: the model is quantized now."""
+        if self.weights.resident:
+            for change in self.outside:
+                change()
+            self.outside.clear()
+
     @torch.no_grad()
-    def open(self, ids: torch.Tensor, batch_size: int, exact: bool = False) -> Flow:
+    def open(self, ids: torch.Tensor, batch_size: int, exact: bool = False, changed: bool = True) -> Flow:
         """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block.
 
-        What is evaluated is to be `exact`: the bits that the model gives outside of the stream.
+        What is evaluated is to be `exact`: the bits that the model gives outside of the stream. `changed`: see `hold_outside`.
         """
         flow: Flow | None = None
-        with self.weights.hold(self.network.outside):
+        with self.hold_outside(changed):
             for start in range(0, len(ids), batch_size):
                 first, calls = self._record(ids[start : start + batch_size].to(self.device))
                 if flow is None:
@@ -121,15 +155,21 @@ class BlockStream:
         return flow
 
     @torch.no_grad()
-    def run(self, flows: Sequence[Flow], visitor: Visitor, what: str = "blocks") -> None:
-        """Carries every flow through every block, once, in order; `visitor` is called around each block."""
+    def run(self, flows: Sequence[Flow], visitor: Visitor, what: str = "blocks", kept: Kept | None = None) -> None:
+        """Carries every flow through every block, once, in order; `visitor` is called around each block.
+
+        With `kept` the pass goes on after the blocks that an interrupted one has finished.
+        """
         total = len(self.network.blocks)
-        for block in self.network.blocks:
+        done = 0 if kept is None else kept.take_up(self.network.blocks)
+        for block in self.network.blocks[done:]:
             with self.weights.hold([block.name]):
                 with fast_linears():
                     visitor.enter(block)
                 for flow in flows:
                     self.step(flow, block)
+                if kept is not None:
+                    kept.keep(block)
                 visitor.leave(block)
             self.progress(what, block.index + 1, total)
 
@@ -147,11 +187,12 @@ class BlockStream:
         return first_tensor(block.module(hidden, *call.args, **call.kwargs))
 
     @contextmanager
-    def head(self) -> Iterator[Callable[[torch.Tensor], torch.Tensor]]:
+    def head(self, changed: bool = True) -> Iterator[Head]:
         """Gives a function from final hidden states (batch, tokens, channels) to logits (batch, tokens, vocabulary).
 
         The model's own forward does it, with the blocks stepped over, so scaled or capped logits come out as the
         model means them. What follows the blocks works token by token, hence any chunk of tokens may be asked for.
+        `changed`: see `hold_outside`.
         """
         given: list[torch.Tensor] = []
 
@@ -164,8 +205,32 @@ class BlockStream:
             return self.network.model(input_ids=ids, use_cache=False).logits
 
         modules = [block.module for block in self.network.blocks]
-        with torch.no_grad(), self.weights.hold(self.network.outside), replaced_forward(modules, step_over):
+        with torch.no_grad(), self.hold_outside(changed), replaced_forward(modules, step_over):
             yield logits
+
+    @contextmanager
+    def heads(self) -> Iterator[tuple[Head, Head]]:
+        """Gives the head of the network as it was, and that of the network as the transforms leave it: one where these do
+        not reach outside the blocks.
+        """
+        if not self.outside:
+            with self.head() as head:
+                yield head, head
+            return
+        with self.head(changed=False) as head:
+            before = OutsideState.of(self.network)
+            for change in self.outside:
+                change()
+            after = OutsideState.of(self.network, before.held)
+
+            def under(state: OutsideState) -> Head:
+                def logits(hidden: torch.Tensor) -> torch.Tensor:
+                    state.put_back()
+                    return head(hidden)
+
+                return logits
+
+            yield under(before), under(after)
 
     def _wrap(self, hidden: torch.Tensor) -> Any:
         return (hidden, None) if self.network.returns_tuple else hidden

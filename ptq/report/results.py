@@ -23,7 +23,8 @@ class LayerResult:
     """One Linear: what it was given, and how far its weights and its output moved.
 
     `weight_sqnr_db` is the signal-to-quantization-noise ratio of the weights; `output_error` is the norm of the output's
-    change over the output's norm, on rows of the first evaluation batch as they reach it in the quantized model.
+    change over the output's norm, on rows of the first evaluation batch as they reach it in the quantized model; None for a
+    Linear that no token reached.
     `outlier_share` is the share of the input's columns that LLM.int8() leaves in floating point in that batch; None for
     other formats.
     """
@@ -35,7 +36,7 @@ class LayerResult:
     input: str
     input_bits: float
     weight_sqnr_db: float
-    output_error: float
+    output_error: float | None
     parameters: int
     outlier_share: float | None = None
 

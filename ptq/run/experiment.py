@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import pathlib
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -10,15 +11,14 @@ from typing import Any
 import yaml
 
 from ptq.config.schema import Recipe
-from ptq.config.scheme import attention_specs
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
 from ptq.files.atomic import ensure_folder, write_text
+from ptq.network.block_stream import Flow
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.results import (
     TensorKind,
-    describe_spec,
     outlier_share,
     table,
     tensor_kinds,
@@ -27,15 +27,16 @@ from ptq.report.results import (
 )
 from ptq.run.baseline import Baseline, baseline_of
 from ptq.run.environment import environment
-from ptq.run.exports import adapted, check_export, export_session, needs_saved_weights
+from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
 from ptq.run.journal import Journal
-from ptq.run.planning import check_steps, open_plan, plan_steps
+from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
+from ptq.run.resume import RESUME, KeptPass
 from ptq.run.session import Session, open_session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._registry import build_steps
-from ptq.steps._step import Plan, Step
+from ptq.steps._step import Context, Step
 
 _BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
 """What a run writes before its first result."""
@@ -50,6 +51,7 @@ def run(recipe: Recipe) -> pathlib.Path:
     steps = build_steps(recipe.steps)
     recipe = adapted(recipe)
     check_steps(recipe.scheme, steps)
+    check_places(recipe, steps)
     check_before(recipe)
     with _folder_of_a_run(recipe) as folder:
         return _run(recipe, steps, folder)
@@ -62,25 +64,42 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
     with open_session(recipe, journal) as session:
         check_export(recipe, session.network)
         tokens = session.evaluation_tokens()
-        plan = open_plan(session, steps)
+        context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
-        taken = None if plan.statistics is None else plan.statistics.copy()
-        plan_steps(session, steps, plan)
-        if taken is not None and plan.statistics is not None:
-            save_transformed(taken, plan.statistics, plan.labels, folder / "channels.png")
-        with journal.phase("quantize"):
-            flow = session.stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
-            store = folder / "quantized" if needs_saved_weights(recipe) else None
-            visitor = QuantizeVisitor(session, plan, steps, flow, store)
-            session.stream.run([flow] if plan.samples is None else [flow, plan.samples.flow], visitor, "quantize")
+        taken = context.statistics
+        key = session.identity(tokens)
+        context.keep = lambda what, flows, visitor: KeptPass(folder / RESUME / what, key, flows, visitor, journal.say)
+        plan_steps(session, steps, context)
+        if taken is not None and context.statistics is not None:
+            save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
+        visitor, flow = _quantize(session, steps, context, tokens, folder)
         for name, proof in visitor.proofs.items():
             journal.say(proof.sentence(name))
-        with journal.phase("evaluate"), session.stream.head() as head:
-            compared = compare_tokens(head, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
+        with journal.phase("evaluate"), session.stream.heads() as heads:
+            compared = compare_tokens(heads, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
         _report(session, visitor, tokens, baseline, compared, folder)
+        session.stream.change_outside()
         export_session(session, folder)
+        shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
     return folder
+
+
+def _quantize(
+    session: Session, steps: dict[str, Step], context: Context, tokens: Tokens, folder: pathlib.Path
+) -> tuple[QuantizeVisitor, Flow]:
+    """Quantizes block by block, from where an interrupted run has come to; returns the visitor and the evaluated flow."""
+    recipe, stream, samples = session.recipe, session.stream, context.samples
+    with session.journal.phase("quantize"):
+        flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
+        visitor = QuantizeVisitor(session, context, steps, flow)
+        flows = [flow] if samples is None else [flow, samples.flow]
+        carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
+        kept = KeptPass(folder / RESUME / "quantize", session.identity(tokens), carried, visitor, session.journal.say)
+        stream.run(flows, visitor, "quantize", kept)
+        if needs_saved_weights(recipe):
+            kept.hand_over(session.network.blocks, folder / "quantized")
+    return visitor, flow
 
 
 def _report(
@@ -96,18 +115,13 @@ def _report(
     comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
     bytes_before = 4 if session.loaded.baseline_dtype == "fp32" else 2
     size = size_of(session.network, visitor, bytes_before)
-    kinds = tensor_kinds(visitor.layers, size, _attention_formats(visitor.plan), 8 * bytes_before)
+    kinds = tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before)
     facts = _facts(session, tokens, kinds, baseline.losses.tolist(), compared.losses.tolist())
     facts["outlier_share"] = outlier_share(visitor.layers)
     facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
     write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
     journal.show(tensor_table(kinds))
     journal.show(table(recipe, comparison, size, facts, journal.seconds))
-
-
-def _attention_formats(plan: Plan) -> dict[str, dict[str, str]]:
-    names = (name for found in plan.attentions.values() for name in found)
-    return {n: {t: describe_spec(s, 32) for t, s in attention_specs(plan.scheme, n).items()} for n in names}
 
 
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
@@ -137,6 +151,7 @@ def dry_run(recipe: Recipe) -> None:
     steps = build_steps(recipe.steps)
     recipe = adapted(recipe)
     check_steps(recipe.scheme, steps)
+    check_places(recipe, steps)
     for line in check_before(recipe):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")

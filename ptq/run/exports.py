@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.network.network import Block, Network
 from ptq.run.journal import Journal
 from ptq.run.session import Session, open_session
+from ptq.steps._step import WEIGHT_INPUT, WEIGHT_OUTPUT, Step
 
 
 def adapted(recipe: Recipe) -> Recipe:
@@ -32,6 +34,19 @@ def check_export(recipe: Recipe, network: Network) -> None:
     """Raises `UserError` when the recipe's export cannot express its scheme or its model. Needs no weights."""
     if recipe.export is not None:
         build_exporter(recipe.export).check(recipe.scheme, network)
+
+
+def check_places(recipe: Recipe, steps: Mapping[str, Step]) -> None:
+    """Raises `UserError` when a step acts where the recipe's export has no place for it."""
+    if recipe.export is None:
+        return
+    for name, step in steps.items():
+        online = sorted(step.acts - {WEIGHT_INPUT, WEIGHT_OUTPUT})
+        if online:
+            raise UserError(
+                f"export.format: {recipe.export.format} has no place for what steps.{name} does at the {' and the '.join(online)}: "
+                f"use export=null, or ~steps.{name}"
+            )
 
 
 def needs_saved_weights(recipe: Recipe) -> bool:

@@ -1,44 +1,78 @@
-"""What the steps of a recipe plan with: links, captures and attentions of a session's network."""
+"""What the steps of a recipe plan with, and their plans one after another."""
 
 from collections.abc import Mapping
 
 from ptq.calibration.samples import Samples
+from ptq.calibration.statistics import Statistics, StatisticsVisitor
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, check_attention
 from ptq.errors import UserError
 from ptq.network.attention import attentions_of, use_simulated_attention
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
-from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Plan, Step
+from ptq.steps._step import KEY, QUERY, REFERENCE, RESIDUAL, SAMPLES, STATISTICS, TRANSFORM, Context, Step, StepPlan
 from quantize.spec.rules import TENSORS
 
 
-def open_plan(session: Session, steps: Mapping[str, Step]) -> Plan:
+def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     """Finds the links and takes what the steps capture; no step has planned yet.
 
     Raises:
         UserError: when the scheme quantizes something inside attentions that cannot be reached.
     """
     scheme, journal = session.recipe.scheme, session.journal
+    wanted = captures_of_steps(scheme, steps)
+    inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
     with journal.phase("links"):
-        traces = session.trace(REFERENCE in captures_of_steps(scheme, steps))
-        attentions = attentions_of(session.network, session.stream) if attention_tensors(scheme) else {}
+        traces = session.trace(REFERENCE in wanted or any(RESIDUAL in step.acts for step in steps.values()))
+        attentions = attentions_of(session.network, session.stream) if inside else {}
         check_attention(scheme, sum(len(names) for names in attentions.values()))
-    statistics = statistics_of(session)[0] if STATISTICS in captures_of_steps(session.recipe.scheme, steps) else None
-    return Plan(session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note)
+    statistics = statistics_of(session)[0] if STATISTICS in wanted else None
+    context = Context(
+        session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note
+    )
+    context.batch_size = session.recipe.calibration.batch_size
+    if wanted & {SAMPLES, REFERENCE} or any(step.kind == TRANSFORM for step in steps.values()):
+        context.ids = session.calibration_tokens().ids
+    return context
 
 
-def plan_steps(session: Session, steps: Mapping[str, Step], plan: Plan) -> None:
-    """Opens the calibration samples and lets every step plan, in order.
+def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) -> None:
+    """Lets every step plan, in order, each on the network as those before it leave it; then opens the samples.
 
     Where attentions are quantized the model calls them simulated from here on: the baseline has to be known by now.
     """
     with session.journal.phase("plan"):
-        if any(plan.attentions.values()):
+        if any(context.attentions.values()):
             use_simulated_attention(session.network)
-        plan.samples = _samples(session, steps)
-        for step in steps.values():
-            step.plan(plan)
+        stale: Statistics | None = None
+        for name, step in steps.items():
+            if stale is not None and STATISTICS in step.captures(context.scheme):
+                context.statistics, stale = _take_again(context, stale), None
+            plan = step.plan(context)
+            stale = context.statistics if plan.stale else stale
+            _add(context, name, step, plan)
+        context.samples = _samples(session, steps, context)
+
+
+def _add(context: Context, name: str, step: Step, plan: StepPlan) -> None:
+    context.plans[name] = plan
+    if step.kind == TRANSFORM:
+        context.steps[name] = step
+        context.stream.outside.append(lambda: step.outside(plan, context))
+    if plan.stale:
+        context.statistics = None
+    elif plan.statistics is not None:
+        context.statistics = plan.statistics
+
+
+def _take_again(context: Context, stale: Statistics) -> Statistics:
+    """Returns the statistics of the network as the steps so far leave it, of the samples that the `stale` ones are of."""
+    if context.ids is None:
+        raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
+    visitor = StatisticsVisitor()
+    context.show(visitor, context.stream.open(context.ids, context.batch_size), "statistics")
+    return visitor.result(stale.provenance)
 
 
 def check_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> None:
@@ -60,14 +94,11 @@ def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozen
     return frozenset[str]().union(*(step.captures(scheme) for step in steps.values()))
 
 
-def _samples(session: Session, steps: Mapping[str, Step]) -> Samples | None:
+def _samples(session: Session, steps: Mapping[str, Step], context: Context) -> Samples | None:
     """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
-    batch, wanted = session.recipe.calibration.batch_size, captures_of_steps(session.recipe.scheme, steps)
-    if wanted & {SAMPLES, REFERENCE}:
-        ids = session.calibration_tokens().ids
-    elif any(step.kind == TRANSFORM for step in steps.values()):
-        ids = session.calibration_tokens().ids[:batch]
-    else:
+    if context.ids is None:
         return None
-    reference = session.stream.open(ids, batch) if REFERENCE in wanted else None
-    return Samples(session.stream, session.stream.open(ids, batch), reference)
+    batch, wanted, stream = context.batch_size, captures_of_steps(session.recipe.scheme, steps), session.stream
+    ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
+    reference = stream.open(ids, batch) if REFERENCE in wanted else None
+    return Samples(stream, stream.open(ids, batch), reference)

@@ -1,22 +1,29 @@
 """The visitor that quantizes a block before the samples pass through it, and measures what that did to each Linear."""
 
+import dataclasses
 import pathlib
+from collections.abc import Mapping
+from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
-from ptq.config.scheme import linear_specs
-from ptq.files.atomic import write_atomic
+from ptq.config.scheme import attention_specs, linear_specs
+from ptq.errors import UserError
+from ptq.network.attention import AttentionQuantizers
 from ptq.network.block_stream import Flow
-from ptq.network.network import Block, Network, replace_module, weight_of
+from ptq.network.network import Block, Network, weight_of
+from ptq.network.replaced import modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_spec
+from ptq.run.finished_block import Unbuildable, read_figures, rebuild, write_block
 from ptq.run.session import Session
+from ptq.steps._attention import quantize_attention
 from ptq.steps._proof import Proof, prove
-from ptq.steps._step import SOLVER, TRANSFORM, Plan, Step
+from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
 from quantize.codecs.llm_int8 import outlier_columns
 from quantize.error import relative_error, sqnr_db
-from quantize.modules.simulated import QuantLinear
+from quantize.modules.online import output_of
+from quantize.modules.simulated import InputQuantizer, QuantLinear
 
 SAMPLED_ROWS = 128
 """Rows of the first batch on which a Linear's output error is measured."""
@@ -26,52 +33,101 @@ class QuantizeVisitor:
     """Applies the steps to each block. `layers` gathers one result a Linear, `stored` the bytes of the quantized ones.
 
     Every transform is proved: the block's output on real samples, before and after it, may differ by rounding only.
+    Attentions are quantized here, whatever the solver. Results describe the modules that stand in the block afterwards.
 
     Args:
         session: model and stream.
-        plan: what the steps have planned with.
+        context: what the steps see, with their plans.
         steps: by name, in the order of the recipe.
         flow: the evaluation samples that will pass; the first batch is used to measure output errors.
-        store: a folder for codes and scales, one file a block, or None to keep nothing.
     """
 
-    def __init__(self, session: Session, plan: Plan, steps: dict[str, Step], flow: Flow, store: pathlib.Path | None):
-        self.session, self.plan, self.flow, self.store = session, plan, flow, store
+    def __init__(self, session: Session, context: Context, steps: Mapping[str, Step], flow: Flow):
+        self.session, self.context, self.flow = session, context, flow
         self.transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
-        self.solvers = [step for step in steps.values() if step.kind == SOLVER]
+        self.solvers = {name: step for name, step in steps.items() if step.kind == SOLVER}
         self.layers: list[LayerResult] = []
+        self.attentions: dict[str, dict[str, str]] = {}
         self.proofs: dict[str, Proof] = {name: Proof() for name in self.transforms}
         self.stored = 0
         self.quantized = 0
+        self.unbuildable = ""
         self._modules: dict[str, nn.Module] = {}
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outliers: dict[str, float] = {}
-        plan.quantized = self._measure
+        self._from = 0
+        context.replaced = self._measure
 
     def enter(self, block: Block) -> None:
         """Transforms the block, then quantizes it, in place."""
-        self._modules = dict(block.module.named_modules(prefix=block.name))
-        witness = self.plan.samples.flow if self.plan.samples is not None else self.flow
-        for name, step in self.transforms.items():
-            self.proofs[name].add(*prove(name, step, block, self.session.stream, witness))
+        self._from, self._modules = len(self.layers), modules_of(block)
+        self._transform(block)
         self._samples = self._sample(block)
-        for step in self.solvers:
-            step.apply(block)
+        if self.solvers:
+            quantize_attention(self.context, block)
+        for name, step in self.solvers.items():
+            step.apply(block, self.context.plans[name], self.context)
         self._samples = {}
+        self._describe_attentions(block)
 
     def leave(self, block: Block) -> None:
-        """Writes the quantized block, and gives the originals back where the block's weights are about to go."""
-        if self.store is not None:
-            prefix = f"{block.name}."
-            # Linears that share an input quantizer share its tensors, which safetensors refuses: each gets a copy.
-            tensors = {
-                prefix + key: value.clone() if ".inputs." in key else value.contiguous()
-                for key, value in block.module.state_dict().items()
-            }
-            write_atomic(self.store / f"block-{block.index:05d}.safetensors", lambda path: save_file(tensors, path))
+        """Gives the originals back where the block's weights are about to go."""
         if not self.session.loaded.weights.resident:
             restore(self.session.network.model, self._modules)
         self._modules = {}
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes the finished block with its results."""
+        names = [name for name in self.attentions if name.startswith(f"{block.name}.")]
+        figures = {
+            "layers": [dataclasses.asdict(layer) for layer in self.layers[self._from :]],
+            "attentions": {name: self.attentions[name] for name in names},
+            "proofs": {name: dataclasses.asdict(proof) for name, proof in self.proofs.items()},
+            "stored": self.stored,
+            "quantized": self.quantized,
+        }
+        write_block(block, path, figures)
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up a finished block: its results and, where weights are resident, its modules."""
+        figures: dict[str, Any] = read_figures(path)
+        self.layers += [LayerResult(**layer) for layer in figures["layers"]]
+        self.attentions |= figures["attentions"]
+        self.proofs = {name: Proof(**proof) for name, proof in figures["proofs"].items()}
+        self.stored, self.quantized = figures["stored"], figures["quantized"]
+        if self.session.loaded.weights.resident and not self.unbuildable:
+            try:
+                rebuild(block, path, self.session.network, self.session.stream.device)
+            except Unbuildable as error:
+                self.unbuildable = str(error)
+
+    def _transform(self, block: Block) -> None:
+        """Applies the transforms in order, each proved in the basis that the residual stream has before it."""
+        if not self.transforms:
+            return
+        samples = self.context.samples
+        witness = samples.flow if samples is not None else self.flow
+        _, rows = next(witness.slices())
+        stages = [witness.hidden[rows].to(self.session.stream.device)]
+        plans = self.context.plans
+        for name in reversed(self.transforms):
+            basis = plans[name].basis
+            stages.append(stages[-1] if basis is None else basis.back(stages[-1]))
+        for name, step in self.transforms.items():
+            error, tolerance = prove(name, step, plans[name], block, self.context, witness, stages.pop())
+            self.proofs[name].add(error, tolerance, block.name)
+
+    def _describe_attentions(self, block: Block) -> None:
+        """Notes what stands in the block's attentions. Raises `UserError` where the scheme asks for more than stands there."""
+        for name in self.context.attentions.get(block.index, []):
+            module = self.context.module(name)
+            held = [child for child in module.children() if isinstance(child, AttentionQuantizers)]
+            found = {t: q.spec for child in held for t, q in child.quantizers.items() if isinstance(q, InputQuantizer)}
+            missing = sorted(set(attention_specs(self.context.scheme, name)) - set(found)) if self.solvers else []
+            if missing:
+                raise UserError(f"scheme.{missing[0]}: {name} was left without a quantizer for it: report this")
+            if found:
+                self.attentions[name] = {tensor: describe_spec(spec, 32) for tensor, spec in found.items()}
 
     def _sample(self, block: Block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""
@@ -81,7 +137,7 @@ class QuantizeVisitor:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
                 every = max(1, len(inputs) // SAMPLED_ROWS)
-                spec = linear_specs(self.plan.scheme, name).input
+                spec = linear_specs(self.context.scheme, name).input
                 if spec is not None and spec.format == "llm_int8":
                     self._outliers[name] = float(outlier_columns(inputs, spec.threshold).float().mean())
                 seen[name] = inputs[::every].clone(), outputs[::every].clone()
@@ -100,8 +156,8 @@ class QuantizeVisitor:
     def _measure(self, name: str, original: nn.Module, module: QuantLinear) -> None:
         """Adds the result of one Linear; its original weight may go after that, where it is read from disk anyway."""
         weight = weight_of(original)
-        inputs, outputs = self._samples.pop(name)
-        role = self.plan.roles.get(name, "")
+        seen = self._samples.pop(name, None)
+        role = self.context.roles.get(name, "")
         bits = 8 * weight.element_size()
         self.stored += module.stored_bytes()
         self.quantized += weight.numel()
@@ -114,20 +170,13 @@ class QuantizeVisitor:
                 input=describe_spec(module.input_spec, bits),
                 input_bits=module.input_spec.bits if module.input_spec else bits,
                 weight_sqnr_db=round(float(sqnr_db(weight, module.weight)), 3),
-                output_error=float(relative_error(outputs, module(inputs))),
+                output_error=None if seen is None else float(relative_error(seen[1], output_of(module, seen[0]))),
                 parameters=weight.numel(),
                 outlier_share=self._outliers.get(name),
             )
         )
         if not self.session.loaded.weights.resident:
             original.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
-
-
-def restore(model: nn.Module, modules: dict[str, nn.Module]) -> None:
-    """Puts every module of `modules` (by full name, parents before children) back in its place where another took it."""
-    for name, module in modules.items():
-        if model.get_submodule(name) is not module:
-            replace_module(model, name, module)
 
 
 def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> Size:

@@ -59,6 +59,11 @@ class Session:
             "transformers": transformers.__version__,
         }
 
+    def identity(self, *tokens: Tokens) -> dict[str, object]:
+        """Returns everything that the results of this recipe depend on, where its files go left out."""
+        plain = {key: value for key, value in self.recipe.as_dict().items() if key not in {"outputs", "store"}}
+        return {"recipe": plain, "threads": torch.get_num_threads(), "tokens": [self.key(t) for t in tokens]}
+
     def trace(self, sums: bool = False) -> dict[int, Trace]:
         """Finds the links of every block, and the sums where asked, and logs what the links allow."""
         traces = trace_links(self.network, self.stream, sums)

@@ -1,5 +1,46 @@
 """Methods, one file each: transforms that keep a block's function and solvers that pick its quantized weights.
 
-Modules that begin with an underscore are what methods share. Arithmetic on tensors alone is in `quantize` and
-`group_methods`.
+Modules that begin with an underscore are what methods share; what a method outside of this repository needs of them is
+imported from here. Arithmetic on tensors alone is in `quantize` and `group_methods`.
 """
+
+from ptq.steps._solving import BlockInputs, captures_of, quantize_linear, specs_of
+from ptq.steps._step import (
+    INPUT,
+    KEY,
+    OUTPUT,
+    QUERY,
+    REFERENCE,
+    RESIDUAL,
+    SAMPLES,
+    STATISTICS,
+    WEIGHT_INPUT,
+    WEIGHT_OUTPUT,
+    Context,
+    Solver,
+    Step,
+    StepPlan,
+    Transform,
+)
+
+__all__ = [
+    "INPUT",
+    "KEY",
+    "OUTPUT",
+    "QUERY",
+    "REFERENCE",
+    "RESIDUAL",
+    "SAMPLES",
+    "STATISTICS",
+    "WEIGHT_INPUT",
+    "WEIGHT_OUTPUT",
+    "BlockInputs",
+    "Context",
+    "Solver",
+    "Step",
+    "StepPlan",
+    "Transform",
+    "captures_of",
+    "quantize_linear",
+    "specs_of",
+]

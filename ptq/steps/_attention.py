@@ -9,23 +9,23 @@ from ptq.config.scheme import attention_specs
 from ptq.errors import UserError
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.network import Block
-from ptq.steps._step import Plan
+from ptq.steps._step import Context
 from quantize.modules.simulated import InputQuantizer
 from quantize.spec.quant_spec import QuantSpec
 
 
-def quantize_attention(plan: Plan, block: Block) -> None:
+def quantize_attention(context: Context, block: Block) -> None:
     """Gives each attention of the block the quantizers of its query, key, value and probabilities.
 
     Static ranges come from the calibration samples, as they pass through the block before its Linears are quantized.
     """
-    for name in plan.attentions.get(block.index, []):
-        specs = attention_specs(plan.scheme, name)
+    for name in context.attentions.get(block.index, []):
+        specs = attention_specs(context.scheme, name)
         if not specs:
             continue
-        module = plan.network.model.get_submodule(name)
-        seen = _watched(plan, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
-        labels = _labels(plan, name, specs, seen)
+        module = context.network.model.get_submodule(name)
+        seen = _watched(context, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
+        labels = _labels(context, name, specs, seen)
         quantizers = {tensor: _quantizer(tensor, spec, seen, labels) for tensor, spec in specs.items()}
         setattr(module, CHILD, AttentionQuantizers(quantizers))
 
@@ -35,9 +35,9 @@ def _watches(tensor: str, spec: QuantSpec) -> bool:
     return not spec.dynamic and tensor != "attention_probs"
 
 
-def _watched(plan: Plan, block: Block, module: nn.Module) -> dict[str, ChannelStatistics]:
+def _watched(context: Context, block: Block, module: nn.Module) -> dict[str, ChannelStatistics]:
     """Returns statistics of query, key and value (heads * head_dim channels) over the calibration samples."""
-    if plan.samples is None:
+    if context.samples is None:
         raise UserError("scheme: static ranges of query, key or value need calibration samples: none were drawn")
     seen: dict[str, ChannelStatistics] = {}
 
@@ -48,14 +48,14 @@ def _watched(plan: Plan, block: Block, module: nn.Module) -> dict[str, ChannelSt
     watcher.watch = watch
     setattr(module, CHILD, watcher)
     try:
-        plan.samples.feed(block, {})
+        context.samples.feed(block, {})
     finally:
         delattr(module, CHILD)
     return seen
 
 
 def _labels(
-    plan: Plan, name: str, specs: dict[str, QuantSpec], seen: dict[str, ChannelStatistics]
+    context: Context, name: str, specs: dict[str, QuantSpec], seen: dict[str, ChannelStatistics]
 ) -> dict[str, torch.Tensor]:
     """Returns the clusters of the channels of query, key and value where the scheme asks for them, inside each head.
 
@@ -68,17 +68,17 @@ def _labels(
     # scikit-learn takes some 100 MiB: only runs that cluster load it.
     from group_methods.kmeans import cluster_heads, max_min_features, share_heads
 
-    if not plan.head_clusters:
+    if not context.head_clusters:
         raise UserError(
             f"scheme.{wanted[0]}.granularity: 'cluster', but steps.cluster.clusters.heads gives no clusters for {name}: "
             f"add the step, or use granularity tensor"
         )
-    head_dim = plan.network.head_dim
+    head_dim = context.network.head_dim
     figures = {tensor: max_min_features(s.min, s.max, False) for tensor, s in seen.items()}
     repeat = figures["query"].shape[1] // figures["key"].shape[1]
     together = torch.cat([share_heads(figures["query"], head_dim, repeat), figures["key"]])
-    shared = cluster_heads(together, head_dim, plan.head_clusters).labels
-    own = cluster_heads(figures["value"], head_dim, plan.head_clusters).labels
+    shared = cluster_heads(together, head_dim, context.head_clusters).labels
+    own = cluster_heads(figures["value"], head_dim, context.head_clusters).labels
     return {"query": repeat_heads(shared, head_dim, repeat) if repeat > 1 else shared, "key": shared, "value": own}
 
 

@@ -9,12 +9,16 @@ from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import LinearSpecs, linear_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, replace_module, weight_of
-from ptq.steps._step import SAMPLES, STATISTICS, Plan
+from ptq.steps._step import SAMPLES, STATISTICS, Context
+from quantize.codecs.base import Encoded
 from quantize.grid.affine import Grid
 from quantize.grid.ranges import RunningRange, observed_grid
+from quantize.modules.online import carry_online
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
 
+Solved = tuple[torch.Tensor, Grid] | Encoded
+"""What a solver chose for a weight: codes (out, in) on an integer grid, or what `Codec.encode` would give for its format."""
 OBSERVED_VALUES = 1 << 21
 """Numbers of one tensor that the percentile and mse estimators look at: evenly spaced tokens of all samples."""
 
@@ -22,9 +26,9 @@ OBSERVED_VALUES = 1 << 21
 class BlockInputs:
     """Gives the Linears of a block that read one tensor with one spec the same `InputQuantizer`: it is rounded once."""
 
-    def __init__(self, plan: Plan, block: Block):
-        self._plan, self._block = plan, block
-        self._stage = {name: i for i, stage in enumerate(plan.stages(block)) for name in stage}
+    def __init__(self, context: Context, block: Block):
+        self._context, self._block = context, block
+        self._stage = {name: i for i, stage in enumerate(context.stages(block)) for name in stage}
         self._made: dict[tuple[int, QuantSpec], InputQuantizer] = {}
 
     def of(self, name: str, specs: LinearSpecs) -> InputQuantizer | None:
@@ -37,24 +41,24 @@ class BlockInputs:
         return self._made[key]
 
     def _make(self, name: str, spec: QuantSpec) -> InputQuantizer:
-        plan, labels = self._plan, labels_of(self._plan, name, spec, "input")
+        context, labels = self._context, labels_of(self._context, name, spec, "input")
         if spec.dynamic:
             return InputQuantizer(spec)
         if spec.range == "minmax":
-            if plan.statistics is None:
+            if context.statistics is None:
                 raise UserError(f"scheme.input.dynamic: false for {name} needs calibration statistics: none were taken")
-            statistics = plan.statistics.inputs[name]
+            statistics = context.statistics.inputs[name]
             return InputQuantizer(spec, (statistics.min, statistics.max), labels)
-        if plan.samples is None:
+        if context.samples is None:
             raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
         if spec.range == "ema":
-            running, length = RunningRange(), plan.samples.flow.ids.shape[1]
-            plan.samples.feed(
+            running, length = RunningRange(), context.samples.flow.ids.shape[1]
+            context.samples.feed(
                 self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))}
             )
             return InputQuantizer(spec, running.range(), labels)
-        rows = Rows(OBSERVED_VALUES, plan.samples.tokens)
-        plan.samples.feed(self._block, {name: rows.add})
+        rows = Rows(OBSERVED_VALUES, context.samples.tokens)
+        context.samples.feed(self._block, {name: rows.add})
         return InputQuantizer(spec, None, labels, observed_grid(rows.kept(), spec, labels))
 
 
@@ -78,53 +82,57 @@ class Rows:
         return torch.cat(self._kept)
 
 
-def specs_of(plan: Plan, name: str) -> LinearSpecs:
+def specs_of(context: Context, name: str) -> LinearSpecs:
     """Returns what the scheme says of the Linear `name`."""
-    return linear_specs(plan.scheme, name)
+    return linear_specs(context.scheme, name)
 
 
 def quantize_linear(
-    plan: Plan,
+    context: Context,
     name: str,
     specs: LinearSpecs,
     inputs: InputQuantizer | None,
-    solve: Callable[[torch.Tensor], tuple[torch.Tensor, Grid]] | None = None,
+    solve: Callable[[torch.Tensor], Solved] | None = None,
 ) -> QuantLinear:
     """Puts the quantized Linear in the place of the Linear `name`, and returns it.
 
     Args:
-        plan: what the steps have planned with.
+        context: what the step sees.
         name: full name of the Linear.
         specs: its formats.
         inputs: the quantizer of its input.
-        solve: gives codes and grid of a weight (out, in); None rounds to nearest.
+        solve: gives what is stored of a weight (out, in); None rounds to nearest.
 
     Raises:
         UserError: for NaN or inf in the weight, or a scheme that does not fit it.
     """
-    module: nn.Module = plan.network.model.get_submodule(name)
-    weight, labels = weight_of(module), labels_of(plan, name, specs.weight, "weight")
+    module: nn.Module = context.network.model.get_submodule(name)
+    weight, labels = weight_of(module), labels_of(context, name, specs.weight, "weight")
     bias = module.bias if isinstance(module.bias, torch.Tensor) else None
     try:
-        codes, grid = solve(weight) if solve is not None and specs.weight is not None else (None, None)
-        quantized = QuantLinear(weight, bias, specs.weight, inputs, grid, codes, labels)
+        solved = solve(weight) if solve is not None and specs.weight is not None else (None, None)
+        if isinstance(solved, tuple):
+            quantized = QuantLinear(weight, bias, specs.weight, inputs, solved[1], solved[0], labels)
+        else:
+            quantized = QuantLinear(weight, bias, specs.weight, inputs, stored=solved)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
-    replace_module(plan.network.model, name, quantized)
-    plan.quantized(name, module, quantized)
+    carry_online(module, quantized)
+    replace_module(context.network.model, name, quantized)
+    context.replaced(name, module, quantized)
     return quantized
 
 
-def labels_of(plan: Plan, name: str, spec: QuantSpec | None, tensor: str) -> torch.Tensor | None:
+def labels_of(context: Context, name: str, spec: QuantSpec | None, tensor: str) -> torch.Tensor | None:
     """Returns the cluster of each input channel of the Linear `name` where `spec` asks for clusters, else None."""
     if spec is None or spec.granularity != "cluster":
         return None
-    if name not in plan.labels:
+    if name not in context.labels:
         raise UserError(
             f"scheme.{tensor}.granularity: 'cluster', but no step clusters the input of {name}: "
             f"add steps.cluster, or an override with granularity tensor for it"
         )
-    return plan.labels[name]
+    return context.labels[name]
 
 
 def captures_of(scheme: SchemeConfig) -> frozenset[str]:

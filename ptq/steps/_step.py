@@ -1,18 +1,26 @@
-"""What a step is: one stage of a recipe, and what it may see and ask for."""
+"""The contract that methods live by: what a step sees, what it decides once, and what it may change in a block."""
 
-from collections.abc import Callable
+import dataclasses
+import json
+import pathlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
-from typing import ClassVar, Protocol
+from typing import Any, ClassVar, Self
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ptq.calibration.samples import Samples
-from ptq.calibration.statistics import Statistics
+from ptq.calibration.statistics import Provenance, Statistics
 from ptq.config.schema import SchemeConfig
-from ptq.network.block_stream import BlockStream
+from ptq.network.basis import Basis
+from ptq.network.block_stream import BlockStream, Flow, Kept, Visitor
 from ptq.network.links import Link, Trace
 from ptq.network.network import Block, Network
+from ptq.network.replaced import put_back
 from quantize.modules.simulated import QuantLinear
 
 TRANSFORM = "transform"
@@ -27,49 +35,133 @@ SAMPLES = "samples"
 REFERENCE = "reference"
 """Capture: the same samples once more, as they reach each block of the unquantized network."""
 
+INPUT, OUTPUT, WEIGHT_INPUT, WEIGHT_OUTPUT, QUERY, KEY, RESIDUAL = PLACES = (
+    "input", "output", "weight_input", "weight_output", "query", "key", "residual",
+)  # fmt: skip
+"""Where a transform acts: on what a Linear reads or gives (online), on its columns or rows, on query and key after rotary
+embeddings (online), or on the residual stream as a whole."""
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """What a step decided when it saw everything. It can be stored, and is all that `Step.apply` knows of the planning.
+
+    Attributes:
+        tensors: by a name of the step's own.
+        figures: plain figures and lists, as JSON holds them.
+        labels: by full name of a Linear, which cluster each of its input channels is in, int64 (in,).
+        head_clusters: clusters of each head's query, key and value, or 0.
+        basis: the residual stream's new basis, or None where it stays as it is.
+        statistics: of every Linear once the step has been applied, or None where it leaves them as they are.
+        stale: the statistics do not hold any more and cannot be rewritten: they are taken again for who needs them.
+    """
+
+    tensors: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    figures: Mapping[str, Any] = field(default_factory=dict)
+    labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    head_clusters: int = 0
+    basis: Basis | None = None
+    statistics: Statistics | None = None
+    stale: bool = False
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes the plan as one safetensors file."""
+        tensors = {f"tensors|{name}": tensor for name, tensor in self.tensors.items()}
+        tensors |= {f"labels|{name}": tensor for name, tensor in self.labels.items()}
+        facts: dict[str, Any] = {"figures": self.figures, "head_clusters": self.head_clusters, "stale": self.stale}
+        if self.basis is not None:
+            tensors |= {"basis|matrix": self.basis.matrix, "basis|inverse": self.basis.inverse}
+            facts["centred"] = self.basis.centred
+        if self.statistics is not None:
+            tensors |= {f"statistics|{name}": tensor for name, tensor in self.statistics.to_tensors().items()}
+            facts["provenance"] = dataclasses.asdict(self.statistics.provenance)
+        # Tensors that share memory are refused by safetensors: each gets its own.
+        own = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in tensors.items()}
+        save_file(own, path, metadata={"kind": "step plan", "facts": json.dumps(facts)})
+
+    @classmethod
+    def load(cls, path: pathlib.Path, device: torch.device) -> Self:
+        """Reads what `save` wrote, its tensors on `device`."""
+        with safe_open(path, framework="pt", device=str(device)) as file:
+            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        parts: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "labels": {}, "basis": {}, "statistics": {}}
+        for key, tensor in found.items():
+            part, _, name = key.partition("|")
+            parts[part][name] = tensor
+        basis = statistics = None
+        if parts["basis"]:
+            basis = Basis(parts["basis"]["matrix"], parts["basis"]["inverse"], facts["centred"])
+        if "provenance" in facts:
+            statistics = Statistics.from_tensors(parts["statistics"], Provenance(**facts["provenance"]))
+        return cls(
+            parts["tensors"],
+            facts["figures"],
+            parts["labels"],
+            facts["head_clusters"],
+            basis,
+            statistics,
+            facts["stale"],
+        )
+
 
 @dataclass
-class Plan:
-    """What a step sees of the whole network, before the first block, and what steps tell one another.
+class Context:
+    """What a step sees of the whole network.
 
     Attributes:
         network: the model as blocks.
         stream: brings a block's weights into memory (``stream.weights.hold``) and calls blocks.
         scheme: which tensor gets which `QuantSpec`.
         traces: links, roles and stages by block.
-        statistics: of every Linear, kept true by the transforms; None when no step of the recipe captures them.
-        samples: the calibration samples; None when no step captures them.
-        labels: by full name of a Linear, which cluster each of its input channels is in, int64 (in,); written by cluster.
+        statistics: of every Linear as the steps so far leave it; None when no step of the recipe captures them.
+        ids: the calibration samples' tokens (samples, length), or None when no step needs any.
+        batch_size: samples that pass together.
+        samples: the calibration samples as they reach the present block, for `Step.apply`; None when no step captures them.
         attentions: full names of the modules that call transformers' attention interface, by block.
-        head_clusters: clusters of each head's query, key and value; written by cluster.
+        steps: the steps so far, by name, in order.
+        plans: what they have decided.
         note: writes a line into the run's log.
-        quantized: called with (full name, the Linear, the `QuantLinear` in its place), right after the replacement; a step
-            that still needs the original's weight takes what it needs before.
+        keep: makes what a pass of this name keeps of its finished blocks, or None where nothing is kept.
+        replaced: called with (full name, the Linear, the `QuantLinear` in its place), right after the replacement.
     """
 
     network: Network
     stream: BlockStream
     scheme: SchemeConfig
-    traces: dict[int, Trace] = field(default_factory=dict)
+    traces: Mapping[int, Trace] = field(default_factory=dict)
     statistics: Statistics | None = None
+    ids: torch.Tensor | None = None
+    batch_size: int = 1
     samples: Samples | None = None
-    labels: dict[str, torch.Tensor] = field(default_factory=dict)
-    attentions: dict[int, list[str]] = field(default_factory=dict)
-    head_clusters: int = 0
+    attentions: Mapping[int, list[str]] = field(default_factory=dict)
+    steps: "dict[str, Step]" = field(default_factory=dict)
+    plans: dict[str, StepPlan] = field(default_factory=dict)
     note: Callable[[str], None] = lambda line: None
-    quantized: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
+    keep: Callable[[str, list[Flow], Any], Kept | None] = lambda what, flows, visitor: None
+    replaced: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
     @property
     def roles(self) -> dict[str, str]:
         """Query, key or value by full name of the Linear that computes it."""
         return {name: role for trace in self.traces.values() for name, role in trace.roles.items()}
 
+    @property
+    def labels(self) -> dict[str, torch.Tensor]:
+        """Clusters of input channels by full name of a Linear, as the plans so far say."""
+        return {name: labels for plan in self.plans.values() for name, labels in plan.labels.items()}
+
+    @property
+    def head_clusters(self) -> int:
+        """Clusters of each head's query, key and value, or 0."""
+        return max((plan.head_clusters for plan in self.plans.values()), default=0)
+
     def links(self, block: Block) -> list[Link]:
         """Returns the proved links of a block."""
         return self.traces[block.index].links if block.index in self.traces else []
 
     def sums(self, block: Block) -> dict[str, str]:
-        """Returns `ptq.network.residual.find_sums` of a block: where the outputs of its Linears are added to the residual stream."""
+        """Returns `ptq.network.residual.find_sums` of a block: where its Linears' outputs are added to the residual stream."""
         return self.traces[block.index].sums if block.index in self.traces else {}
 
     def stages(self, block: Block) -> list[tuple[str, ...]]:
@@ -78,20 +170,96 @@ class Plan:
         seen = {name for stage in known for name in stage}
         return known + [(name,) for name in block.linears if name not in seen]
 
+    def module(self, name: str) -> Any:
+        """Returns the module of that full name, as it stands now."""
+        return self.network.model.get_submodule(name)
 
-class Step(Protocol):
-    """One stage of a recipe, in order: a function-preserving transform or a solver that picks the quantized weights.
+    @contextmanager
+    def shown(self, block: Block) -> Iterator[None]:
+        """Inside the context the block's weights are in memory as the steps so far leave them; then they are put back."""
+        with self.stream.weights.hold([block.name]), self.transformed(block):
+            yield
 
-    A step's module holds a dataclass `Options` beside it. `kind` is `TRANSFORM` or `SOLVER`.
+    @contextmanager
+    def transformed(self, block: Block) -> Iterator[None]:
+        """As `shown`, for a block whose weights are in memory."""
+        if not self.steps:
+            yield
+            return
+        with put_back(self.network, block):
+            for name, step in self.steps.items():
+                step.apply(block, self.plans[name], self)
+            yield
+
+    def show(self, visitor: Visitor, flow: Flow, what: str) -> None:
+        """Carries samples through the network as the steps so far leave it, for a step that plans.
+
+        A visitor with ``write(block, path)`` and ``read(block, path)`` is taken up after its last finished block when the
+        run is interrupted.
+        """
+        kept = self.keep(what, [flow], visitor) if hasattr(visitor, "write") else None
+        self.stream.run([flow], _Shown(self, visitor), what, kept)
+
+
+class _Shown:
+    """Shows a visitor every block as the steps so far leave it."""
+
+    def __init__(self, context: Context, visitor: Visitor):
+        self._context, self._visitor = context, visitor
+        self._held = ExitStack()
+
+    def enter(self, block: Block) -> None:
+        """Applies the steps so far, then lets the visitor enter."""
+        self._held.enter_context(self._context.transformed(block))
+        self._visitor.enter(block)
+
+    def leave(self, block: Block) -> None:
+        """Lets the visitor leave, then puts the block back."""
+        try:
+            self._visitor.leave(block)
+        finally:
+            self._held.close()
+
+
+class Step:
+    """One stage of a recipe. Its module holds a dataclass `Options` beside it, and one of `Transform` and `Solver` is its base.
+
+    A step is made once and holds nothing but its options: what it has decided is in its `StepPlan`.
     """
 
     kind: ClassVar[str]
+    acts: ClassVar[frozenset[str]] = frozenset()
+    """Where a transform acts, of `PLACES`."""
+
+    def __init__(self, options: Any):
+        self.options = options
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
-        """Returns what this step needs from the calibration samples under `scheme`: `STATISTICS`, `SAMPLES`, or nothing."""
+        """Returns what this step needs from the calibration samples under `scheme`: `STATISTICS`, `SAMPLES`, `REFERENCE`."""
+        return frozenset()
 
-    def plan(self, plan: Plan) -> None:
-        """Sees everything once, before the first block. A transform rewrites ``plan.statistics`` here, for those after it."""
+    def plan(self, context: Context) -> StepPlan:
+        """Sees everything once, before the first block. `Context.shown` and `Context.show` apply the steps before it."""
+        return StepPlan()
 
-    def apply(self, block: Block) -> None:
+    def outside(self, plan: StepPlan, context: Context) -> None:
+        """Changes what lies outside the blocks (embedding, final norm, head), whose weights are in memory.
+
+        Parameters are replaced (`ptq.network.outside.set_weight`) and never written into: they may be tied, and are put back.
+        """
+
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Changes one block whose weights are in memory; called once a block, in stream order."""
+        raise TypeError(f"{type(self).__name__} does not say what it does to a block")
+
+
+class Transform(Step):
+    """A step that leaves what the network computes as it is; that is proved on every block."""
+
+    kind: ClassVar[str] = TRANSFORM
+
+
+class Solver(Step):
+    """A step that replaces Linears by quantized ones."""
+
+    kind: ClassVar[str] = SOLVER

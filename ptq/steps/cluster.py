@@ -2,10 +2,9 @@
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
-from torch import nn
 
 from group_methods.kmeans import KINDS as FEATURES
 from group_methods.kmeans import (
@@ -23,8 +22,9 @@ from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
-from ptq.steps._step import STATISTICS, TRANSFORM, Plan
-from ptq.steps.smooth import kind_of
+from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
+from ptq.steps.smooth import key_of, kind_of
+from quantize.modules.reordered import Reordered
 
 METHODS = ("max_std_kmeans", "max_min_kmeans")
 
@@ -81,99 +81,94 @@ class Options:
                 )
 
 
-class Reordered(nn.Module):
-    """A norm that writes its channels in another order."""
-
-    order: torch.Tensor
-
-    def __init__(self, inner: nn.Module, order: torch.Tensor):
-        super().__init__()
-        self.inner = inner
-        self.register_buffer("order", order)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Returns what the norm gives for `x` (..., channels), gathered."""
-        y: torch.Tensor = self.inner(x).index_select(-1, self.order)
-        return y
-
-
-class Step:
+class Step(Transform):
     """Groups the input channels of Linears, and moves them so that those of a group are contiguous."""
 
-    kind: ClassVar[str] = TRANSFORM
-
-    def __init__(self, options: Options):
-        self.options = options
-        self._moves: dict[int, list[_Move]] = {}
+    acts: ClassVar[frozenset[str]] = frozenset({WEIGHT_INPUT, WEIGHT_OUTPUT})
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the channel statistics of every link."""
         return frozenset({STATISTICS})
 
-    def plan(self, plan: Plan) -> None:
-        """Groups the channels of every link; writes ``plan.labels``, and rewrites the statistics in the new order."""
-        self._plan = plan
-        plan.head_clusters = self.options.clusters.heads
-        if plan.statistics is None:
+    def plan(self, context: Context) -> StepPlan:
+        """Groups the channels of every link, and rewrites the statistics in the new order."""
+        if context.statistics is None:
             raise UserError("steps.cluster: needs calibration statistics, and none were taken")
-        shared = self._residual(plan.statistics)
-        for block in plan.network.blocks:
-            self._moves[block.index] = []
-            for link in plan.links(block):
-                labels = self._labels(link, plan.statistics, shared)
-                if labels is not None:
-                    self._take(block, link, labels, plan.statistics)
+        grouping = _Grouping(self.options, context, context.statistics.copy())
+        grouping.run()
+        return StepPlan(
+            grouping.orders,
+            {"moves": grouping.moves},
+            grouping.labels,
+            self.options.clusters.heads,
+            statistics=grouping.statistics,
+        )
 
-    def apply(self, block: Block) -> None:
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Moves the block's channels, in place."""
-        if not self.options.reorder:
-            return
-        model = self._plan.network.model
         with torch.no_grad():
-            for move in self._moves[block.index]:
-                if move.link.kind == "norm":
-                    norm = model.get_submodule(move.link.producer)
-                    replace_module(model, move.link.producer, Reordered(norm, move.written))
-                for name in move.writers:
-                    producer = model.get_submodule(name)
-                    weight_of(producer).copy_(permute_rows(weight_of(producer), move.written))
+            for move in plan.figures["moves"].get(str(block.index), []):
+                written, read = (plan.tensors[f"{move['key']}|{side}"] for side in ("written", "read"))
+                if move["norm"]:
+                    norm = context.module(move["producer"])
+                    replace_module(context.network.model, move["producer"], Reordered(norm, written))
+                for name in move["writers"]:
+                    producer = context.module(name)
+                    weight_of(producer).copy_(permute_rows(weight_of(producer), written))
                     if isinstance(producer.bias, torch.Tensor):
-                        producer.bias.copy_(permute_rows(producer.bias, move.written))
-                for name in move.link.readers:
-                    weight = weight_of(model.get_submodule(name))
-                    weight.copy_(permute_columns(weight, move.read))
+                        producer.bias.copy_(permute_rows(producer.bias, written))
+                for name in move["readers"]:
+                    weight = weight_of(context.module(name))
+                    weight.copy_(permute_columns(weight, read))
 
-    def _residual(self, statistics: Statistics) -> torch.Tensor | None:
+
+class _Grouping:
+    """Finds the groups; `moves` says by block which channels move, `orders` where to, `labels` who is in which group."""
+
+    def __init__(self, options: Options, context: Context, statistics: Statistics):
+        self.options, self.context, self.statistics = options, context, statistics
+        self.orders: dict[str, torch.Tensor] = {}
+        self.labels: dict[str, torch.Tensor] = {}
+        self.moves: dict[str, list[dict[str, Any]]] = {}
+
+    def run(self) -> None:
+        """Groups the channels of every link of the network."""
+        shared = self._residual()
+        for block in self.context.network.blocks:
+            for link in self.context.links(block):
+                labels = self._group(link, shared)
+                if labels is not None:
+                    self._take(block, link, labels)
+
+    def _residual(self) -> torch.Tensor | None:
         """Returns the grouping of the residual channels that all norm links share, or None where each has its own."""
         count = self.options.clusters.residual
         if self.options.method != "max_std_kmeans" or count == 0:
             return None
-        links = [x for block in self._plan.network.blocks for x in self._plan.links(block) if x.kind == "norm"]
+        context, statistics = self.context, self.statistics
+        links = [x for block in context.network.blocks for x in context.links(block) if x.kind == "norm"]
         # A norm inside the attention (on heads) has another width than the residual stream.
-        width = self._plan.network.model.config.get_text_config().hidden_size
+        width = context.network.model.config.get_text_config().hidden_size
         readers = [name for link in links for name in link.readers if len(statistics.inputs[name].min) == width]
         if not readers:
             return None
-        return cluster(
-            self._features(readers, statistics), count, self.options.seed, extent=_extent(readers, statistics)
-        ).labels
+        return cluster(self._features(readers), count, self.options.seed, extent=_extent(readers, statistics)).labels
 
-    def _labels(self, link: Link, statistics: Statistics, shared: torch.Tensor | None) -> torch.Tensor | None:
+    def _group(self, link: Link, shared: torch.Tensor | None) -> torch.Tensor | None:
         """Returns the clusters of the channels that the link's producer writes, or None for no clusters."""
-        kind, counts, seed = kind_of(link, self._plan.roles), self.options.clusters, self.options.seed
-        reader = link.readers[0]
+        kind, counts, seed = kind_of(link, self.context.roles), self.options.clusters, self.options.seed
+        reader, statistics = link.readers[0], self.statistics
         if kind == "norm":
             if shared is not None and len(shared) == len(statistics.inputs[reader].min):
                 return shared
             if counts.residual == 0:
                 return None
-            return cluster(
-                self._features([reader], statistics), counts.residual, seed, extent=_extent([reader], statistics)
-            ).labels
+            extent = _extent([reader], statistics)
+            return cluster(self._features([reader]), counts.residual, seed, extent=extent).labels
         count = {"v_o": counts.out, "up_down": counts.mlp, "fc1_fc2": counts.mlp}.get(kind, 0)
         if count == 0:
             return None
-        features, extent = self._features([reader], statistics), _extent([reader], statistics)
+        features, extent = self._features([reader]), _extent([reader], statistics)
         if kind != "v_o":
             return cluster(features, count, seed, extent=extent).labels
         head_dim = link.head_dim
@@ -181,8 +176,8 @@ class Step:
         extent = share_heads(extent[None], head_dim, link.repeat).amax(0)
         return cluster_heads(features, head_dim, count, seed=seed, extent=extent).labels
 
-    def _features(self, readers: list[str], statistics: Statistics) -> torch.Tensor:
-        o = self.options
+    def _features(self, readers: list[str]) -> torch.Tensor:
+        o, statistics = self.options, self.statistics
         if o.method == "max_min_kmeans":
             figures = statistics.inputs[readers[0]]
             return max_min_features(figures.min, figures.max, o.standardise)
@@ -190,41 +185,35 @@ class Step:
         weights = [ChannelRange(x.in_min, x.in_max, x.in_std) for x in (statistics.weights[name] for name in readers)]
         return max_std_features(inputs, weights, o.standardise, o.features, o.sources)
 
-    def _take(self, block: Block, link: Link, labels: torch.Tensor, statistics: Statistics) -> None:
+    def _take(self, block: Block, link: Link, labels: torch.Tensor) -> None:
         """Notes the labels of the link's readers and, where channels move, their order."""
         repeated = labels if link.repeat == 1 else repeat_heads(labels, link.head_dim, link.repeat)
         if not self.options.reorder:
-            self._plan.labels.update(dict.fromkeys(link.readers, repeated))
+            self.labels.update(dict.fromkeys(link.readers, repeated))
             return
-        move = _Move(link, self._writers(block, link), order_of(labels), order_of(repeated))
-        self._moves[block.index].append(move)
+        inputs, weights = self.statistics.inputs, self.statistics.weights
+        key, writers, written, read = key_of(link), self._writers(block, link), order_of(labels), order_of(repeated)
+        move = {"key": key, "producer": link.producer, "norm": link.kind == "norm"}
+        move |= {"writers": list(writers), "readers": list(link.readers)}
+        self.moves.setdefault(str(block.index), []).append(move)
+        self.orders |= {f"{key}|written": written, f"{key}|read": read}
         for name in link.readers:
-            self._plan.labels[name] = repeated[move.read]
-            statistics.inputs[name] = statistics.inputs[name].reordered(move.read)
-            statistics.weights[name] = statistics.weights[name].reordered_inputs(move.read)
-        for name in move.writers:
-            statistics.weights[name] = statistics.weights[name].reordered_outputs(move.written)
+            self.labels[name] = repeated[read]
+            inputs[name] = inputs[name].reordered(read)
+            weights[name] = weights[name].reordered_inputs(read)
+        for name in writers:
+            weights[name] = weights[name].reordered_outputs(written)
 
     def _writers(self, block: Block, link: Link) -> tuple[str, ...]:
         """Returns the Linears whose rows move: the producer, and the gate that is multiplied with it channel by channel."""
         producer = link.source or link.producer
         if link.kind == "norm":
             return ()
-        if kind_of(link, self._plan.roles) != "up_down":
+        if kind_of(link, self.context.roles) != "up_down":
             return (producer,)
-        stage = next((s for s in self._plan.stages(block) if producer in s), (producer,))
+        stage = next((s for s in self.context.stages(block) if producer in s), (producer,))
         beside = [name for name in stage if name.rpartition(".")[0] == producer.rpartition(".")[0]]
         return tuple(beside) if len(beside) == 2 else (producer,)
-
-
-@dataclass(frozen=True)
-class _Move:
-    """The new order of the channels that a link's producer writes, and of those that its readers read."""
-
-    link: Link
-    writers: tuple[str, ...]
-    written: torch.Tensor
-    read: torch.Tensor
 
 
 def _extent(readers: list[str], statistics: Statistics) -> torch.Tensor:

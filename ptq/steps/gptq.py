@@ -2,17 +2,15 @@
 
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import ClassVar
 
 import torch
 
-from ptq.calibration.samples import Watcher
+from ptq.calibration.samples import Samples, Watcher
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.network import Block, weight_of
-from ptq.steps._attention import quantize_attention
 from ptq.steps._solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
-from ptq.steps._step import REFERENCE, SAMPLES, SOLVER, Plan
+from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
 from quantize.grid.affine import Grid
 from quantize.kernels.matmul import product
@@ -53,14 +51,12 @@ STACKED = ("channel", "group")
 TARGETS = ("present", "original", "residual")
 
 
-class Step:
+class Step(Solver):
     """Replaces the block's Linears by `QuantLinear` with weights solved by GPTQ."""
-
-    kind: ClassVar[str] = SOLVER
 
     def __init__(self, options: Options):
         try:
-            self.options = GptqOptions(options.damping, options.block, options.act_order, options.static_groups)
+            solving = GptqOptions(options.damping, options.block, options.act_order, options.static_groups)
         except ValueError as error:
             raise UserError(f"steps.gptq.{error}") from None
         if options.target not in TARGETS:
@@ -73,37 +69,44 @@ class Step:
                 "steps.gptq.sequential: false does not go with target 'residual': two Linears of a block would both take "
                 "back the same error: use sequential true, or target original"
             )
-        self.sequential, self.target = options.sequential, options.target
+        super().__init__(options)
+        self.solving, self.sequential, self.target = solving, options.sequential, options.target
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the calibration samples, and what static input ranges need. `UserError` for weights that are not integers."""
         check_integers(scheme, "gptq")
         return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
 
-    def plan(self, plan: Plan) -> None:
-        """Keeps what `apply` needs."""
-        self._plan = plan
-
-    def apply(self, block: Block) -> None:
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        plan = self._plan
-        if plan.samples is None:
+        _Solving(self, block, context).run()
+
+
+class _Solving:
+    """GPTQ of one block."""
+
+    def __init__(self, step: Step, block: Block, context: Context):
+        if context.samples is None:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
-        stages = plan.stages(block)
-        sums = plan.sums(block) if self.target == "residual" else {}
-        originals = self._originals(block, stages, sums)
-        quantize_attention(plan, block)
-        inputs = BlockInputs(plan, block)
-        if not self.sequential:
-            self._quantize(block, stages, inputs, sums, originals)
+        self.step, self.options, self.block, self.context = step, step.solving, block, context
+        self.samples: Samples = context.samples
+
+    def run(self) -> None:
+        """Quantizes the block's Linears in place."""
+        context, block, samples = self.context, self.block, self.samples
+        stages = context.stages(block)
+        sums = context.sums(block) if self.step.target == "residual" else {}
+        originals = self._originals(stages, sums)
+        inputs = BlockInputs(context, block)
+        if not self.step.sequential:
+            self._quantize(stages, inputs, sums, originals)
             return
-        with plan.samples.stage_by_stage(block, stages) as present:
+        with samples.stage_by_stage(block, stages) as present:
             for stage in present:
-                self._quantize(block, [stage], inputs, sums, originals)
+                self._quantize([stage], inputs, sums, originals)
 
     def _quantize(
         self,
-        block: Block,
         stages: list[tuple[str, ...]],
         inputs: BlockInputs,
         sums: dict[str, str],
@@ -111,21 +114,20 @@ class Step:
     ) -> None:
         """Quantizes the Linears of these stages, on what reaches them now."""
         moments = [m for stage in stages for m in self._moments(stage, inputs, sums, originals)]
-        self._feed(block, moments)
+        self._feed(moments)
         solved = {name: found for m in moments for name, found in self._solved(m).items()}
         for name in (name for stage in stages for name in stage):
-            specs = specs_of(self._plan, name)
+            specs = specs_of(self.context, name)
             if specs.any:
                 chosen = partial(_chosen, solved[name]) if name in solved else None
-                quantize_linear(self._plan, name, specs, inputs.of(name, specs), chosen)
+                quantize_linear(self.context, name, specs, inputs.of(name, specs), chosen)
 
-    def _originals(self, block: Block, stages: list[tuple[str, ...]], sums: dict[str, str]) -> dict[str, torch.Tensor]:
+    def _originals(self, stages: list[tuple[str, ...]], sums: dict[str, str]) -> dict[str, torch.Tensor]:
         """Returns what the unquantized network has where the targets need it: inputs by first name of a stage, and sums."""
-        samples = self._plan.samples
-        if samples is None or self.target == "present":
+        if self.step.target == "present":
             return {}
         plain = [stage[0] for stage in stages if not set(stage) <= set(sums)]
-        return samples.advance_reference(block, list(dict.fromkeys([*plain, *sums.values()])))
+        return self.samples.advance_reference(self.block, list(dict.fromkeys([*plain, *sums.values()])))
 
     def _moments(
         self, stage: tuple[str, ...], inputs: BlockInputs, sums: dict[str, str], originals: dict[str, torch.Tensor]
@@ -135,14 +137,14 @@ class Step:
         """
         made: dict[tuple[InputQuantizer | None, str], _Moments] = {}
         for name in stage:
-            specs = specs_of(self._plan, name)
+            specs = specs_of(self.context, name)
             if specs.weight is None:
                 continue
             key = inputs.of(name, specs), name if name in sums else ""
             if key not in made:
-                weight = weight_of(self._plan.network.model.get_submodule(name))
+                weight = weight_of(self.context.network.model.get_submodule(name))
                 rows, columns = weight.shape if name in sums else (weight.shape[1], weight.shape[1])
-                error = None if self.target == "present" else ErrorMoment(rows, columns, weight.device)
+                error = None if self.step.target == "present" else ErrorMoment(rows, columns, weight.device)
                 original = originals.get(sums.get(name, stage[0]))
                 made[key] = _Moments(stage[0], key[0], Hessian(columns, weight.device), error, original)
                 if name in sums:
@@ -150,15 +152,15 @@ class Step:
             made[key].names.append(name)
         return list(made.values())
 
-    def _feed(self, block: Block, moments: "list[_Moments]") -> None:
+    def _feed(self, moments: "list[_Moments]") -> None:
         """Lets the samples pass, and every moment see what it needs."""
         watchers: dict[str, list[Watcher]] = {}
         for m in moments:
             watchers.setdefault(m.first, []).append(m.see)
             if m.place is not None:
                 watchers.setdefault(m.place, []).append(m.see_sum)
-        if watchers and self._plan.samples is not None:
-            self._plan.samples.feed(block, {name: partial(_all, found) for name, found in watchers.items()})
+        if watchers:
+            self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()})
 
     def _solved(self, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
         """Returns codes and grid of the Linears that share these moments, by name.
@@ -168,7 +170,7 @@ class Step:
         """
         together: dict[tuple[QuantSpec, str], list[str]] = {}
         for name in moments.names:
-            spec = specs_of(self._plan, name).weight
+            spec = specs_of(self.context, name).weight
             if spec is not None:
                 together.setdefault((spec, "" if spec.granularity in STACKED else name), []).append(name)
         solved: dict[str, tuple[torch.Tensor, Grid]] = {}
@@ -177,9 +179,9 @@ class Step:
         return solved
 
     def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
-        weights = [_weight(self._plan, name) for name in names]
+        weights = [_weight(self.context, name) for name in names]
         weight, hessian = torch.cat([w.float() for w in weights]), moments.hessian.matrix
-        labels = labels_of(self._plan, names[0], spec, "weight")
+        labels = labels_of(self.context, names[0], spec, "weight")
         try:
             if moments.error is not None:
                 weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
@@ -188,9 +190,9 @@ class Step:
             raise UserError(f"{', '.join(names)}: {error}") from None
         for name in names:
             if solution.fallback:
-                self._plan.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
+                self.context.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
             elif solution.damping > self.options.damping:
-                self._plan.note(f"gptq: {name}: damping raised to {solution.damping:g}")
+                self.context.note(f"gptq: {name}: damping raised to {solution.damping:g}")
         rows = [len(w) for w in weights]
         grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
         return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
@@ -200,9 +202,9 @@ def _chosen(solved: tuple[torch.Tensor, Grid], weight: torch.Tensor) -> tuple[to
     return solved
 
 
-def _weight(plan: Plan, name: str) -> torch.Tensor:
+def _weight(context: Context, name: str) -> torch.Tensor:
     try:
-        return checked(weight_of(plan.network.model.get_submodule(name)))
+        return checked(weight_of(context.module(name)))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
 

@@ -1,5 +1,6 @@
 """SmoothQuant (Xiao et al. 2022): scale migrates from a link's activation into the weights that read it."""
 
+import pathlib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
@@ -7,14 +8,14 @@ from typing import ClassVar
 import torch
 
 from ptq.calibration.samples import Samples
-from ptq.calibration.statistics import ChannelStatistics, WeightStatistics
+from ptq.calibration.statistics import ChannelStatistics, Statistics, WeightStatistics
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.links import Link
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
 from ptq.steps._solving import Rows, specs_of
-from ptq.steps._step import STATISTICS, TRANSFORM, Plan
+from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
 from quantize.codecs.registry import codec_of
 from quantize.kernels.matmul import product
 from quantize.modules.simulated import InputQuantizer, fake_quantize_dynamic
@@ -61,90 +62,129 @@ class Options:
             raise UserError("steps.smooth.candidates: empty, but search is true: list alphas such as [0.3, 0.5, 0.7]")
 
 
-class Step:
+class Step(Transform):
     """Divides what a link's producer writes by a scale per channel, and multiplies the columns that read it."""
 
-    kind: ClassVar[str] = TRANSFORM
-
-    def __init__(self, options: Options):
-        self.options = options
-        self._scales: dict[int, list[tuple[Link, torch.Tensor]]] = {}
+    acts: ClassVar[frozenset[str]] = frozenset({WEIGHT_INPUT, WEIGHT_OUTPUT})
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the channel statistics of every link."""
         return frozenset({STATISTICS})
 
-    def plan(self, plan: Plan) -> None:
+    def plan(self, context: Context) -> StepPlan:
         """Chooses the scale of every link, and rewrites the statistics of what it touches."""
-        self._plan = plan
+        planning = _Planning(self.options, context)
         if not self.options.search:
-            for block in plan.network.blocks:
-                with plan.stream.weights.hold([block.name]):
-                    self._plan_block(block, None)
-            return
-        if plan.samples is None:
+            for block in context.network.blocks:
+                with context.shown(block):
+                    planning.choose(block, None)
+        elif context.ids is None:
             raise UserError("steps.smooth.search: needs calibration samples, and none were drawn")
-        size = plan.samples.flow.batch_size
-        flow = plan.stream.open(plan.samples.flow.ids[:size], size)
-        plan.stream.run([flow], _Search(self, Samples(plan.stream, flow)), "smooth")
+        else:
+            size = context.batch_size
+            flow = context.stream.open(context.ids[:size], size)
+            context.show(_Search(planning, Samples(context.stream, flow)), flow, "smooth")
+        return StepPlan(planning.scales, statistics=planning.statistics)
 
-    def apply(self, block: Block) -> None:
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Rescales the block's links, in place."""
-        model = self._plan.network.model
         with torch.no_grad():
-            for link, scale in self._scales[block.index]:
-                producer = model.get_submodule(link.source or link.producer)
+            for link in _in_order(context, block):
+                scale = plan.tensors.get(key_of(link))
+                if scale is None:
+                    continue
+                producer = context.module(link.source or link.producer)
                 if link.kind == "norm":
                     divide_norm(producer.weight, getattr(producer, "bias", None), scale, gain_offset(producer) or 0.0)
                 else:
                     divide_rows(weight_of(producer), producer.bias, scale)
                 for reader in link.readers:
-                    multiply_columns(weight_of(model.get_submodule(reader)), link.reader_scale(scale))
+                    multiply_columns(weight_of(context.module(reader)), link.reader_scale(scale))
 
-    def links(self, block: Block) -> Iterator[Link]:
-        """Yields the links of `block` to smooth, in order; notes what cannot be smoothed, and why."""
-        plan, asked = self._plan, self.options.links
-        kinds = {link: kind_of(link, plan.roles) for link in plan.links(block)}
-        for kind in (k for k in KINDS if asked is None or k in asked):
-            for link in (x for x, found in kinds.items() if found == kind):
-                reason = self._reason(link, kind)
-                if reason and asked is not None:
-                    raise UserError(f"steps.smooth.links: {kind} of {link.producer}: {reason}: leave {kind} out")
-                if reason:
-                    plan.note(f"smooth: {link.producer} left alone: {reason}")
-                else:
-                    yield link
 
-    def _reason(self, link: Link, kind: str) -> str:
-        """Returns why the link cannot be smoothed exactly, or ""."""
-        module = self._plan.network.model.get_submodule(link.producer)
-        if kind == "fc1_fc2" and not link.homogeneous:
-            return f"{type(module).__name__} does not commute with positive scales as ReLU does"
-        if kind == "norm" and gain_offset(module) is None:
-            return f"{type(module).__name__} multiplies by neither w nor 1 + w"
-        return ""
+def key_of(link: Link) -> str:
+    """Returns the name of a link's scale in the plan."""
+    return f"{link.producer}|{link.readers[0]}"
 
-    def _plan_block(self, block: Block, rows: dict[str, torch.Tensor] | None) -> None:
-        plan = self._plan
-        if plan.statistics is None:
+
+def links_of(options: Options, context: Context, block: Block) -> Iterator[Link]:
+    """Yields the links of `block` to smooth, in order; notes what cannot be smoothed, and why."""
+    asked, roles = options.links, context.roles
+    for link in _in_order(context, block):
+        kind = kind_of(link, roles)
+        if asked is not None and kind not in asked:
+            continue
+        reason = _reason(link, kind, context)
+        if reason and asked is not None:
+            raise UserError(f"steps.smooth.links: {kind} of {link.producer}: {reason}: leave {kind} out")
+        if reason:
+            context.note(f"smooth: {link.producer} left alone: {reason}")
+        else:
+            yield link
+
+
+def _in_order(context: Context, block: Block) -> list[Link]:
+    """Returns the links of `block` that can be smoothed, in the order of `KINDS`."""
+    roles = context.roles
+    kinds = {link: kind_of(link, roles) for link in context.links(block)}
+    return sorted((link for link, kind in kinds.items() if kind), key=lambda link: KINDS.index(kinds[link]))
+
+
+def _reason(link: Link, kind: str, context: Context) -> str:
+    """Returns why the link cannot be smoothed exactly, or ""."""
+    module = context.module(link.producer)
+    if kind == "fc1_fc2" and not link.homogeneous:
+        return f"{type(module).__name__} does not commute with positive scales as ReLU does"
+    if kind == "norm" and gain_offset(module) is None:
+        return f"{type(module).__name__} multiplies by neither w nor 1 + w"
+    return ""
+
+
+class _Planning:
+    """Gathers the scales, and what they make of the statistics."""
+
+    def __init__(self, options: Options, context: Context):
+        if context.statistics is None:
             raise UserError("steps.smooth: needs calibration statistics, and none were taken")
-        inputs, weights = plan.statistics.inputs, plan.statistics.weights
-        model = plan.network.model
+        self.options, self.context = options, context
+        self.statistics = context.statistics.copy()
+        self.scales: dict[str, torch.Tensor] = {}
+
+    def links(self, block: Block) -> list[Link]:
+        """Returns the links of `block` to smooth, in order."""
+        return list(links_of(self.options, self.context, block))
+
+    def of_block(self, block: Block) -> StepPlan:
+        """Returns what has been chosen for one block."""
+        inputs, weights = self.statistics.inputs, self.statistics.weights
+        names = list(block.linears)
+        scales = {key: self.scales[key] for key in map(key_of, self.links(block))}
+        own = Statistics({n: inputs[n] for n in names}, {n: weights[n] for n in names}, self.statistics.provenance)
+        return StepPlan(scales, statistics=own)
+
+    def add(self, chosen: StepPlan) -> None:
+        """Takes up what had been chosen for one block."""
+        self.scales |= chosen.tensors
+        if chosen.statistics is not None:
+            self.statistics.inputs.update(chosen.statistics.inputs)
+            self.statistics.weights.update(chosen.statistics.weights)
+
+    def choose(self, block: Block, rows: dict[str, torch.Tensor] | None) -> None:
+        """Chooses the scales of a block whose weights are in memory, on these rows of its links' tensors where alpha is searched."""
+        inputs, weights = self.statistics.inputs, self.statistics.weights
         working: dict[str, torch.Tensor] = {}
 
         def weight(name: str) -> torch.Tensor:
             if name not in working:
-                working[name] = weight_of(model.get_submodule(name)).detach().clone()
+                working[name] = weight_of(self.context.module(name)).detach().clone()
             return working[name]
 
-        chosen = self._scales[block.index] = []
         for link in self.links(block):
             readers = [weight(name) for name in link.readers]
-            statistics = inputs[link.readers[0]]
             seen = None if rows is None else rows[link.readers[0]]
-            scale = self._scale(link, statistics, readers, seen)
+            scale = self._scale(link, inputs[link.readers[0]], readers, seen)
             back = link.reader_scale(scale)
-            chosen.append((link, scale))
+            self.scales[key_of(link)] = scale
             for name in link.readers:
                 multiply_columns(weight(name), back)
                 inputs[name] = inputs[name].divided(back)
@@ -162,7 +202,7 @@ class Step:
         )
         if rows is None:
             return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
-        specs = specs_of(self._plan, link.readers[0])
+        specs = specs_of(self.context, link.readers[0])
         outputs = [product(rows, weight.t()) for weight in readers]
         trial = _Trial(rows, readers, outputs, _clusterless(specs.weight), specs.input, statistics)
         scales = [torch.ones_like(columns)]
@@ -172,21 +212,30 @@ class Step:
 
 
 class _Search:
-    """The visitor that shows the step some tokens of every link of a block."""
+    """The visitor that shows the planning some tokens of every link of a block."""
 
-    def __init__(self, step: Step, samples: Samples):
-        self.step, self.samples = step, samples
+    def __init__(self, planning: _Planning, samples: Samples):
+        self.planning, self.samples = planning, samples
 
     def enter(self, block: Block) -> None:
         """Lets the samples pass once, then chooses the block's scales."""
-        names = [link.readers[0] for link in self.step.links(block)]
+        names = [link.readers[0] for link in self.planning.links(block)]
         kept = {name: Rows(SEARCH_VALUES, self.samples.tokens) for name in names}
         if names:
             self.samples.feed(block, {name: rows.add for name, rows in kept.items()})
-        self.step._plan_block(block, {name: rows.kept() for name, rows in kept.items()})
+        self.planning.choose(block, {name: rows.kept() for name, rows in kept.items()})
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes the block's scales, and its Linears' statistics as they leave them."""
+        self.planning.of_block(block).save(path)
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up what `write` has written."""
+        device = self.planning.context.stream.device
+        self.planning.add(StepPlan.load(path, device))
 
 
 @dataclass(frozen=True)

@@ -55,6 +55,24 @@ class InputQuantizer(nn.Module):
             self._low, self._high = grid.low, grid.high
         self._last: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
 
+    @classmethod
+    def from_stored(
+        cls,
+        spec: QuantSpec,
+        low: int,
+        high: int,
+        scale: torch.Tensor | None = None,
+        zero_point: torch.Tensor | None = None,
+        labels: torch.Tensor | None = None,
+    ) -> Self:
+        """Returns the quantizer whose `spec`, `limits` and buffers these are."""
+        return cls(spec, None, labels, None if scale is None else Grid(scale, zero_point, low, high))
+
+    @property
+    def limits(self) -> tuple[int, int]:
+        """Least and greatest code of a static grid; (0, 0) where ranges are dynamic."""
+        return self._low, self._high
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` rounded to its grid, in the type of `x`."""
         if x.is_inference():
@@ -110,6 +128,7 @@ class QuantLinear(nn.Module):
         grid: the weight's grid when a solver has chosen it; otherwise fitted to the weight.
         codes: the weight's codes when a solver has chosen them, (out, in); otherwise nearest.
         labels: cluster of each input channel, int64 (in,); only with a weight of granularity cluster.
+        stored: what is stored of the weight when a solver has chosen it, for a format that is not integer.
 
     Raises:
         ValueError: for NaN or inf in the weight, a format that weights cannot have, a group size that does not divide its
@@ -132,6 +151,7 @@ class QuantLinear(nn.Module):
         grid: Grid | None = None,
         codes: torch.Tensor | None = None,
         labels: torch.Tensor | None = None,
+        stored: Encoded | None = None,
     ):
         super().__init__()
         weight = weight.detach()
@@ -150,12 +170,19 @@ class QuantLinear(nn.Module):
                 raise ValueError(
                     f"format: {weight_spec.format!r} has no grid that a solver could choose codes on: use int"
                 )
-            stored = codec_of(weight_spec).encode(weight, weight_spec)
+            if stored is None:
+                stored = codec_of(weight_spec).encode(weight, weight_spec)
+            elif (found := {n: (tuple(t.shape), t.dtype) for n, t in stored.items()}) != (
+                expected := codec_of(weight_spec).layout(tuple(weight.shape), weight_spec)
+            ):
+                raise ValueError(f"stored: {found} is not what {weight_spec.format} stores of this weight: {expected}")
             self._names = tuple(stored)
             for name, tensor in stored.items():
                 self.register_buffer(name, tensor)
             self.register_buffer("weight", self._decoded(weight.dtype), persistent=False)
         else:
+            if stored is not None:
+                raise ValueError(f"stored: {weight_spec.format!r} takes codes and a grid instead")
             self._names = GRID
             grid = grid or weight_grid(weight, weight_spec, self.labels)
             self.register_buffer("scale", grid.scale)
@@ -180,6 +207,27 @@ class QuantLinear(nn.Module):
         """Returns the module for codes (out, in) that a solver has chosen on `grid`; `dtype` is the compute type."""
         shape = torch.zeros((), dtype=dtype, device=codes.device).expand(codes.shape)
         return cls(shape, bias, weight_spec, inputs, grid, codes, labels)
+
+    @classmethod
+    def from_stored(
+        cls,
+        stored: Encoded,
+        shape: tuple[int, int],
+        bias: torch.Tensor | None,
+        weight_spec: QuantSpec,
+        inputs: InputQuantizer | None = None,
+        dtype: torch.dtype = torch.float32,
+        labels: torch.Tensor | None = None,
+    ) -> Self:
+        """Returns the module of a weight of `shape` (out, in) whose buffers `stored` (by name), `bias` and `labels` were;
+        `dtype` is the compute type.
+        """
+        if weight_spec.affine:
+            limits = integer_range(weight_spec.bits, weight_spec.symmetric, weight_spec.full_range)
+            grid = Grid(stored["scale"], stored.get("zero_point"), *limits)
+            return cls.from_codes(stored["codes"], grid, bias, weight_spec, inputs, dtype, labels)
+        empty = torch.zeros((), dtype=dtype, device=stored["codes"].device).expand(shape)
+        return cls(empty, bias, weight_spec, inputs, stored=stored)
 
     @property
     def _grid(self) -> Grid:

@@ -11,7 +11,7 @@ from ptq.network.links import trace_links
 from ptq.network.network import build_network
 from ptq.network.staged_pass import StagedPass
 from ptq.steps import gptq
-from ptq.steps._step import Plan
+from ptq.steps._step import Context, StepPlan
 from ptq.testing import ARCHITECTURES, random_tiny
 from quantize.spec.quant_spec import QuantSpec
 
@@ -30,23 +30,22 @@ class Solver:
         scheme = SchemeConfig(weight=QuantSpec(bits=3, granularity="channel"), input=INPUTS)
         # What a run traces for `target: residual`; without it that target would be `original`.
         traces = trace_links(self.network, self.stream, sums=True)
-        self.plan = Plan(self.network, self.stream, scheme, traces)
+        self.context = Context(self.network, self.stream, scheme, traces)
         reference = self.stream.open(ids, 2) if options.get("target", "present") != "present" else None
-        self.plan.samples = Samples(self.stream, self.stream.open(ids, 2), reference)
+        self.context.samples = Samples(self.stream, self.stream.open(ids, 2), reference)
         self.step = gptq.Step(gptq.Options(**options))  # type: ignore[arg-type]
-        self.step.plan(self.plan)
 
     def enter(self, block: object) -> None:
-        self.step.apply(block)  # type: ignore[arg-type]
+        self.step.apply(block, StepPlan(), self.context)  # type: ignore[arg-type]
 
     def leave(self, block: object) -> None:
         pass
 
     def solved(self) -> tuple[dict[str, torch.Tensor], torch.Tensor]:
         """Everything that the quantized model holds, and the hidden states after its last block."""
-        self.stream.run([self.plan.samples.flow], self)  # type: ignore[union-attr]
+        self.stream.run([self.context.samples.flow], self)  # type: ignore[union-attr]
         state = {name: t.clone() for name, t in self.model.state_dict().items()}
-        hidden = self.plan.samples.flow.hidden.clone()  # type: ignore[union-attr]
+        hidden = self.context.samples.flow.hidden.clone()  # type: ignore[union-attr]
         self.stream.close()
         return state, hidden
 
@@ -64,7 +63,7 @@ def test_one_waiting_pass_gives_the_bits_of_a_pass_for_every_stage(architecture:
 def test_every_target_gives_the_same_bits_in_one_waiting_pass(target: str) -> None:
     once = Solver("llama", target=target).solved()
     separate = Solver("llama", hidden_states="disk", target=target)
-    assert all(separate.plan.sums(block) for block in separate.network.blocks)
+    assert all(separate.context.sums(block) for block in separate.network.blocks)
     again = separate.solved()
     assert all(tensor.equal(again[0][name]) for name, tensor in once[0].items())
     assert once[1].equal(again[1])
@@ -82,11 +81,11 @@ def test_every_batch_passes_a_block_once_for_all_its_stages() -> None:
 
 def test_a_failure_half_way_leaves_the_block_and_the_samples_as_they_were() -> None:
     solver = Solver("llama")
-    samples, block = solver.plan.samples, solver.network.blocks[0]
+    samples, block = solver.context.samples, solver.network.blocks[0]
     assert samples is not None
     before = samples.flow.hidden.clone()
     expected = solver.stream.call(samples.flow, block, 0, before[:2])
-    with pytest.raises(KeyError), samples.stage_by_stage(block, solver.plan.stages(block)) as present:
+    with pytest.raises(KeyError), samples.stage_by_stage(block, solver.context.stages(block)) as present:
         next(present)
         raise KeyError
     assert samples.flow.hidden.equal(before) and not samples.flow.ahead
@@ -97,7 +96,7 @@ def test_a_failure_half_way_leaves_the_block_and_the_samples_as_they_were() -> N
 def test_stages_in_another_order_than_they_are_called_in_are_reported() -> None:
     solver = Solver("llama")
     block = solver.network.blocks[0]
-    flow, stages = solver.plan.samples.flow, solver.plan.stages(block)  # type: ignore[union-attr]
+    flow, stages = solver.context.samples.flow, solver.context.stages(block)  # type: ignore[union-attr]
     with StagedPass(solver.stream, flow, block, stages[::-1]) as paused:
         paused.advance()
         assert paused.stage == stages[-1] and not list(paused.inputs())
@@ -109,7 +108,7 @@ def test_a_linear_that_is_never_called_does_not_hold_up_the_pass() -> None:
     solver = Solver("llama")
     block = solver.network.blocks[0]
     block.module.spare = torch.nn.Linear(4, 4)
-    flow, stages = solver.plan.samples.flow, solver.plan.stages(block)  # type: ignore[union-attr]
+    flow, stages = solver.context.samples.flow, solver.context.stages(block)  # type: ignore[union-attr]
     with StagedPass(solver.stream, flow, block, [*stages, (f"{block.name}.spare",)]) as paused:
         for _ in stages:
             paused.advance()

@@ -70,7 +70,10 @@ def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path
     monkeypatch.setattr(
         BlockStream,
         "run",
-        lambda self, flows, visitor, what="blocks": (passes.append(what), original(self, flows, visitor, what))[1],
+        lambda self, flows, visitor, what="blocks", kept=None: (
+            passes.append(what),
+            original(self, flows, visitor, what, kept),
+        )[1],
     )
     second = metrics(run(recipe))
     assert passes == ["links", "quantize"]

@@ -15,7 +15,7 @@ from ptq.network.network import build_network
 from ptq.steps import cluster, rtn, smooth
 from ptq.steps._proof import prove
 from ptq.steps._registry import build_steps
-from ptq.steps._step import Plan
+from ptq.steps._step import Context, StepPlan, Transform
 from ptq.testing import ARCHITECTURES, random_tiny
 from quantize.spec.quant_spec import QuantSpec
 
@@ -36,9 +36,10 @@ class Prepared:
         self.network = build_network(self.model)
         self.stream = BlockStream(self.network, ResidentWeights(), torch.device("cpu"))
         self.ids = torch.randint(3, 60, (4, 12), generator=generator)
-        self.plan = Plan(self.network, self.stream, scheme or SchemeConfig(), trace_links(self.network, self.stream))
-        self.plan.statistics = self.statistics()
-        self.plan.samples = Samples(self.stream, self.stream.open(self.ids, 2))
+        traces = trace_links(self.network, self.stream)
+        self.context = Context(self.network, self.stream, scheme or SchemeConfig(), traces, self.statistics())
+        self.context.ids, self.context.batch_size = self.ids, 2
+        self.context.samples = Samples(self.stream, self.stream.open(self.ids, 2))
 
     def statistics(self) -> Statistics:
         visitor = StatisticsVisitor()
@@ -49,10 +50,16 @@ class Prepared:
     def logits(self) -> torch.Tensor:
         return self.model(input_ids=self.ids, use_cache=False).logits
 
+    def plan(self, step) -> StepPlan:
+        plan = step.plan(self.context)
+        self.context.plans[type(step).__module__] = plan
+        self.context.statistics = plan.statistics or self.context.statistics
+        return plan
+
     def apply(self, step) -> None:
-        step.plan(self.plan)
+        plan = self.plan(step)
         for block in self.network.blocks:
-            step.apply(block)
+            step.apply(block, plan, self.context)
 
 
 def steps():
@@ -106,7 +113,7 @@ def test_rounding_in_clusters_gives_the_same_numbers_without_reordering(architec
 def test_statistics_rewritten_by_a_transform_equal_those_taken_again(architecture, name):
     prepared = Prepared(architecture)
     prepared.apply(steps()[name])
-    rewritten, again = prepared.plan.statistics, prepared.statistics()
+    rewritten, again = prepared.context.statistics, prepared.statistics()
     for linear, inputs in again.inputs.items():
         mine: ChannelStatistics = rewritten.inputs[linear]
         for figure in ("min", "max", "mean", "std"):
@@ -126,7 +133,7 @@ def test_a_solver_before_a_transform_is_refused_by_name():
 
 def test_smoothing_opt_is_the_published_formula_worked_out_on_two_layers():
     prepared = Prepared("opt")
-    statistics, model, alpha = prepared.plan.statistics, prepared.model, 0.7
+    statistics, model, alpha = prepared.context.statistics, prepared.model, 0.7
     expected = {}
     for layer in (0, 1):
         block = f"model.decoder.layers.{layer}"
@@ -162,57 +169,45 @@ def test_relu_is_smoothed_and_what_cannot_be_is_noted_where_nothing_was_asked_fo
     notes = []
     for architecture in ("opt", "gpt_neox"):
         prepared = Prepared(architecture)
-        prepared.plan.note = notes.append
+        prepared.context.note = notes.append
         before = prepared.model.get_submodule(
-            prepared.plan.links(prepared.network.blocks[0])[0].readers[0]
+            prepared.context.links(prepared.network.blocks[0])[0].readers[0]
         ).weight.clone()
         prepared.apply(smooth.Step(smooth.Options()))
-        after = prepared.model.get_submodule(prepared.plan.links(prepared.network.blocks[0])[0].readers[0]).weight
+        after = prepared.model.get_submodule(prepared.context.links(prepared.network.blocks[0])[0].readers[0]).weight
         assert not torch.equal(before, after)
     assert all("gpt_neox" in note and "left alone" in note for note in notes)
     assert len(notes) == len(prepared.network.blocks)
 
 
-class Broken:
+class Broken(Transform):
     """A transform that scales a norm and forgets its readers."""
 
-    kind = "transform"
-
-    def captures(self, scheme):
-        return frozenset()
-
-    def plan(self, plan):
-        self._plan = plan
-
-    def apply(self, block):
+    def apply(self, block, plan, context):
         with torch.no_grad():
-            self._plan.network.model.get_submodule(self._plan.links(block)[0].producer).weight.mul_(1.001)
+            context.module(context.links(block)[0].producer).weight.mul_(1.001)
 
 
 def test_a_transform_that_changes_what_a_block_computes_is_stopped_by_name():
     prepared = Prepared("llama")
-    step = Broken()
-    step.plan(prepared.plan)
+    step, flow = Broken(None), prepared.context.samples.flow
     block = prepared.network.blocks[0]
     with pytest.raises(UserError, match=rf"steps.broken: changes the output of {block.name} by \d.*~steps.broken"):
-        prove("broken", step, block, prepared.stream, prepared.plan.samples.flow)
+        prove("broken", step, StepPlan(), block, prepared.context, flow, flow.hidden[:2])
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gemma3"])
 def test_a_proof_of_a_true_transform_stays_within_rounding(architecture):
     prepared = Prepared(architecture)
     step = smooth.Step(smooth.Options())
-    step.plan(prepared.plan)
-    error, tolerance, name = prove(
-        "smooth", step, prepared.network.blocks[0], prepared.stream, prepared.plan.samples.flow
-    )
+    plan, flow = prepared.plan(step), prepared.context.samples.flow
+    error, tolerance = prove("smooth", step, plan, prepared.network.blocks[0], prepared.context, flow, flow.hidden[:2])
     assert 0 <= error <= tolerance < 1e-3
-    assert name == prepared.network.blocks[0].name
 
 
 def test_a_searched_alpha_preserves_the_logits_too():
     prepared = Prepared("llama")
-    prepared.plan.scheme = SchemeConfig(
+    prepared.context.scheme = SchemeConfig(
         weight=QuantSpec(bits=4), input=QuantSpec(bits=4, granularity="token", dynamic=True)
     )
     before = prepared.logits()
@@ -238,11 +233,11 @@ def test_a_search_under_clusters_leaves_activations_more_of_their_ranges_than_un
         # One channel far out: with a range of its own it need not move into the weights.
         for block in prepared.network.blocks:
             block.module.self_attn_layer_norm.weight.data[3] *= 60
-        prepared.plan.statistics = prepared.statistics()
+        prepared.context.statistics = prepared.statistics()
         four = QuantSpec(bits=4, granularity=granularity, symmetric=False)
-        prepared.plan.scheme = SchemeConfig(weight=QuantSpec(bits=4, granularity="channel"), input=four)
-        smooth.Step(smooth.Options(search=True, links=("norm",))).plan(prepared.plan)
-        ranges = [s.absmax for n, s in prepared.plan.statistics.inputs.items() if n.endswith("q_proj")]
+        prepared.context.scheme = SchemeConfig(weight=QuantSpec(bits=4, granularity="channel"), input=four)
+        prepared.plan(smooth.Step(smooth.Options(search=True, links=("norm",))))
+        ranges = [s.absmax for n, s in prepared.context.statistics.inputs.items() if n.endswith("q_proj")]
         return sum(float(r.max() / r.median()) for r in ranges)
 
     assert migrated("cluster") > 2 * migrated("tensor")

@@ -1,0 +1,48 @@
+"""Blocks whose modules or weights are changed for a while, and put back."""
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+from torch import nn
+
+from ptq.network.network import Block, Network, replace_module
+
+
+@contextmanager
+def put_back(network: Network, block: Block) -> Iterator[None]:
+    """On leaving, the block's modules are those that they were, and its parameters hold what they held.
+
+    Inside the context parameters are copies: what writes into them in place does not reach the originals. One block's
+    weights more are in memory for that time.
+    """
+    modules = modules_of(block)
+    originals = [(p, p.data) for p in block.module.parameters()]
+    hooks = {module: (dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in modules.values()}
+    children = {module: dict(module._modules) for module in modules.values()}
+    for parameter, data in originals:
+        parameter.data = data.clone()
+    try:
+        yield
+    finally:
+        for parameter, data in originals:
+            parameter.data = data
+        for module, held in children.items():
+            module._modules.clear()
+            module._modules.update(held)
+        for module, (before, after) in hooks.items():
+            for now, then in ((module._forward_pre_hooks, before), (module._forward_hooks, after)):
+                now.clear()
+                now.update(then)
+        restore(network.model, modules)
+
+
+def modules_of(block: Block) -> dict[str, nn.Module]:
+    """Returns the block's modules by full name, parents before children."""
+    return dict(block.module.named_modules(prefix=block.name))
+
+
+def restore(model: nn.Module, modules: Mapping[str, nn.Module]) -> None:
+    """Puts every module of `modules` (by full name, parents before children) back in its place where another took it."""
+    for name, module in modules.items():
+        if model.get_submodule(name) is not module:
+            replace_module(model, name, module)

@@ -1,0 +1,163 @@
+"""A finished block as a file: what its quantized modules hold, and how they are built again."""
+
+import dataclasses
+import json
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import nn
+
+from ptq.network.attention import CHILD, AttentionQuantizers
+from ptq.network.network import Block, Network, replace_module
+from quantize.modules.online import INPUT, OUTPUT, attach_input, attach_output
+from quantize.modules.reordered import Reordered
+from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.spec.quant_spec import QuantSpec
+
+
+class Unbuildable(ValueError):
+    """A module that a step has put into the block, and that nobody knows how to build again."""
+
+
+def tensors_of_block(block: Block) -> dict[str, torch.Tensor]:
+    """Returns all that the block holds, by full name; tensors that modules share are there once for each."""
+    prefix, state = f"{block.name}.", block.module.state_dict()
+    seen: set[int] = set()
+    tensors = {}
+    for key, value in state.items():
+        own = value.numel() == 0 or value.data_ptr() not in seen
+        seen.add(value.data_ptr())
+        tensors[prefix + key] = value.contiguous() if own else value.clone().contiguous()
+    return tensors
+
+
+def description_of(block: Block) -> dict[str, Any]:
+    """Returns what `rebuild` has to know beyond the tensors, as JSON holds it."""
+    linears: dict[str, Any] = {}
+    quantizers: dict[int, str] = {}
+    found: dict[str, Any] = {"linears": linears, "attentions": {}, "reordered": [], "online": {}}
+    for name, module in block.module.named_modules(prefix=block.name):
+        if isinstance(module, QuantLinear):
+            dtype, shape = str(module.weight.dtype).removeprefix("torch."), list(module.weight.shape)
+            linears[name] = {"spec": _spec(module.weight_spec), "dtype": dtype, "shape": shape}
+            if module.inputs is not None:
+                first = quantizers.setdefault(id(module.inputs), name)
+                linears[name]["inputs"] = _quantizer(module.inputs) | {"shared_with": first}
+        elif isinstance(module, AttentionQuantizers):
+            known = {tensor: _quantizer(q) for tensor, q in module.quantizers.items() if isinstance(q, InputQuantizer)}
+            transforms = {tensor: _online(inner) for tensor, inner in module.transforms.items()}
+            found["attentions"][name.removesuffix(f".{CHILD}")] = {"quantizers": known, "transforms": transforms}
+        elif isinstance(module, Reordered):
+            found["reordered"].append(name)
+        for place in (INPUT, OUTPUT):
+            if place in module._modules:
+                found["online"].setdefault(name, {})[place] = _online(module.get_submodule(place))
+    return found
+
+
+def write_block(block: Block, path: pathlib.Path, figures: Mapping[str, Any]) -> None:
+    """Writes the block as one safetensors file, with its description and the caller's `figures` in the metadata."""
+    metadata = {
+        "kind": "finished block",
+        "description": json.dumps(description_of(block)),
+        "figures": json.dumps(figures),
+    }
+    save_file(tensors_of_block(block), path, metadata=metadata)
+
+
+def read_figures(path: pathlib.Path) -> dict[str, Any]:
+    """Returns the `figures` that `write_block` was given."""
+    with safe_open(path, framework="pt") as file:
+        figures: dict[str, Any] = json.loads(file.metadata()["figures"])
+    return figures
+
+
+@torch.no_grad()
+def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.device) -> None:
+    """Puts the modules that `write_block` wrote into the block, in place of its own.
+
+    Raises:
+        Unbuildable: for a module of a class that has no ``from_description``.
+    """
+    with safe_open(path, framework="pt", device=str(device)) as file:
+        description: dict[str, Any] = json.loads(file.metadata()["description"])
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+    model = network.model
+    for name in description["reordered"]:
+        replace_module(model, name, Reordered(model.get_submodule(name), tensors[f"{name}.order"]))
+    shared: dict[str, InputQuantizer] = {}
+    for name, facts in description["linears"].items():
+        replace_module(model, name, _linear(name, facts, tensors, shared))
+    for name, facts in description["attentions"].items():
+        child = f"{name}.{CHILD}"
+        known = {t: _input(f, f"{child}.quantizers.{t}", tensors) for t, f in facts["quantizers"].items()}
+        transforms = {t: _built(f) for t, f in facts["transforms"].items()}
+        model.get_submodule(name).add_module(CHILD, AttentionQuantizers(known, transforms).to(device))
+    for name, places in description["online"].items():
+        for place, facts in places.items():
+            attach = attach_input if place == INPUT else attach_output
+            attach(model.get_submodule(name), _built(facts).to(device))
+    prefix = f"{block.name}."
+    plain = {key.removeprefix(prefix): tensor for key, tensor in tensors.items()}
+    for key, held in {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}.items():
+        if key in plain and held.data_ptr() != plain[key].data_ptr():
+            held.copy_(plain[key])
+
+
+def _linear(
+    name: str, facts: Mapping[str, Any], tensors: Mapping[str, torch.Tensor], shared: dict[str, InputQuantizer]
+) -> QuantLinear:
+    own = {key.removeprefix(f"{name}."): tensor for key, tensor in tensors.items() if key.startswith(f"{name}.")}
+    inputs = None
+    if "inputs" in facts:
+        first = facts["inputs"]["shared_with"]
+        if first not in shared:
+            shared[first] = _input(facts["inputs"], f"{first}.inputs", tensors)
+        inputs = shared[first]
+    spec, dtype = facts["spec"], getattr(torch, facts["dtype"])
+    if spec is None:
+        return QuantLinear(own["weight"].to(dtype), own.get("bias"), None, inputs)
+    return QuantLinear.from_stored(
+        {key: t for key, t in own.items() if "." not in key and key not in {"bias", "labels"}},
+        (facts["shape"][0], facts["shape"][1]), own.get("bias"), QuantSpec(**spec), inputs, dtype, own.get("labels"),
+    )  # fmt: skip
+
+
+def _input(facts: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor]) -> InputQuantizer:
+    return InputQuantizer.from_stored(
+        QuantSpec(**facts["spec"]), facts["low"], facts["high"], tensors.get(f"{name}.scale"),
+        tensors.get(f"{name}.zero_point"), tensors.get(f"{name}.labels"),
+    )  # fmt: skip
+
+
+def _quantizer(module: InputQuantizer) -> dict[str, Any]:
+    low, high = module.limits
+    return {"spec": _spec(module.spec), "low": low, "high": high}
+
+
+def _spec(spec: QuantSpec | None) -> dict[str, Any] | None:
+    return None if spec is None else dataclasses.asdict(spec)
+
+
+def _online(module: nn.Module) -> dict[str, Any]:
+    kind = type(module)
+    facts = module.description() if hasattr(module, "description") else None  # type: ignore[operator]
+    return {"class": f"{kind.__module__}.{kind.__qualname__}", "description": facts}
+
+
+def _built(facts: Mapping[str, Any]) -> nn.Module:
+    """Builds an online transform of this package's own classes again; its tensors are read by name afterwards."""
+    # Only classes that have registered themselves: a file names a class, and must not choose what is imported.
+    kind = ONLINE.get(facts["class"])
+    if kind is None or facts["description"] is None:
+        raise Unbuildable(f"{facts['class']} has no description to be built from again")
+    module: nn.Module = kind.from_description(facts["description"])
+    return module
+
+
+ONLINE: dict[str, Any] = {}
+"""Classes of online transforms by their full name that have ``description`` and ``from_description``."""

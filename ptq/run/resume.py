@@ -1,0 +1,173 @@
+"""What a pass through the blocks keeps on disk, so that a killed run goes on after the last finished block with the same bits."""
+
+import hashlib
+import json
+import pathlib
+import shutil
+import time
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+
+from ptq.files.atomic import write_atomic, write_text
+from ptq.network.block_stream import Flow
+from ptq.network.network import Block
+
+PROGRESS = "progress.json"
+RESUME = "resume"
+"""Folder inside a run's folder that holds what is kept until the run has ended."""
+WORST_SHARE = 0.05
+"""Share of a pass's time that keeping may take: where a block takes less than its writing, some blocks are not kept."""
+
+
+class Resumable(Protocol):
+    """A visitor whose work on a finished block can be written, and taken up again."""
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes what it has of the finished block into a file."""
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up what `write` has written."""
+
+
+class KeptPass:
+    """The finished blocks of one pass: a file each, and the hidden states after the last one.
+
+    Hidden states are written as they are, without waiting for the disk: their sums tell after a crash whether they came
+    there. What is named in ``progress.json`` is used only when all of it is whole.
+
+    Args:
+        folder: of this pass alone; made when the first block is kept.
+        key: everything that the results depend on; what was kept under another key is thrown away.
+        flows: whose hidden states pass.
+        visitor: what works on the blocks.
+        say: told in a sentence what is taken up or thrown away.
+    """
+
+    def __init__(
+        self,
+        folder: pathlib.Path,
+        key: Mapping[str, object],
+        flows: Sequence[Flow],
+        visitor: Resumable,
+        say: Callable[[str], None] = lambda line: None,
+    ):
+        self.folder, self.flows, self.visitor, self.say = folder, list(flows), visitor, say
+        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self._sums: list[int] = []
+        self._last: dict[str, Any] | None = None
+        self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()
+
+    def take_up(self, blocks: Sequence[Block]) -> int:
+        """Puts back what was kept; returns how many blocks are done."""
+        self._since = time.perf_counter()
+        for entry in self._entries():
+            if self._whole(entry):
+                done, self._slot = int(entry["blocks"]), 1 - int(entry["slot"])
+                for i, flow in enumerate(self.flows):
+                    _read_into(flow.hidden, self._hidden(int(entry["slot"]), i))
+                for block in blocks[:done]:
+                    self.visitor.read(block, self.file_of(block))
+                self._sums, self._last = list(entry["block_sums"]), entry
+                self.say(f"resumed after block {done} of {len(blocks)}")
+                return done
+        self.drop()
+        return 0
+
+    def keep(self, block: Block) -> None:
+        """Writes the finished block and the hidden states after it."""
+        start = time.perf_counter()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        path = self.file_of(block)
+        self.visitor.write(block, path)
+        self._sums.append(_sum_of_file(path))
+        # A pass that is quicker than its writing would mostly write: its blocks cost little to do again.
+        if self._spent <= WORST_SHARE * (start - self._since):
+            sums = [_write_tensor(flow.hidden, self._hidden(self._slot, i)) for i, flow in enumerate(self.flows)]
+            entry = {"blocks": block.index + 1, "slot": self._slot, "hidden_sums": sums, "block_sums": list(self._sums)}
+            entries = [entry] if self._last is None else [entry, self._last]
+            write_text(self.folder / PROGRESS, json.dumps({"key": self.key, "entries": entries}))
+            self._last, self._slot = entry, 1 - self._slot
+        self._spent += time.perf_counter() - start
+
+    def hand_over(self, blocks: Sequence[Block], folder: pathlib.Path) -> None:
+        """Copies the files of the finished blocks into another folder."""
+        for block in blocks:
+            source = self.file_of(block)
+            write_atomic(folder / source.name, partial(shutil.copyfile, source))
+
+    def drop(self) -> None:
+        """Removes everything that was kept."""
+        shutil.rmtree(self.folder, ignore_errors=True)
+        self._sums, self._last = [], None
+
+    def file_of(self, block: Block) -> pathlib.Path:
+        """Returns the file of a finished block."""
+        return self.folder / f"block-{block.index:05d}.safetensors"
+
+    def _hidden(self, slot: int, flow: int) -> pathlib.Path:
+        return self.folder / f"hidden-{slot}-{flow}.bin"
+
+    def _entries(self) -> list[dict[str, Any]]:
+        try:
+            found = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
+            if found["key"] != self.key:
+                self.say("what an interrupted run left was made from other weights, data, options or code: done again")
+                return []
+            return list(found["entries"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return []
+
+    def _whole(self, entry: Mapping[str, Any]) -> bool:
+        try:
+            done, sums = int(entry["blocks"]), entry["hidden_sums"]
+            files = [self.folder / f"block-{i:05d}.safetensors" for i in range(done)]
+            return (
+                len(sums) == len(self.flows)
+                and all(_sum_of_file(self._hidden(int(entry["slot"]), i)) == s for i, s in enumerate(sums))
+                and all(_sum_of_file(file) == s for file, s in zip(files, entry["block_sums"], strict=True))
+            )
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
+
+def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().contiguous().view(-1).view(torch.uint8)
+
+
+def _sum(data: torch.Tensor) -> int:
+    """Returns a sum of the bytes (n,) in which every page counts differently: a page that is missing or misplaced shows."""
+    words = data[: len(data) // 8 * 8].view(torch.int64)
+    pages = words[: len(words) // 512 * 512].view(-1, 512)
+    weighed = (
+        (pages.sum(1) * (2 * torch.arange(len(pages)) + 1)).sum() if len(pages) else torch.zeros((), dtype=torch.int64)
+    )
+    rest = words[len(pages) * 512 :].sum() + data[len(words) * 8 :].sum() + len(data)
+    return int(weighed + rest)
+
+
+def _sum_of_file(path: pathlib.Path) -> int:
+    size = path.stat().st_size
+    if size == 0:
+        return 0
+    return _sum(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8))
+
+
+def _write_tensor(tensor: torch.Tensor, path: pathlib.Path) -> int:
+    data = _bytes_of(tensor.cpu())
+    with path.open("wb", buffering=0) as file:
+        view = memoryview(data.numpy())  # type: ignore[arg-type]
+        while len(view):
+            view = view[file.write(view) :]
+    return _sum(data)
+
+
+def _read_into(tensor: torch.Tensor, path: pathlib.Path) -> None:
+    """Fills `tensor` with what `_write_tensor` wrote. ValueError when the file has another size."""
+    size = tensor.numel() * tensor.element_size()
+    if path.stat().st_size != size:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: expected {size}")
+    kept = torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8).view(tensor.dtype).view(tensor.shape)
+    tensor.copy_(kept)

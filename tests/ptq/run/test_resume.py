@@ -1,0 +1,192 @@
+"""A run that is killed goes on after its last finished block, and ends with the bits of one that was not."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file
+
+from ptq.config.schema import recipe_from
+from ptq.run.experiment import run
+from ptq.run.resume import RESUME, KeptPass
+
+STATIC4 = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
+CLUSTERED = {
+    "weight": {"bits": 4},
+    "input": {"bits": 4, "granularity": "cluster", "symmetric": False},
+    "key": {"bits": 8, "granularity": "token", "dynamic": True},
+}
+CASES = {
+    "nearest": ({"weight": {"bits": 4}}, {"rtn": {}}),
+    "searched": (STATIC4, {"smooth": {"search": True}, "gptq": {"target": "original"}}),
+    "clustered": (CLUSTERED, {"smooth": {}, "cluster": {}, "gptq": {"target": "residual"}}),
+    "formats": ({"weight": {"format": "nf4", "bits": 4, "granularity": "group", "group_size": 64}}, {"rtn": {}}),
+}
+
+
+GROUPS = {"weight": {"bits": 4, "granularity": "group", "group_size": 32}}
+
+
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch):
+    """Keeps every block, although a tiny one takes less time than its writing."""
+    monkeypatch.setattr("ptq.run.resume.WORST_SHARE", 1e9)
+
+
+class Killed(BaseException):
+    """Stands for a signal that nothing can catch."""
+
+
+def make(tmp_path, model, scheme, steps, **changes):
+    base = {
+        "name": "kept",
+        "model": {"path": str(model)},
+        "calibration": {"samples": 8, "length": 64},
+        "evaluation": {"windows": 8, "length": 64},
+        "scheme": scheme,
+        "steps": steps,
+        "outputs": str(tmp_path / "outputs"),
+        "store": str(tmp_path / "store"),
+        "execution": {"save": True},
+    }
+    return recipe_from({**base, **changes})
+
+
+def results(folder):
+    """Everything that must have the same bits."""
+    metrics = json.loads((folder / "metrics.json").read_text())
+    del metrics["seconds"]
+    saved = {p.name: load_file(p) for p in sorted((folder / "quantized").glob("block-*.safetensors"))}
+    return metrics, (folder / "layers.csv").read_text(), saved
+
+
+def same(a, b):
+    assert a[:2] == b[:2]
+    assert a[2].keys() == b[2].keys()
+    for name, tensors in a[2].items():
+        assert tensors.keys() == b[2][name].keys()
+        assert all(torch.equal(t, b[2][name][key]) for key, t in tensors.items()), name
+
+
+def kill_at(monkeypatch, count, before):
+    """Raises when the `count`-th block of all passes is to be kept, or has been."""
+    calls = []
+    keep = KeptPass.keep
+
+    def killed(self, block):
+        calls.append(block.index)
+        if not before:
+            keep(self, block)
+        if len(calls) == count:
+            raise Killed
+        if before:
+            keep(self, block)
+
+    monkeypatch.setattr(KeptPass, "keep", killed)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize(
+    "execution", [{}, {"weights": "offloaded", "hidden_states": "disk"}], ids=["resident", "offloaded"]
+)
+def test_a_run_killed_at_every_block_in_turn_ends_with_the_same_bits(
+    tmp_path, tiny_llama, case, execution, monkeypatch
+):
+    scheme, steps = CASES[case]
+    recipe = make(tmp_path / "a", tiny_llama, scheme, steps, execution={"save": True, **execution})
+    expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps, execution={"save": True, **execution})))
+    for before in (True, False, False, True, False, True, False, True, False):
+        with monkeypatch.context() as patch:
+            kill_at(patch, 1, before)
+            try:
+                folder = run(recipe)
+            except Killed:
+                continue
+            break
+    else:
+        folder = run(recipe)
+    same(results(folder), expected)
+    assert not (folder / RESUME).exists()
+
+
+def test_a_resumed_run_says_so_and_passes_only_the_blocks_that_are_left(tmp_path, tiny_llama, monkeypatch, capsys):
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3, before=False)
+        with pytest.raises(Killed):
+            run(recipe)
+    kept = []
+    keep = KeptPass.keep
+    monkeypatch.setattr(KeptPass, "keep", lambda self, block: (kept.append(block.index), keep(self, block)))
+    run(recipe)
+    assert kept == [3]
+    assert "resumed after block 3 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("damage", ["hidden", "block", "progress", "cut"])
+def test_what_was_kept_and_is_damaged_is_not_believed(tmp_path, tiny_llama, damage, monkeypatch):
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    expected = results(run(make(tmp_path / "whole", tiny_llama, *CASES["nearest"])))
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3, before=False)
+        with pytest.raises(Killed):
+            run(recipe)
+    [folder] = (tmp_path / "outputs" / "kept").iterdir()
+    kept = folder / RESUME / "quantize"
+    targets = {
+        "hidden": kept.glob("hidden-*"),
+        "block": [kept / "block-00001.safetensors"],
+        "progress": [kept / "progress.json"],
+    }
+    for path in targets.get(damage, kept.glob("hidden-*")):
+        data = bytearray(path.read_bytes())
+        if damage == "cut":
+            data = data[: len(data) // 2]
+        else:
+            data[len(data) // 3] ^= 0x10
+        path.write_bytes(data)
+    same(results(run(recipe)), expected)
+
+
+def test_a_model_taken_up_in_the_middle_is_the_same_in_memory(tmp_path, tiny_llama, monkeypatch):
+    files = {}
+    for name, count in (("whole", None), ("killed", 2)):
+        recipe = make(tmp_path / name, tiny_llama, GROUPS, {"gptq": {}}, export={"format": "compressed-tensors"})
+        if count is not None:
+            with monkeypatch.context() as patch:
+                kill_at(patch, count, before=False)
+                with pytest.raises(Killed):
+                    run(recipe)
+        folder = run(recipe)
+        files[name] = {p.name: p.read_bytes() for p in (folder / "export" / "compressed-tensors").glob("*.safetensors")}
+    assert files["whole"] == files["killed"] and files["whole"]
+
+
+def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
+    scheme, steps = CASES["searched"]
+    recipe = make(tmp_path / "a", tiny_llama, scheme, steps)
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.as_dict()))
+    expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps)))
+    command = [sys.executable, "-m", "ptq", "run", "--config", str(path)]
+    folder = tmp_path / "a" / "outputs" / "kept" / recipe.digest()
+    process = subprocess.Popen(
+        command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
+    )
+    deadline = time.monotonic() + 60
+    while (
+        not (folder / RESUME / "quantize" / "progress.json").exists()
+        and time.monotonic() < deadline
+        and process.poll() is None
+    ):
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert run(recipe) == folder
+    same(results(folder), expected)
