@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, files
+from ptq.cli import catalog, files, store_commands
 from ptq.cli.parser import Parser
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
@@ -20,6 +20,8 @@ COMMANDS = {
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
+TOOLS = files.COMMANDS | store_commands.COMMANDS
+"""The commands that take no recipe."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
@@ -90,10 +92,10 @@ def _dispatch(arguments: list[str], program: str | None) -> int:
         print(f"ptq {ptq.__version__}")
         return 0
     command, rest = arguments[0], arguments[1:]
-    if command in files.COMMANDS:
-        return files.COMMANDS[command][1](rest, program or f"ptq {command}")
+    if command in TOOLS:
+        return TOOLS[command][1](rest, program or f"ptq {command}")
     if command not in COMMANDS:
-        known = [*COMMANDS, *files.COMMANDS]
+        known = [*COMMANDS, *TOOLS]
         close = difflib.get_close_matches(command, known, n=1)
         hint = f"did you mean {close[0]!r}?" if close else f"use one of {', '.join(known)}"
         raise UserError(f"{command!r} is not a command; {hint}")
@@ -183,7 +185,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
 
 
 def _overview() -> str:
-    commands = COMMANDS | {name: what for name, (what, _) in files.COMMANDS.items()}
+    commands = COMMANDS | {name: what for name, (what, _) in TOOLS.items()}
     rows = "\n".join(f"  {name:9} {what}" for name, what in commands.items())
     return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq --version the version.\n"
 

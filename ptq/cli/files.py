@@ -32,12 +32,11 @@ def inspect_command(arguments: list[str], program: str) -> int:
     parser = Parser(prog=program, allow_abbrev=False, description="Prints what a model file or folder holds.")
     parser.add_argument("file", metavar="FILE", help="llama2.c, KuiperLLama, GGUF, safetensors, or a folder of them")
     given = _parse(parser, arguments)
-    from rich.console import Console
-
     from ptq.inspect.inspection import inspect, table
+    from ptq.report.plain import plain_console
 
     path = pathlib.Path(given.file).expanduser()
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     for part in table(inspect(path), path):
         console.print(part)
     return 0

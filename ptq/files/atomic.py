@@ -1,28 +1,27 @@
 """Writing files so that a name holds either the old content or the new, whole."""
 
+import ctypes
 import errno
-import hashlib
-import json
 import os
 import pathlib
 import re
-import shutil
 import tempfile
-import time
 from collections.abc import Callable
 
 from safetensors import SafetensorError
 
 from ptq.errors import UserError
+from ptq.files.scratch import OLD, remove, remove_stale, scratch_path
 
-MANIFEST = "manifest.json"
-STALE_SECONDS = 86400
-"""Age after which the temporary folder of a killed process is taken for rubbish."""
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+_AT_FDCWD, _RENAME_EXCHANGE = -100, 2
+"""What Linux calls the working folder of a system call, and the flag of renameat2 that exchanges two names."""
 
 
 def write_atomic(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> None:
-    """Lets `write` fill a temporary file beside `path`, then renames it; on failure `path` keeps its old content.
+    """Lets `write` fill a temporary file beside `path`, writes it through to the disk and renames it.
+
+    On failure `path` keeps its old content. Temporary files that killed processes left beside it are removed.
 
     Raises:
         UserError: when the folder cannot be written to or the disk is full.
@@ -30,12 +29,14 @@ def write_atomic(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> N
     temporary: pathlib.Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)
-        os.close(handle)
-        temporary = pathlib.Path(name)
+        remove_stale(path.parent)
+        temporary = scratch_path(path.parent, path.name)
+        temporary.touch(mode=0o600, exist_ok=False)
         write(temporary)
         os.chmod(temporary, 0o644)
+        sync(temporary)
         os.replace(temporary, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise writing_failed(path, error) from None
     finally:
@@ -44,7 +45,10 @@ def write_atomic(path: pathlib.Path, write: Callable[[pathlib.Path], None]) -> N
 
 
 def write_folder_atomic(path: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> None:
-    """Lets `fill` fill a temporary folder beside `path`, then renames it; a folder that was there goes only then.
+    """Lets `fill` fill a temporary folder beside `path`, writes it through and renames it; a folder that was there goes only then.
+
+    At every moment `path` is the old folder or the new one, whole, where the file system can exchange two names; elsewhere
+    a process that is killed between two renames leaves the old folder under another name, and `remove_stale` puts it back.
 
     Raises:
         UserError: when the place cannot be written to or the disk is full.
@@ -52,89 +56,71 @@ def write_folder_atomic(path: pathlib.Path, fill: Callable[[pathlib.Path], None]
     temporary: pathlib.Path | None = None
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=path.parent))
+        remove_stale(path.parent)
+        temporary = scratch_path(path.parent, path.name)
+        temporary.mkdir(mode=0o700)
         fill(temporary)
         os.chmod(temporary, 0o755)
-        old = temporary.with_name(f"{temporary.name}.old")
-        if path.exists():
-            os.replace(path, old)
-        try:
-            os.replace(temporary, path)
-        except OSError:
-            if old.exists():
-                os.replace(old, path)
-            raise
-        _remove(old)
+        sync_tree(temporary)
+        put_in_place(temporary, path)
+        sync(path.parent)
     except (OSError, SafetensorError) as error:
         raise writing_failed(path, error) from None
     finally:
         if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
+            remove(temporary)
+
+
+def put_in_place(new: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives the folder `new` the name `path`; whatever had it goes, and is back where this fails or is interrupted."""
+    if not os.path.lexists(path):
+        os.replace(new, path)
+        return
+    if _exchange(new, path):
+        remove(new)
+        return
+    old = new.with_name(f"{new.name}{OLD}")
+    try:
+        os.replace(path, old)
+        os.replace(new, path)
+    except BaseException:  # an interrupt as well: whoever ends here must not lose what was there
+        if os.path.lexists(old) and not os.path.lexists(path):
+            os.replace(old, path)
+        raise
+    remove(old)
+
+
+def _exchange(one: pathlib.Path, other: pathlib.Path) -> bool:
+    """Exchanges two names in one step; False where the system or the file system cannot."""
+    try:
+        rename = ctypes.CDLL(None, use_errno=True).renameat2
+    except (OSError, AttributeError):
+        return False
+    return rename(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), _RENAME_EXCHANGE) == 0
+
+
+def sync(path: pathlib.Path) -> None:
+    """Writes a file through to the disk, or a folder's names; some file systems refuse the latter, which then do it themselves."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP, errno.EBADF, errno.EACCES):
+            raise
+    finally:
+        os.close(descriptor)
+
+
+def sync_tree(folder: pathlib.Path) -> None:
+    """Writes every file and folder in `folder`, and itself, through to the disk."""
+    for path in (*folder.rglob("*"), folder):
+        if not path.is_symlink():
+            sync(path)
 
 
 def write_text(path: pathlib.Path, text: str) -> None:
     """Writes `text` as UTF-8 by `write_atomic`."""
     write_atomic(path, lambda temporary: _fill(temporary, text))
-
-
-def keep_folder(folder: pathlib.Path, fill: Callable[[pathlib.Path], None]) -> pathlib.Path:
-    """Returns `folder`, which `fill` fills unless it is there already and whole.
-
-    It is filled under another name, written through to the disk, given a manifest of its files' SHA-256 and renamed. A folder
-    that does not agree with its manifest (cut short, damaged, tampered with) is thrown away and filled again.
-
-    Raises:
-        UserError: when it cannot be written or the disk is full.
-    """
-    if _agrees(folder):
-        return folder
-    temporary: pathlib.Path | None = None
-    try:
-        folder.parent.mkdir(parents=True, exist_ok=True)
-        for left in folder.parent.glob(f".{folder.name}.*"):
-            if time.time() - left.stat().st_mtime > STALE_SECONDS:
-                shutil.rmtree(left, ignore_errors=True)
-        temporary = pathlib.Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-        fill(temporary)
-        digests = {path.name: _digest(path) for path in sorted(temporary.iterdir())}
-        write_text(temporary / MANIFEST, json.dumps(digests))
-        for path in temporary.iterdir():
-            _through(path)
-        if not _agrees(folder):  # another process may have been quicker
-            _remove(folder)
-            os.replace(temporary, folder)
-    except (OSError, SafetensorError) as error:
-        raise writing_failed(folder, error) from None
-    finally:
-        if temporary is not None:
-            shutil.rmtree(temporary, ignore_errors=True)
-    return folder
-
-
-def _agrees(folder: pathlib.Path) -> bool:
-    """Returns whether every file of the manifest is there with the bytes it had."""
-    try:
-        digests = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
-        return bool(digests) and all(_digest(folder / name) == digest for name, digest in digests.items())
-    except (OSError, ValueError, AttributeError, TypeError):
-        return False
-
-
-def _remove(path: pathlib.Path) -> None:
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
-
-
-def _digest(path: pathlib.Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _through(path: pathlib.Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
 
 
 def check_folder(path: pathlib.Path, field: str) -> None:
@@ -170,7 +156,4 @@ def writing_failed(path: pathlib.Path, error: Exception) -> UserError:
 
 
 def _fill(path: pathlib.Path, text: str) -> None:
-    with path.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
+    path.write_text(text, encoding="utf-8")

@@ -4,10 +4,13 @@ import json
 import math
 import pathlib
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
+from safetensors.torch import save_file
+
+from ptq.files.atomic import write_atomic
 
 PIECE = 1 << 23
 DTYPES = {
@@ -98,3 +101,26 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     if promised != size:
         raise ValueError(f"its header promises {promised} bytes, the file has {size}")
     return tensors
+
+
+def write_tensors(
+    path: pathlib.Path, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, str] | None = None
+) -> None:
+    """Writes tensors of any layout as a safetensors file, whole or not at all.
+
+    Tensors may share memory (cluster labels, input scales, views of one another), which safetensors refuses: each gets bytes
+    of its own in the file. Only those that share are copied, and those that are not contiguous.
+
+    Raises:
+        UserError: when the place cannot be written to or the disk is full.
+    """
+    taken: set[tuple[torch.device, int]] = set()
+    own: dict[str, torch.Tensor] = {}
+    for name, tensor in tensors.items():
+        value = tensor.detach()
+        storage = (value.device, value.untyped_storage().data_ptr())
+        if storage in taken:
+            value = value.clone(memory_format=torch.contiguous_format)
+        taken.add(storage)
+        own[name] = value.contiguous()
+    write_atomic(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata) if metadata else None))

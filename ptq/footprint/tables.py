@@ -2,12 +2,12 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-from rich.console import Console
 from rich.table import Table
 
 from ptq.config.schema import Recipe
 from ptq.footprint.footprint import KINDS, PARTS, Column, Footprint, footprint
 from ptq.footprint.passes import Pass
+from ptq.report.plain import plain_console
 from ptq.report.results import describe_spec
 
 _PIPE = 140
@@ -17,9 +17,9 @@ _PIPE = 140
 def show_footprint(recipe: Recipe, context: int | None = None) -> None:
     """Prints what the recipe's model takes. Raises `UserError` as `ptq.footprint.footprint.footprint` does."""
     found = footprint(recipe, context)
-    console = Console(soft_wrap=True, highlight=False, markup=False)
+    console = plain_console()
     if not console.is_terminal:
-        console = Console(soft_wrap=True, highlight=False, markup=False, width=_PIPE)
+        console = plain_console(width=_PIPE)
     for part in report(found, recipe):
         console.print(part)
 

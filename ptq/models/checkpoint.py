@@ -1,7 +1,6 @@
 """How a checkpoint's weights are read by transformers: all of them into memory, or left on disk block by block."""
 
 import pathlib
-import tempfile
 from typing import Any
 
 import torch
@@ -15,6 +14,7 @@ from transformers.integrations.accelerate import accelerate_disk_offload
 
 from ptq.errors import UserError
 from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.files.scratch import ScratchFolder
 from ptq.models.locations import ModelSource
 from ptq.models.weights import OffloadedWeights, ResidentWeights, Weights, shards_of
 
@@ -124,7 +124,7 @@ def _converted(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[
 
     All shards pass through memory maps once. Converted weights are written to a temporary folder, the last item returned.
     """
-    folder = tempfile.TemporaryDirectory(prefix="ptq-offload-")
+    folder = ScratchFolder("ptq-offload")
     options = {"dtype": arithmetic, "device_map": {"": "disk"}, "offload_folder": folder.name}
     model = _pretrained(source, options)
     index = _index(model)

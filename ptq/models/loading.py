@@ -15,11 +15,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
 from ptq.files.gguf_header import check_gguf
+from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
 from ptq.models.checkpoint import read_offloaded, read_resident
 from ptq.models.locations import Location, ModelSource, quiet, source_of
 from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
 
+_CONVERTERS = ("ptq.models", "ptq.files")
+"""The code that makes folders out of GGUF files: of other code they are made again, not of any change in the framework."""
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -93,14 +96,19 @@ def _config(source: ModelSource, store: Store | None, weights: bool = True) -> A
     key = _gguf_key(source)
     if store is None:
         return read()
-    folder = store.keep("gguf-config", key, lambda temporary: read().save_pretrained(temporary))
+    folder = store.keep("gguf-config", key, lambda temporary: read().save_pretrained(temporary), _words(source))
     return source.guarded(lambda: AutoConfig.from_pretrained(folder))
 
 
 def _gguf_key(source: ModelSource) -> dict[str, object]:
     """Checks the GGUF file and returns all that its config and tokenizer depend on."""
     header = check_gguf(pathlib.Path(source.location.base) / str(source.location.gguf))
-    return {"header": header, "transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    return {"source": package_digest(*_CONVERTERS), "header": header, **versions}
+
+
+def _words(source: ModelSource) -> str:
+    return str(pathlib.Path(source.location.base) / str(source.location.gguf))
 
 
 def load_tokenizer(config: ModelConfig, store: Store | None = None) -> Any:
@@ -117,7 +125,9 @@ def _tokenizer(source: ModelSource, found: Any, store: Store | None) -> Any:
 
     if source.location.kind != "gguf" or store is None:
         return read()
-    folder = store.keep("gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary))
+    folder = store.keep(
+        "gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary), _words(source)
+    )
     return source.guarded(lambda: AutoTokenizer.from_pretrained(folder, config=found), "tokenizer")
 
 
@@ -156,7 +166,7 @@ def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = 
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     revision = getattr(model.config, "_commit_hash", None)
-    fingerprint = _fingerprint(source.location, revision or config.revision)
+    fingerprint = _fingerprint(source.location, revision or config.revision, store)
     return LoadedModel(
         model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, source.location, revision
     )
@@ -204,20 +214,29 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
             loaded[0].to(rounding).save_pretrained(temporary)
 
     key = {
-        "file": _fingerprint(source.location, None),
+        "source": package_digest(*_CONVERTERS),
+        "file": _fingerprint(source.location, None, store),
         "rounding": NAMES[rounding],
+        "torch": torch.__version__,
         "transformers": transformers.__version__,
     }
-    folder = store.keep("gguf-weights", key, fill)
+    folder = store.keep("gguf-weights", key, fill, _words(source))
     return ModelSource(source.config, Location("directory", str(folder)), {"trust_remote_code": False})
 
 
-def _fingerprint(location: Location, revision: str | None) -> str:
-    """Returns the SHA-256 over the weights' bytes and config.json; where they are stored makes no difference."""
+def _fingerprint(location: Location, revision: str | None, store: Store | None = None) -> str:
+    """Returns the SHA-256 over the weights' bytes, config.json and code of the model's own; where they are makes no difference.
+
+    With a `store`, files that have not changed since are not read again.
+    """
     folder = pathlib.Path(location.base)
     if location.kind == "hub":
         cached = huggingface_hub.try_to_load_from_cache(location.base, "config.json", revision=revision)
         if not isinstance(cached, str):  # not in the cache, which can be switched off: the commit names the bytes
             return hashlib.sha256(f"{location.base}@{revision}".encode()).hexdigest()
         folder = pathlib.Path(cached).parent
-    return digest_files([folder / location.gguf] if location.gguf else [folder / "config.json", *shards_of(folder)])
+    if location.gguf:
+        return digest_files([folder / location.gguf], store)
+    config = folder / "config.json"
+    code = sorted(folder.glob("*.py")) if b'"auto_map"' in config.read_bytes() else []
+    return digest_files([config, *shards_of(folder), *code], store)

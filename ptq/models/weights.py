@@ -2,7 +2,9 @@
 
 import hashlib
 import json
+import os
 import pathlib
+import time
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -11,7 +13,9 @@ import torch
 from torch import nn
 
 from ptq.errors import UserError
+from ptq.files.atomic import write_text
 from ptq.files.safetensors_file import PIECE, StoredTensor, read_header
+from ptq.files.store import Store
 from ptq.models.resident_memory import return_freed_memory
 
 
@@ -151,11 +155,55 @@ def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
     return shards
 
 
-def digest_files(files: Iterable[pathlib.Path]) -> str:
-    """Returns the SHA-256 over the names, sizes and bytes of `files`."""
+def digest_files(files: Iterable[pathlib.Path], store: Store | None = None) -> str:
+    """Returns the SHA-256 over the names, sizes and bytes of `files`.
+
+    With a `store` they are read once: files with the path, size, times and inode that they had then have the digest that
+    they had then.
+    """
+    paths = list(files)
+    if store is None:
+        return _digest(paths)
+    states, digests = _states(paths), []
+
+    def fill(folder: pathlib.Path) -> None:
+        digests.append(_digest(paths))
+        # Files written while, or just before, they were read may change again within one tick of their file system's clock.
+        newest = max(max(int(str(s["mtime_ns"])), int(str(s["ctime_ns"]))) for s in states)
+        if _states(paths) != states or time.time_ns() - newest < SETTLED_NS:
+            raise _Unsettled
+        write_text(folder / "digest.json", json.dumps({"sha256": digests[0]}))
+
+    try:
+        folder = store.keep("weights-digest", {"files": states}, fill, str(paths[0].parent))
+    except _Unsettled:
+        return digests[0]
+    return str(_read_json(folder / "digest.json")["sha256"])
+
+
+SETTLED_NS = 2_000_000_000
+"""Age of a file's last change from which on a later change shows in its times; FAT counts in steps of two seconds."""
+
+
+class _Unsettled(Exception):
+    """Raised to keep no digest of files that may still be changing."""
+
+
+def _states(paths: list[pathlib.Path]) -> list[dict[str, object]]:
+    """Returns what tells whether a file is the one that it was, for each file. Links count as what they point to."""
+    found = []
+    for path in paths:
+        state = path.stat()
+        times = {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
+        place = {"name": path.name, "path": os.path.realpath(path), "inode": state.st_ino, "size": state.st_size}
+        found.append({**place, **times})
+    return found
+
+
+def _digest(paths: list[pathlib.Path]) -> str:
     digest = hashlib.sha256()
     buffer = bytearray(PIECE)
-    for path in files:
+    for path in paths:
         digest.update(f"{path.name}:{path.stat().st_size}".encode())
         with path.open("rb", buffering=0) as file:
             while count := file.readinto(buffer):

@@ -1,7 +1,6 @@
 """The block stream: the one loop that carries hidden states of many samples through a network, block by block."""
 
-import pathlib
-import tempfile
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -9,6 +8,7 @@ from typing import Any, Protocol
 
 import torch
 
+from ptq.files.scratch import ScratchFolder, reserve
 from ptq.models.weights import Weights
 from ptq.network.network import Block, Network, first_tensor, replaced_forward
 from ptq.network.outside import OutsideState
@@ -108,7 +108,7 @@ class BlockStream:
         self.progress = progress or (lambda what, done, total: None)
         self.outside: list[Callable[[], None]] = []
         """What the transforms do to embedding, final norm and head, in order; done each time that these are held."""
-        self._scratch: list[tempfile.TemporaryDirectory[str]] = []
+        self._scratch: list[ScratchFolder] = []
 
     def close(self) -> None:
         """Removes the memory-mapped files."""
@@ -275,16 +275,18 @@ class BlockStream:
         return first[0], calls, intact[0]
 
     def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:
-        """Returns room for hidden states, in memory or in a memory-mapped file as `hidden_states` says, not initialised."""
+        """Returns room for hidden states, in memory or in a memory-mapped file as `hidden_states` says, not initialised.
+
+        Raises:
+            UserError: when the disk has no room for the file.
+        """
         if self.hidden_states == "memory":
             return torch.empty(shape, dtype=like.dtype, device=like.device)
-        folder = tempfile.TemporaryDirectory(prefix="ptq-hidden-")
+        folder = ScratchFolder("ptq-hidden")
         self._scratch.append(folder)
-        size = 1
-        for extent in shape:
-            size *= extent
-        path = str(pathlib.Path(folder.name) / "hidden.bin")
-        return torch.from_file(path, shared=True, size=size, dtype=like.dtype).view(shape)
+        size, path = math.prod(shape), folder.path / "hidden.bin"
+        reserve(path, size * like.element_size())
+        return torch.from_file(str(path), shared=True, size=size, dtype=like.dtype).view(shape)
 
 
 def _share(earlier: list[Call] | None, calls: list[Call]) -> list[Call]:

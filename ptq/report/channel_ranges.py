@@ -10,6 +10,7 @@ from rich.table import Table
 from group_methods.reorder import expand, ranges_of
 from ptq.calibration.statistics import ChannelStatistics, Statistics
 from ptq.files.atomic import write_atomic
+from ptq.report.plain import plain_text, printable
 
 
 def outlier_ratios(statistics: Statistics) -> list[tuple[str, float, int]]:
@@ -30,7 +31,7 @@ def outlier_ratios(statistics: Statistics) -> list[tuple[str, float, int]]:
 
 def outlier_table(statistics: Statistics, top: int = 10) -> Table:
     """Returns a table of the `top` most outlying Linear inputs."""
-    table = Table(title=f"most outlying inputs of {statistics.provenance.model}", title_justify="left")
+    table = Table(title=printable(f"most outlying inputs of {statistics.provenance.model}"), title_justify="left")
     table.add_column("Linear (first reader of its input)")
     for column in ("max / median", "channel", "min", "max", "std there"):
         table.add_column(column, justify="right")
@@ -105,11 +106,11 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
             channels, mean - std, mean + std, step="mid", color="#08519c", linewidth=0, label="mean ± std"
         )
         axis.axhline(0, color="0.3", linewidth=0.5)
-        axis.set_title(panel.title, loc="left", fontsize=9)
+        axis.set_title(plain_text(panel.title), loc="left", fontsize=9)
         axis.set_xlim(0, len(s.min) - 1)
         axis.tick_params(labelsize=8)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].legend(loc="upper right", fontsize=8, frameon=False, ncols=3)
     axes[-1].set_xlabel("input channel", fontsize=9)
-    figure.suptitle(title, fontsize=10, x=0.01, ha="left")
+    figure.suptitle(plain_text(title), fontsize=10, x=0.01, ha="left")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))

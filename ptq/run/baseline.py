@@ -1,12 +1,15 @@
 """The baseline's results on a recipe's evaluation tokens: computed once, then read from the store."""
 
+import pathlib
 from dataclasses import dataclass
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 
 from ptq.data.sampling import Tokens
 from ptq.evaluation.comparison import window_losses
+from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Nothing
 from ptq.run.session import Session
 
@@ -22,17 +25,42 @@ class Baseline:
 def baseline_of(session: Session, tokens: Tokens) -> Baseline:
     """Returns the baseline on `tokens`: no forward pass runs when the store holds it."""
     evaluation = session.recipe.evaluation
-    key = {**session.key(tokens), "batch_size": evaluation.batch_size}
+    key = {**session.key(tokens), "batch_size": evaluation.batch_size, "chunk": evaluation.chunk}
     found = session.store.find("baseline", key)
     if found is not None:
-        session.journal.say("baseline: evaluated before, read from the store")
-    else:
-        with session.journal.phase("baseline"):
-            flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
-            session.stream.run([flow], Nothing(), "baseline")
-            with session.stream.head() as head:
-                losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)
-            entry = {"losses": losses, "hidden": flow.hidden}
-            found = session.store.add("baseline", key, lambda path: save_file(entry, path))
-    entry = load_file(found)
-    return Baseline(entry["losses"], entry["hidden"])
+        try:
+            baseline = _read(found, tokens)
+        except ValueError as error:
+            session.store.made_again("baseline", str(error))
+        else:
+            session.journal.say("baseline: evaluated before, read from the store")
+            return baseline
+    with session.journal.phase("baseline"):
+        flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
+        session.stream.run([flow], Nothing(), "baseline")
+        with session.stream.head() as head:
+            losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)
+        entry = {"losses": losses, "hidden": flow.hidden}
+        found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
+    # Read back: the first run and all later ones go on from the same tensors.
+    return _read(found, tokens)
+
+
+def _read(path: pathlib.Path, tokens: Tokens) -> Baseline:
+    """Returns the baseline in a file. Raises `ValueError` unless it is one of `tokens`, by its names and shapes."""
+    try:
+        entry = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    if entry.keys() != {"losses", "hidden"}:
+        raise ValueError(f"it holds {', '.join(sorted(entry)) or 'nothing'}, no losses and hidden states")
+    baseline = Baseline(entry["losses"], entry["hidden"])
+    windows, length = tokens.ids.shape
+    if (
+        baseline.losses.shape != (windows,)
+        or baseline.hidden.ndim != 3
+        or baseline.hidden.shape[:2] != (windows, length)
+    ):
+        shapes = f"{tuple(baseline.losses.shape)} and {tuple(baseline.hidden.shape)}"
+        raise ValueError(f"its losses and hidden states are {shapes}, not of {windows} windows of {length} tokens")
+    return baseline

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ptq.report.plain import plain_console
+
 
 class Journal:
     """Lines for people, and for the run's log file. `seconds` holds how long each phase took, in order."""
@@ -34,7 +36,7 @@ class Journal:
 
     def say(self, text: str) -> None:
         """Prints a line and appends it to the log."""
-        self.console.print(text, markup=False)
+        self.console.print(text, markup=False, emoji=False)
         self.note(text)
 
     def note(self, text: str) -> None:
@@ -48,14 +50,14 @@ class Journal:
         self.console.print(table)
         if self.path is not None:
             with self.path.open("a", encoding="utf-8") as file:
-                Console(file=file, width=120, no_color=True).print(table)
+                plain_console(file, width=120, no_color=True).print(table)
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a phase, with progress bars while it lasts."""
         start = time.perf_counter()
         columns = (
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -81,6 +83,6 @@ class Journal:
 
 
 def _console() -> Console:
-    console = Console(file=sys.stdout, soft_wrap=True, highlight=False)
+    console = plain_console(sys.stdout)
     # A pipe has no width of its own: tables for files and logs are not squeezed into 80 columns.
-    return console if console.is_terminal else Console(file=sys.stdout, soft_wrap=True, highlight=False, width=140)
+    return console if console.is_terminal else plain_console(sys.stdout, width=140)

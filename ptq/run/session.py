@@ -1,5 +1,7 @@
 """What every command needs before its work: the model as a network, its stream, its tokens, the store."""
 
+import pathlib
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -7,10 +9,11 @@ from dataclasses import dataclass
 import torch
 import transformers
 
-import ptq
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
 from ptq.data.sampling import Tokens, sample_tokens
+from ptq.files.scratch import remove_stale
+from ptq.files.source_digest import package_digest
 from ptq.files.store import Store, store_of
 from ptq.models.loading import LoadedModel, load
 from ptq.network.block_stream import BlockStream
@@ -47,22 +50,37 @@ class Session:
         )  # fmt: skip
 
     def key(self, tokens: Tokens) -> dict[str, object]:
-        """Returns everything that hidden states and statistics of these tokens depend on, for the store."""
+        """Returns everything that hidden states and statistics of these tokens depend on, for the store.
+
+        Sums are taken in another order by another number of threads, another processor, or another precision of products.
+        """
+        device = self.stream.device
+        where: dict[str, object] = {"device": device.type}
+        if device.type == "cpu":
+            where |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
+        elif device.type == "cuda":
+            where |= {"gpu": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
         return {
-            "version": ptq.__version__,
+            "source": package_digest(),
             "weights": self.loaded.fingerprint,
             "baseline": self.loaded.baseline_dtype,
             "arithmetic": self.loaded.arithmetic_dtype,
-            "device": self.stream.device.type,
+            "precision": torch.get_float32_matmul_precision(),
             "tokens": tokens.fingerprint,
             "torch": torch.__version__,
             "transformers": transformers.__version__,
+            **where,
         }
 
     def identity(self, *tokens: Tokens) -> dict[str, object]:
         """Returns everything that the results of this recipe depend on, where its files go left out."""
         plain = {key: value for key, value in self.recipe.as_dict().items() if key not in {"outputs", "store"}}
         return {"recipe": plain, "threads": torch.get_num_threads(), "tokens": [self.key(t) for t in tokens]}
+
+    def about(self, tokens: Tokens) -> str:
+        """Returns in a few words for people what `key` stands for."""
+        samples, length = tokens.ids.shape
+        return f"{self.recipe.model.path}, {tokens.source}, {samples} x {length} tokens"
 
     def trace(self, sums: bool = False) -> dict[int, Trace]:
         """Finds the links of every block, and the sums where asked, and logs what the links allow."""
@@ -80,7 +98,9 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
     """
-    store = store_of(recipe)
+    store = store_of(recipe, journal.say)
+    store.sweep()
+    remove_stale(pathlib.Path(tempfile.gettempdir()))
     with journal.phase("load"):
         loaded = load(recipe.model, recipe.execution, store)
         network = build_network(loaded.model)

@@ -1,10 +1,12 @@
 """Calibration: statistics of a recipe's model on its calibration tokens, out of the store when they were taken before."""
 
+import dataclasses
 import pathlib
 
 import ptq
 from ptq.calibration.statistics import Provenance, Statistics, StatisticsVisitor
 from ptq.data.sampling import Tokens
+from ptq.errors import UserError
 from ptq.run.session import Session
 
 
@@ -21,10 +23,15 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
     key = {**session.key(tokens), "batch_size": recipe.calibration.batch_size}
     found = session.store.find("statistics", key)
     if found is not None:
-        journal.say("statistics: taken before, read from the store")
-        return Statistics.load(found), found
+        try:
+            statistics = _read(found, session, tokens)
+        except ValueError as error:
+            session.store.made_again("statistics", str(error))
+        else:
+            journal.say("statistics: taken before, read from the store")
+            return statistics, found
     statistics = take_statistics(session, tokens)
-    return statistics, session.store.add("statistics", key, statistics.save)
+    return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
 
 def take_statistics(session: Session, tokens: Tokens) -> Statistics:
@@ -33,17 +40,34 @@ def take_statistics(session: Session, tokens: Tokens) -> Statistics:
         flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size)
         visitor = StatisticsVisitor()
         session.stream.run([flow], visitor, "calibration")
+    return visitor.result(_provenance(session, tokens))
+
+
+def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:
+    """Returns the store's statistics under the names that this run gives to model and text, not those of the run that took them.
+
+    Raises:
+        ValueError: when the file holds something else, or statistics of other Linears.
+    """
+    try:
+        found = Statistics.load(path)
+        found.check_fits(session.loaded.fingerprint, session.network.shapes)
+    except (UserError, KeyError, TypeError, ValueError) as error:
+        reason = " ".join(str(error).removeprefix("calibration.statistics: ").split())
+        raise ValueError(f"it is no file of statistics of this model: {reason}") from None
+    return dataclasses.replace(found, provenance=_provenance(session, tokens))
+
+
+def _provenance(session: Session, tokens: Tokens) -> Provenance:
     loaded = session.loaded
-    return visitor.result(
-        Provenance(
-            model=session.recipe.model.path,
-            revision=loaded.revision,
-            weight_fingerprint=loaded.fingerprint,
-            data_fingerprint=tokens.fingerprint,
-            data_source=tokens.source,
-            samples=tokens.ids.shape[0],
-            length=tokens.ids.shape[1],
-            dtype=loaded.arithmetic_dtype,
-            version=ptq.__version__,
-        )
+    return Provenance(
+        model=session.recipe.model.path,
+        revision=loaded.revision,
+        weight_fingerprint=loaded.fingerprint,
+        data_fingerprint=tokens.fingerprint,
+        data_source=tokens.source,
+        samples=tokens.ids.shape[0],
+        length=tokens.ids.shape[1],
+        dtype=loaded.arithmetic_dtype,
+        version=ptq.__version__,
     )
