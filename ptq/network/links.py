@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, Network, is_linear, weight_of
+from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
 from ptq.network.residual import find_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
@@ -65,7 +66,8 @@ def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> di
 
     A norm or an activation function is linked to the Linears whose input is the very object it returned. A Linear whose
     input nobody returned is tried against the Linears beside it (same parent, fitting shape). Every candidate is proved:
-    scaling the producer's output and the readers' input by reciprocal factors must leave the block's output alone.
+    scaling the producer's output and the readers' input by reciprocal factors must leave the block's output alone. All this
+    is computed in float32 or float64, so that a model has the same links whatever it runs in.
 
     Args:
         network: the model.
@@ -90,8 +92,13 @@ class _Tracer:
     def enter(self, block: Block) -> None:
         """Traces the block."""
         hidden = self.flow.hidden[:1].to(self.stream.device)
+        dtype = telling_dtype(self.stream, self.flow, block, hidden)
+        with precise_block(self.stream, self.flow, block, dtype) as call:
+            self.traces[block.index] = self._trace(block, call, hidden.to(dtype))
+
+    def _trace(self, block: Block, call: Call, hidden: torch.Tensor) -> Trace:
         names = {module: f"{block.name}.{name}" for name, module in block.module.named_modules() if name}
-        producers, inputs, fed, keep = _record(self.stream, self.flow, block, hidden, names)
+        producers, inputs, fed, keep = _record(call, hidden, names)
         readings: dict[int, list[str]] = {}
         for name, tensor in inputs.items():
             readings.setdefault(id(tensor), []).append(name)
@@ -104,7 +111,7 @@ class _Tracer:
             else:
                 free.append(name)
         del keep
-        reference = self.stream.call(self.flow, block, 0, hidden)
+        probe = _Probe(self.network, call, hidden, call(hidden))
         for producer, readers in found.items():
             module = self.network.model.get_submodule(producer)
             if not is_linear(module):
@@ -113,32 +120,19 @@ class _Tracer:
                 source = producers.get(fed.get(producer, 0), "") if kind == "activation" else ""
                 if source and is_linear(self.network.model.get_submodule(source)):
                     link = replace(link, source=source)
-                    positive = replace(link, producer=source)
-                    error, tolerance = self._probe(block, hidden, reference, positive)
-                    link = replace(link, homogeneous=error <= tolerance)
-                self._add(trace, block, hidden, reference, link)
+                    link = replace(link, homogeneous=probe.holds(replace(link, producer=source)))
+                _add(trace, probe, link)
         for reader in free:
-            self._linear_pair(trace, block, hidden, reference, reader, list(inputs))
+            self._linear_pair(trace, probe, block, reader, list(inputs))
         _roles(trace, list(inputs), self.network.head_dim)
         if self.sums:
-            trace.sums = find_sums(self.stream, self.flow, block, hidden)
-        self.traces[block.index] = trace
+            trace.sums = find_sums(call, block, hidden)
+        return trace
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
 
-    def _add(self, trace: Trace, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> bool:
-        error, tolerance = self._probe(block, hidden, reference, link)
-        proved = error <= tolerance
-        if proved:
-            trace.links.append(link)
-        elif link.kind != "linear":
-            trace.notes.append(f"{link.producer}: read by more than {', '.join(link.readers)}; not a link")
-        return proved
-
-    def _linear_pair(
-        self, trace: Trace, block: Block, hidden: torch.Tensor, reference: torch.Tensor, reader: str, order: list[str]
-    ) -> None:
+    def _linear_pair(self, trace: Trace, probe: "_Probe", block: Block, reader: str, order: list[str]) -> None:
         channels = weight_of(self.network.model.get_submodule(reader)).shape[1]
         parent = reader.rpartition(".")[0]
         beside = [
@@ -150,36 +144,43 @@ class _Tracer:
             if channels % width or (width != channels and (head_dim == 0 or width % head_dim)):
                 continue
             link = Link("linear", block.index, producer, (reader,), channels // width, head_dim)
-            if self._add(trace, block, hidden, reference, link):
+            if _add(trace, probe, link):
                 return
 
-    def _probe(self, block: Block, hidden: torch.Tensor, reference: torch.Tensor, link: Link) -> tuple[float, float]:
-        """Returns the relative change of what the block adds when the link is scaled there and back, and its tolerance."""
+
+@dataclass(frozen=True)
+class _Probe:
+    """Tries links on a block: `call` gives its output, `reference` is that of `hidden` (1, tokens, channels)."""
+
+    network: Network
+    call: Call
+    hidden: torch.Tensor
+    reference: torch.Tensor
+
+    def holds(self, link: Link) -> bool:
+        """Returns whether the block's output stays the same when the link is scaled there and back."""
         model = self.network.model
         channels = weight_of(model.get_submodule(link.readers[0])).shape[1] // link.repeat
         generator = torch.Generator().manual_seed(link.block)
         pick = torch.randint(len(PROBE_SCALES), (channels,), generator=generator)
-        scale = torch.tensor(PROBE_SCALES)[pick].to(hidden)
+        scale = torch.tensor(PROBE_SCALES)[pick].to(self.hidden)
         back = link.reader_scale(scale)
         with _scaled(model.get_submodule(link.producer), scale, [model.get_submodule(r) for r in link.readers], back):
-            output = self.stream.call(self.flow, block, 0, hidden)
-        return change_error(hidden, reference, output), tolerance_of(hidden, reference)
+            output = self.call(self.hidden)
+        return change_error(self.hidden, self.reference, output) <= tolerance_of(self.hidden, self.reference)
 
 
-def change_error(hidden: torch.Tensor, reference: torch.Tensor, output: torch.Tensor) -> float:
-    """Returns |output - reference| / |reference - hidden|: the error relative to what the block adds to its input."""
-    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return float((output - reference).float().norm() / change)
-
-
-def tolerance_of(hidden: torch.Tensor, reference: torch.Tensor) -> float:
-    """Returns the `change_error` that rounding alone may cause: 256 ulp of the type, of the greater of sum and change."""
-    change = (reference - hidden).float().norm().clamp_min(torch.finfo(torch.float32).tiny)
-    return 256 * torch.finfo(reference.dtype).eps * max(1.0, float(reference.float().norm() / change))
+def _add(trace: Trace, probe: _Probe, link: Link) -> bool:
+    proved = probe.holds(link)
+    if proved:
+        trace.links.append(link)
+    elif link.kind != "linear":
+        trace.notes.append(f"{link.producer}: read by more than {', '.join(link.readers)}; not a link")
+    return proved
 
 
 def _record(
-    stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor, names: dict[nn.Module, str]
+    call: Call, hidden: torch.Tensor, names: dict[nn.Module, str]
 ) -> tuple[dict[int, str], dict[str, torch.Tensor], dict[str, int], list[Any]]:
     """Runs the block once; returns id of output -> module name, Linear name -> input, module name -> id of its input,
     and the tensors that keep ids unique.
@@ -202,7 +203,7 @@ def _record(
     # Containers return what their last child returned; `setdefault` keeps the child, whose hook runs first.
     handles = [module.register_forward_hook(hook) for module in names]
     try:
-        stream.call(flow, block, 0, hidden)
+        call(hidden)
     finally:
         for handle in handles:
             handle.remove()

@@ -3,6 +3,8 @@
 import torch
 from torch import nn
 
+from ptq.network.precise import precise_module
+
 
 @torch.no_grad()
 def gain_offset(norm: nn.Module) -> float | None:
@@ -10,20 +12,26 @@ def gain_offset(norm: nn.Module) -> float | None:
 
     None for anything else: its gain cannot be rescaled. The norm's weight is put back as it was.
     """
-    weight, bias = getattr(norm, "weight", None), getattr(norm, "bias", None)
-    if not isinstance(weight, torch.Tensor) or weight.dim() != 1:
-        return None
-    x = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device).view(1, 1, -1)
-    shift = bias.float() if isinstance(bias, torch.Tensor) else 0.0
-    kept = weight.clone()
-    try:
-        weight.fill_(0)
-        at_zero = norm(x).float() - shift
-        weight.fill_(1)
-        at_one = norm(x).float() - shift
-    finally:
-        weight.copy_(kept)
+    with precise_module(norm):
+        weight, bias = _tensor(norm, "weight"), _tensor(norm, "bias")
+        if weight is None or weight.dim() != 1:
+            return None
+        x = torch.linspace(-1, 2, len(weight), dtype=weight.dtype, device=weight.device).view(1, 1, -1)
+        shift = 0.0 if bias is None else bias
+        kept = weight.clone()
+        try:
+            weight.fill_(0)
+            at_zero = norm(x) - shift
+            weight.fill_(1)
+            at_one = norm(x) - shift
+        finally:
+            weight.copy_(kept)
     for offset in (0.0, 1.0):
         if torch.allclose(at_zero, offset * (at_one - at_zero), rtol=1e-2, atol=1e-4):
             return offset
     return None
+
+
+def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
+    value = getattr(module, name, None)
+    return value if isinstance(value, torch.Tensor) else None

@@ -7,14 +7,14 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, weight_of
+from ptq.network.precise import Call
 
 TOLERANCE = 1e-3
 """Share of the probe that may be lost to rounding; a norm or an activation on the way loses far more."""
 
 
-def find_sums(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor) -> dict[str, str]:
+def find_sums(call: Call, block: Block, hidden: torch.Tensor) -> dict[str, str]:
     """Returns, by full name of a Linear of the block, the module that reads its output plus a rest, or "" for the block's
     own output being that sum.
 
@@ -23,19 +23,18 @@ def find_sums(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tenso
     in no such way are left out.
 
     Args:
-        stream: calls the block.
-        flow: how the model calls it.
+        call: gives the block's output, in float32 or float64 (`ptq.network.precise`).
         block: its weights are in memory.
-        hidden: input of the block (1, tokens, channels).
+        hidden: input of the block (1, tokens, channels), in that type.
     """
-    before = _tensors(stream, flow, block, hidden, None, None)
+    before = _tensors(call, block, hidden, None, None)
     found: dict[str, str] = {}
     for name, linear in block.linears.items():
         if weight_of(linear).shape[0] != hidden.shape[-1]:
             continue
         probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(block.index)).to(hidden)
-        probe *= float(before[""].float().std())
-        after = _tensors(stream, flow, block, hidden, linear, probe)
+        probe *= float(before[""].double().std())
+        after = _tensors(call, block, hidden, linear, probe)
         for place, tensor in before.items():
             if place in after and _grew_by(tensor, after[place], probe):
                 found[name] = place
@@ -44,14 +43,13 @@ def find_sums(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tenso
 
 def _grew_by(before: torch.Tensor, after: torch.Tensor, probe: torch.Tensor) -> bool:
     """Whether `after` is `before` plus `probe` but for rounding, which is relative to the greatest number at hand."""
-    error = float((after.float() - before.float() - probe.float()).norm() / probe.float().norm())
-    rounding = torch.finfo(before.dtype).eps * float(before.float().norm() / probe.float().norm())
+    error = float((after - before - probe).double().norm() / probe.double().norm())
+    rounding = torch.finfo(before.dtype).eps * float(before.double().norm() / probe.double().norm())
     return error <= TOLERANCE + rounding
 
 
 def _tensors(
-    stream: BlockStream,
-    flow: Flow,
+    call: Call,
     block: Block,
     hidden: torch.Tensor,
     linear: nn.Module | None,
@@ -73,7 +71,7 @@ def _tensors(
     handles = [module.register_forward_pre_hook(look(name)) for name, module in block.module.named_modules() if name]
     try:
         with _added(linear, probe):
-            output = stream.call(flow, block, 0, hidden)
+            output = call(hidden)
     finally:
         for handle in handles:
             handle.remove()

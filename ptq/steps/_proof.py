@@ -1,4 +1,8 @@
-"""Transforms are proved, not trusted: a block computes the same before and after one, on real calibration data."""
+"""Transforms are proved, not trusted: a block computes the same before and after one, on real calibration data.
+
+In float32, or float64 where that is not enough to tell, whatever the model runs in: a transform works on the block's
+weights widened, and they are rounded to the model's own type once, when it is proved.
+"""
 
 from dataclasses import dataclass
 
@@ -6,8 +10,8 @@ import torch
 
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
-from ptq.network.links import change_error, tolerance_of
 from ptq.network.network import Block
+from ptq.network.precise import change_error, precise_block, telling_dtype, tolerance_of
 from ptq.steps._step import Context, Step, StepPlan
 
 
@@ -50,17 +54,27 @@ def prove(
         The relative error, and what rounding may cause at most.
 
     Raises:
-        UserError: when the error is beyond that tolerance.
+        UserError: when the error is beyond that tolerance, or a weight has become too great for the model's type.
     """
-    before = context.stream.call(flow, block, 0, hidden)
-    step.apply(block, plan, context)
-    if plan.basis is not None:
-        hidden, before = plan.basis.forward(hidden), plan.basis.forward(before)
-    error = change_error(hidden, before, context.stream.call(flow, block, 0, hidden))
-    tolerance = tolerance_of(hidden, before)
-    if not error <= tolerance:
-        raise UserError(
-            f"steps.{name}: changes the output of {block.name} by {error:.1e} (relative; rounding explains {tolerance:.1e}): "
-            f"it is not function-preserving on this model: remove it with ~steps.{name}, or report it"
-        )
+    dtype = telling_dtype(context.stream, flow, block, hidden)
+    try:
+        with precise_block(context.stream, flow, block, dtype, keep=True) as call:
+            wide = hidden.to(dtype)
+            before = call(wide)
+            if not bool(torch.isfinite(before).all()):
+                raise UserError(
+                    f"steps.{name}: {block.name} gives NaN or inf before the step: there is nothing to prove it by: "
+                    f"check the weights, or evaluate the model without steps"
+                )
+            step.apply(block, plan, context)
+            if plan.basis is not None:
+                wide, before = plan.basis.forward(wide), plan.basis.forward(before)
+            error, tolerance = change_error(wide, before, call(wide)), tolerance_of(wide, before)
+            if not error <= tolerance:
+                raise UserError(
+                    f"steps.{name}: changes the output of {block.name} by {error:.1e} (relative; rounding explains "
+                    f"{tolerance:.1e}): it is not function-preserving on this model: remove it with ~steps.{name}, or report it"
+                )
+    except OverflowError as problem:
+        raise UserError(f"steps.{name}: {block.name}.{problem}: use model.dtype=float32, or bfloat16") from None
     return error, tolerance
