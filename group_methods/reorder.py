@@ -56,7 +56,7 @@ def permute_rows(tensor: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         ValueError: when `order` is no permutation of the first dimension.
     """
     _check_order(order, tensor.shape[0])
-    return tensor.index_select(0, order)
+    return tensor.index_select(0, order.to(tensor.device))
 
 
 def permute_columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -66,7 +66,7 @@ def permute_columns(weight: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         ValueError: when `order` is no permutation of the last dimension.
     """
     _check_order(order, weight.shape[-1])
-    return weight.index_select(-1, order)
+    return weight.index_select(-1, order.to(weight.device))
 
 
 def repeat_heads(labels: torch.Tensor, head_dim: int, repeat: int) -> torch.Tensor:
@@ -122,7 +122,7 @@ def permute_rotary(table: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
         raise ValueError(
             "order: parts channels i and i + head_dim / 2: use paired_order, or gather_heads after the rotation"
         )
-    return table[..., inside].transpose(-3, -2)
+    return table[..., inside.to(table.device)].transpose(-3, -2)
 
 
 def gather_heads(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
@@ -136,7 +136,7 @@ def gather_heads(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
     heads, _, head_dim = x.shape[-3:]
     if len(order) != heads * head_dim:
         raise ValueError(f"order: {len(order)} channels, expected {heads} heads of {head_dim}")
-    return x.gather(-1, _inside_heads(order, head_dim)[:, None].expand(x.shape))
+    return x.gather(-1, _inside_heads(order, head_dim)[:, None].expand(x.shape).to(x.device))
 
 
 def ranges_of(labels: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -152,7 +152,7 @@ def ranges_of(labels: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor
         if not torch.isfinite(values).all():
             raise ValueError(f"{name}: holds NaN or inf: take the statistics again")
         start = values.new_zeros(len(_sizes(labels)))
-        ends.append(start.scatter_reduce(0, labels.long(), values, reduce, include_self=False))
+        ends.append(start.scatter_reduce(0, labels.to(values.device, torch.int64), values, reduce, include_self=False))
     return ends[0], ends[1]
 
 
@@ -165,7 +165,7 @@ def expand(labels: torch.Tensor, per_cluster: torch.Tensor) -> torch.Tensor:
     count = len(_sizes(labels))
     if per_cluster.shape[-1] != count:
         raise ValueError(f"per_cluster: {per_cluster.shape[-1]} values for {count} clusters")
-    return per_cluster.index_select(-1, labels.long())
+    return per_cluster.index_select(-1, labels.to(per_cluster.device, torch.int64))
 
 
 def _sizes(labels: torch.Tensor) -> torch.Tensor:

@@ -21,6 +21,7 @@ CHUNK_ROWS = 512
 """Rows summed in float32 before they are merged in float64: short enough for float32, and they stay in cache."""
 _FIELDS = ("min", "max", "mean", "m2")
 _WEIGHT_FIELDS = ("in_min", "in_max", "in_std", "out_min", "out_max", "out_std")
+_KEYS = (*(f"input/{field}" for field in (*_FIELDS, "count")), *(f"weight/{field}" for field in _WEIGHT_FIELDS))
 
 
 @dataclass
@@ -61,20 +62,29 @@ class ChannelStatistics:
     def update(self, x: torch.Tensor) -> None:
         """Adds the tokens of `x` (..., channels).
 
-        Sums run in float32 over chunks of `CHUNK_ROWS` rows, relative to the chunk's first row (so a large mean costs no
-        digits), and the chunks are merged in float64 by the formula of Chan, Golub and LeVeque: any split into batches
-        gives the same figures to float64 rounding of chunk sums. NaN and inf end up in `min`, `max` or `mean`: see `is_finite`.
+        Sums run in float32 over chunks of `CHUNK_ROWS` rows of one sample, relative to the chunk's first row (so a large mean
+        costs no digits), and the chunks are merged in float64 by the formula of Chan, Golub and LeVeque, in order. Where `x`
+        is (samples, ..., channels) the figures are the same bits however many samples come at once; any other split gives
+        them to float64 rounding of chunk sums. NaN and inf end up in `min`, `max` or `mean`: see `is_finite`.
         """
         rows = x.reshape(-1, x.shape[-1])
+        if not len(rows):
+            return
         # amin and amax in turn: torch.aminmax over rows is some twenty times slower on CPU.
         self.min = torch.minimum(self.min, rows.amin(0).float())
         self.max = torch.maximum(self.max, rows.amax(0).float())
-        for chunk in rows.split(CHUNK_ROWS):
-            shift = chunk[0]
-            centred = (chunk - shift).float()
-            mean = centred.mean(0)
-            m2 = centred.square_().sum(0).double() - mean.double().square() * len(chunk)
-            self._add(mean.double() + shift.double(), m2.clamp_min_(0), len(chunk))
+        for sample in rows.view(x.shape[0], -1, x.shape[-1]) if x.dim() > 2 else (rows,):
+            for chunk in sample.split(CHUNK_ROWS):
+                shift = chunk[0].float()
+                # In float32 first: in fp16 the distance of 40000 from -40000 is inf.
+                centred = chunk.float() - shift
+                mean = centred.mean(0)
+                m2 = centred.square_().sum(0).double() - mean.double().square() * len(chunk)
+                self._add(mean.double() + shift.double(), m2.clamp_min_(0), len(chunk))
+
+    def to(self, device: torch.device | str) -> "ChannelStatistics":
+        """Returns the statistics on `device`."""
+        return ChannelStatistics(*(getattr(self, field).to(device) for field in _FIELDS), self.count)
 
     def merge(self, other: "ChannelStatistics") -> None:
         """Adds the tokens that `other` has seen."""
@@ -92,6 +102,7 @@ class ChannelStatistics:
 
     def reordered(self, order: torch.Tensor) -> "ChannelStatistics":
         """Returns the statistics of the same tokens with their channels in the order `order`, int64 (channels,)."""
+        order = order.to(self.min.device)
         return ChannelStatistics(self.min[order], self.max[order], self.mean[order], self.m2[order], self.count)
 
     def is_finite(self) -> torch.Tensor:
@@ -135,14 +146,20 @@ class WeightStatistics:
         ends = (torch.cat(figures) for figures in zip(*rows, strict=True))
         return cls(columns.min, columns.max, columns.std.float(), *ends)
 
+    def to(self, device: torch.device | str) -> "WeightStatistics":
+        """Returns the statistics on `device`."""
+        return WeightStatistics(*(getattr(self, field).to(device) for field in _WEIGHT_FIELDS))
+
     def reordered_inputs(self, order: torch.Tensor) -> "WeightStatistics":
         """Returns the statistics of the weight with its columns in the order `order`, int64 (in,)."""
+        order = order.to(self.in_min.device)
         return dataclasses.replace(
             self, in_min=self.in_min[order], in_max=self.in_max[order], in_std=self.in_std[order]
         )
 
     def reordered_outputs(self, order: torch.Tensor) -> "WeightStatistics":
         """Returns the statistics of the weight with its rows in the order `order`, int64 (out,)."""
+        order = order.to(self.out_min.device)
         return dataclasses.replace(
             self, out_min=self.out_min[order], out_max=self.out_max[order], out_std=self.out_std[order]
         )
@@ -165,11 +182,22 @@ class Provenance:
 
 @dataclass
 class Statistics:
-    """Statistics of every Linear by full name: of its input, and of its weight."""
+    """Statistics of every Linear by full name: of its input, where a token reached it, and of its weight."""
 
     inputs: dict[str, ChannelStatistics]
     weights: dict[str, WeightStatistics]
     provenance: Provenance
+
+    @property
+    def unreached(self) -> list[str]:
+        """The Linears that no token reached: they have no input statistics, and nothing can be fitted to their inputs."""
+        return [name for name in self.weights if name not in self.inputs]
+
+    def to(self, device: torch.device | str) -> "Statistics":
+        """Returns the statistics on `device`."""
+        inputs = {name: statistics.to(device) for name, statistics in self.inputs.items()}
+        weights = {name: statistics.to(device) for name, statistics in self.weights.items()}
+        return Statistics(inputs, weights, self.provenance)
 
     def copy(self) -> "Statistics":
         """Returns statistics whose entries can be replaced without touching these."""
@@ -178,12 +206,14 @@ class Statistics:
     def merge(self, other: "Statistics") -> "Statistics":
         """Returns the statistics of both runs' tokens together. Raises `UserError` when the models differ."""
         mine, theirs = self.provenance, other.provenance
-        if mine.weight_fingerprint != theirs.weight_fingerprint or self.inputs.keys() != other.inputs.keys():
+        if mine.weight_fingerprint != theirs.weight_fingerprint or self.weights.keys() != other.weights.keys():
             raise UserError(f"statistics of {mine.model} and of {theirs.model} cannot be merged: their weights differ")
-        inputs = {}
-        for name, statistics in self.inputs.items():
-            inputs[name] = dataclasses.replace(statistics)
-            inputs[name].merge(other.inputs[name])
+        inputs = {name: dataclasses.replace(statistics) for name, statistics in self.inputs.items()}
+        for name, statistics in other.inputs.items():
+            if name in inputs:
+                inputs[name].merge(statistics)
+            else:
+                inputs[name] = dataclasses.replace(statistics)
         provenance = dataclasses.replace(
             mine,
             data_fingerprint=f"{mine.data_fingerprint}+{theirs.data_fingerprint}",
@@ -195,14 +225,14 @@ class Statistics:
     def check_fits(self, weight_fingerprint: str, linears: Mapping[str, tuple[int, int]]) -> None:
         """Raises `UserError` with the reason when these are not statistics of the model with `linears` (out, in)."""
         p = self.provenance
-        missing = [name for name in linears if name not in self.inputs]
+        missing = [name for name in linears if name not in self.weights]
         if missing:
             raise UserError(
                 f"calibration.statistics: taken from {p.model}, which has no {missing[0]}: take them from this model"
             )
         for name, (_, columns) in linears.items():
-            if len(self.inputs[name].min) != columns:
-                seen = len(self.inputs[name].min)
+            seen = len(self.weights[name].in_min)
+            if seen != columns:
                 raise UserError(
                     f"calibration.statistics: {name} has {seen} channels in {p.model}, {columns} here: take them again"
                 )
@@ -234,8 +264,8 @@ class Statistics:
         write_atomic(path, lambda temporary: save_file(unshared, temporary, metadata=metadata))
 
     @classmethod
-    def load(cls, path: pathlib.Path) -> "Statistics":
-        """Reads a file that `save` wrote. Raises `UserError` when it is missing, cut short, or something else."""
+    def load(cls, path: pathlib.Path, device: torch.device | str = "cpu") -> "Statistics":
+        """Reads a file that `save` wrote, to `device`. Raises `UserError` when it is missing, cut short, or something else."""
         if not path.is_file():
             raise UserError(f"calibration.statistics: {path} is not there: write it with gen_act_stat.py, or use null")
         try:
@@ -250,17 +280,74 @@ class Statistics:
             raise UserError(
                 f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again"
             ) from None
-        return _assemble(tensors, Provenance(**json.loads(metadata["provenance"])))
+        try:
+            return _assemble(tensors, _provenance(metadata.get("provenance"))).to(device)
+        except ValueError as error:
+            raise UserError(f"calibration.statistics: {path} is damaged ({error}): take the statistics again") from None
+
+
+def _provenance(text: str | None) -> Provenance:
+    """Returns what `text`, JSON, says. Raises ValueError for anything but the fields of `Provenance`."""
+    try:
+        found = Provenance(**json.loads(text or ""))
+    except (ValueError, TypeError, RecursionError):
+        raise ValueError("its provenance is not what gen_act_stat.py writes") from None
+    for field in dataclasses.fields(Provenance):
+        value = getattr(found, field.name)
+        kinds = (
+            (int,) if field.name in {"samples", "length"} else (str, type(None)) if field.name == "revision" else (str,)
+        )
+        if not isinstance(value, kinds) or isinstance(value, bool):
+            raise ValueError(f"its provenance has {field.name} {value!r:.80}")
+    return found
 
 
 def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Statistics:
-    names = list(dict.fromkeys(key.split("/")[0] for key in tensors))
-    inputs = {}
-    for n in names:
-        least, most, mean, m2 = (tensors[f"{n}/input/{f}"] for f in _FIELDS)
-        inputs[n] = ChannelStatistics(least, most, mean, m2, int(tensors[f"{n}/input/count"]))
-    weights = {n: WeightStatistics(*(tensors[f"{n}/weight/{f}"] for f in _WEIGHT_FIELDS)) for n in names}
+    """Returns the statistics that the tensors of a file are. Raises ValueError with the reason when they are none."""
+    names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in tensors))
+    inputs, weights = {}, {}
+    for name in names:
+        parts = {key: tensors.pop(f"{name}/{key}", None) for key in _KEYS}
+        seen = [parts[key] for key in _KEYS if key.startswith("input/")]
+        whole = [value for key, value in parts.items() if value is not None and key.startswith("weight/")]
+        given = [value for value in seen if value is not None]
+        if len(whole) < len(_WEIGHT_FIELDS) or 0 < len(given) < len(seen):
+            raise ValueError(f"{name} lacks figures")
+        weights[name] = WeightStatistics(*whole)
+        if given:
+            *figures, count = given
+            inputs[name] = ChannelStatistics(*figures, _count(name, count))
+        _check_figures(name, inputs.get(name), weights[name])
+    if tensors:
+        raise ValueError(f"{next(iter(tensors))!r:.80} is no figure of a Linear")
     return Statistics(inputs, weights, provenance)
+
+
+def _count(name: str, count: torch.Tensor) -> int:
+    if count.dtype != torch.int64 or count.numel() != 1 or int(count) < 1:
+        raise ValueError(f"{name} counts no tokens")
+    return int(count)
+
+
+def _check_figures(name: str, inputs: ChannelStatistics | None, weights: WeightStatistics) -> None:
+    """Raises ValueError unless the figures are finite, in order, and of one Linear."""
+    columns, rows = len(weights.in_min.reshape(-1)), len(weights.out_min.reshape(-1))
+    kinds = {"mean": torch.float64, "m2": torch.float64}
+    figures = [(getattr(weights, f), columns if f.startswith("in_") else rows, torch.float32) for f in _WEIGHT_FIELDS]
+    ends = [(weights.in_min, weights.in_max), (weights.out_min, weights.out_max)]
+    spreads = [weights.in_std, weights.out_std]
+    if inputs is not None:
+        figures += [(getattr(inputs, f), columns, kinds.get(f, torch.float32)) for f in _FIELDS]
+        ends, spreads = [*ends, (inputs.min, inputs.max)], [*spreads, inputs.m2]
+    for tensor, length, dtype in figures:
+        if tensor.shape != (length,) or tensor.dtype != dtype or not bool(torch.isfinite(tensor).all()):
+            raise ValueError(f"{name} has figures of another shape or type, or NaN or inf")
+    if any(bool((low > high).any()) for low, high in ends) or any(bool((s < 0).any()) for s in spreads):
+        raise ValueError(f"{name} has a least value above the greatest, or a spread below 0")
+    if inputs is not None:
+        slack = 1e-5 * inputs.absmax + torch.finfo(torch.float32).tiny  # what rounding may carry a mean beyond the ends
+        if bool(((inputs.mean < inputs.min - slack) | (inputs.mean > inputs.max + slack)).any()):
+            raise ValueError(f"{name} has a mean outside its least and greatest value")
 
 
 class StatisticsVisitor:
@@ -284,12 +371,17 @@ class StatisticsVisitor:
             self._handles.append(module.register_forward_pre_hook(self._hook(name)))
 
     def leave(self, block: Block) -> None:
-        """Removes the hooks. Raises `UserError` naming the first module whose input was not finite."""
+        """Removes the hooks. Raises `UserError` naming the first module whose input was not finite.
+
+        A Linear that no token reached has its weight's statistics only.
+        """
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         self._last = None
         for name in block.linears:
+            if name not in self._owner:
+                continue
             self.inputs[name] = self.inputs[self._owner[name]]
             if not bool(self.inputs[name].is_finite()):
                 raise UserError(

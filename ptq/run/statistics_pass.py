@@ -15,7 +15,7 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
     recipe, journal = session.recipe, session.journal
     if recipe.calibration.statistics is not None:
         path = pathlib.Path(recipe.calibration.statistics).expanduser()
-        statistics = Statistics.load(path)
+        statistics = Statistics.load(path, session.stream.device)
         statistics.check_fits(session.loaded.fingerprint, session.network.shapes)
         journal.say(f"statistics: {path}")
         return statistics, path
@@ -40,7 +40,10 @@ def take_statistics(session: Session, tokens: Tokens) -> Statistics:
         flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size)
         visitor = StatisticsVisitor()
         session.stream.run([flow], visitor, "calibration")
-    return visitor.result(_provenance(session, tokens))
+    statistics = visitor.result(_provenance(session, tokens))
+    for name in statistics.unreached:
+        session.journal.say(f"calibration: no token reaches {name}: nothing can be fitted to its input")
+    return statistics
 
 
 def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:
@@ -50,7 +53,7 @@ def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:
         ValueError: when the file holds something else, or statistics of other Linears.
     """
     try:
-        found = Statistics.load(path)
+        found = Statistics.load(path, session.stream.device)
         found.check_fits(session.loaded.fingerprint, session.network.shapes)
     except (UserError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("calibration.statistics: ").split())

@@ -29,6 +29,10 @@ class Codec:
     signed = False
     """Whether the codes are int8 rather than uint8."""
 
+    def couples_tokens(self, spec: QuantSpec) -> bool:
+        """Returns whether what becomes of a value depends on other tokens that are rounded with it."""
+        return spec.granularity == "tensor"
+
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Encoded:
         """Returns codes, one a byte, and scales of `x` (..., n). NaN and inf spread through the scale."""
         raise TypeError(f"{type(self).__name__} does not say how it quantizes")

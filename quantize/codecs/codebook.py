@@ -21,6 +21,7 @@ from quantize.codecs.base import (
     scale_shape,
 )
 from quantize.codecs.e2m1 import E2M1_MAX, e2m1_codes, e2m1_values
+from quantize.codecs.table import Table
 from quantize.grid.affine import grouped
 from quantize.spec.formats import Format
 from quantize.spec.quant_spec import QuantSpec
@@ -30,6 +31,7 @@ NF4_LEVELS = (
     -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
     0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0,
 )  # fmt: skip
+NF4_TABLE = Table(NF4_LEVELS)
 SCALES_PER_BLOCK = 256
 """Scales that share one scale of their own, with double quantization."""
 
@@ -42,13 +44,13 @@ class Codebook(Codec):
 
     def codes(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the codes, uint8, of values already divided by their scale."""
-        boundaries = torch.tensor(NF4_LEVELS, device=x.device)
+        levels = NF4_TABLE.on(x.device)
         # A value in the middle belongs to the lower level.
-        return torch.bucketize(x, (boundaries[1:] + boundaries[:-1]) / 2, out_int32=True).to(torch.uint8)
+        return torch.bucketize(x, (levels[1:] + levels[:-1]) / 2, out_int32=True).to(torch.uint8)
 
     def levels(self, codes: torch.Tensor) -> torch.Tensor:
         """Returns the float32 levels of `codes`."""
-        return torch.tensor(NF4_LEVELS, device=codes.device)[codes.int()]
+        return NF4_TABLE.on(codes.device)[codes.int()]
 
     def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
         """Codes (out, bytes) and scales (out, groups); with `double_quant` int8 scales, their steps and their mean."""

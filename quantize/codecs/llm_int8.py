@@ -19,8 +19,12 @@ INT_MM_ROWS = 32
 class MixedInt8(Codec):
     """The format of the input: int8 absmax a token, except the columns that hold a magnitude of `threshold` or more.
 
-    The columns are chosen from all tokens of the call, and keep the type of the input (fp16 in the paper's models).
+    The columns are chosen from all tokens of a sample, and keep the type of the input (fp16 in the paper's models).
     """
+
+    def couples_tokens(self, spec: QuantSpec) -> bool:
+        """True: one token's magnitude makes a column an outlier for all of them."""
+        return True
 
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Encoded:
         """Codes int8 (..., n), 0 in outlier columns; scale float32 (..., 1); columns int64 (k,); outliers (..., k)."""
@@ -58,18 +62,23 @@ def llm_int8_linear(
     bias: torch.Tensor | None = None,
     threshold: float = 6.0,
 ) -> tuple[torch.Tensor, float]:
-    """Returns ``x @ W.T + bias`` by LLM.int8(), in the type of `x`, and the share of outlier columns of this call.
+    """Returns ``x @ W.T + bias`` by LLM.int8(), in the type of `x`, and the share of outlier columns.
 
-    The int8 part has int32 sums, multiplied by the outer product of the scales; the outlier columns meet the same columns
+    Each sample of an `x` (samples, ..., in) has outlier columns of its own; the share is their mean. The int8 part has int32 sums, multiplied by the outer product of the scales; the outlier columns meet the same columns
     of the dequantized weight in the type of `x`; the two are added.
 
     Args:
-        x: (..., in).
+        x: (tokens, in), or (samples, ..., in).
         codes: the weight's codes, int8 (out, in).
         scale: the weight's scales, float32 (out, 1).
         bias: (out,).
         threshold: magnitude from which a column is an outlier.
     """
+    if not x.numel():
+        return x.new_zeros(*x.shape[:-1], len(codes)), 0.0
+    if x.dim() > 2:
+        made = [llm_int8_linear(sample, codes, scale, bias, threshold) for sample in x]
+        return torch.stack([y for y, _ in made]), sum(share for _, share in made) / len(made)
     parts = MIXED_INT8.quantize(x, spec_of("llm_int8", activation=True, threshold=threshold))
     rows = parts["codes"].reshape(-1, x.shape[-1])
     sums = int8_product(rows, codes).float()

@@ -18,10 +18,14 @@ SCALE_MAX = 448.0
 class Nvfp4(Codec):
     """The tensor's scale is absmax / (6 · 448), so that the greatest block's own scale is E4M3's greatest number.
 
-    On activations the tensor's scale is taken from each call: what is rounded together depends on the batch.
+    On activations the tensor's scale is each sample's own (`quantize.modules.simulated.fake_quantize_dynamic`).
     """
 
     width = 4
+
+    def couples_tokens(self, spec: QuantSpec) -> bool:
+        """True: by the tensor's scale."""
+        return True
 
     def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
         """Codes (out, bytes), scales (out, blocks), one scale of the tensor."""

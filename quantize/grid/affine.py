@@ -28,6 +28,11 @@ class Grid:
         zero_point = None if self.zero_point is None else self.zero_point[..., labels]
         return Grid(self.scale[..., labels], zero_point, self.low, self.high)
 
+    def to(self, device: torch.device | str) -> "Grid":
+        """Returns the grid on `device`."""
+        zero_point = None if self.zero_point is None else self.zero_point.to(device)
+        return Grid(self.scale.to(device), zero_point, self.low, self.high)
+
     def split(self, rows: list[int]) -> "list[Grid]":
         """Returns the grids of the weights that, `rows` each, make up the tall weight whose rows this grid has."""
         zero_points = [None] * len(rows) if self.zero_point is None else self.zero_point.split(rows)

@@ -48,7 +48,7 @@ class PackedLinear(nn.Linear):
     It computes the function of `quantize.modules.simulated.QuantLinear` with the same specs. What it stores are parameters that need no
     gradient, named as `Codec.encode` names them (``codes``, ``scale``, ...), so that whatever moves, saves or offloads
     parameters does so with them; ``.to(dtype)`` leaves their types alone. ``weight`` is decoded each time that it is read
-    (a `DecodedWeight`). Gradients reach the input and the bias; the weight is frozen, and rounding of the input lets
+    (a `DecodedWeight`), in the model's type as ``.to(dtype)`` has left it. Gradients reach the input and the bias; the weight is frozen, and rounding of the input lets
     gradients through unchanged (straight-through).
 
     Built empty; filled by `store`, `from_weight` or ``load_state_dict``.
@@ -59,7 +59,7 @@ class PackedLinear(nn.Linear):
         bias: whether there is one.
         weight_spec: format of the weight.
         input_spec: format of the input, dynamic, or None.
-        dtype: of the bias; None for torch's default.
+        dtype: the model's, of the bias and of ``weight``; None for torch's default.
         device: where to; ``meta`` for shapes only.
 
     Raises:
@@ -81,6 +81,7 @@ class PackedLinear(nn.Linear):
         nn.Module.__init__(self)
         self.in_features, self.out_features = in_features, out_features
         self.weight_spec, self.input_spec = weight_spec, input_spec
+        self.dtype = torch.get_default_dtype() if dtype is None else dtype
         layout = packed_layout(out_features, in_features, weight_spec, input_spec)
         self.stored_names = tuple(layout)
         for name, (shape, kind) in layout.items():
@@ -101,7 +102,7 @@ class PackedLinear(nn.Linear):
         Raises:
             ValueError: as the class, and for a weight that `quantize.codecs.base.checked` refuses.
         """
-        module = cls(weight.shape[1], weight.shape[0], False, weight_spec, input_spec, device="meta")
+        module = cls(weight.shape[1], weight.shape[0], False, weight_spec, input_spec, weight.dtype, "meta")
         module.store(weight)
         if bias is not None:
             module.bias = _frozen(bias.detach().clone())
@@ -118,7 +119,8 @@ class PackedLinear(nn.Linear):
         if spec is None:
             raise ValueError("the weight is in floating point: there is nothing to pack")
         kind = packed_type(spec, linear.input_spec)
-        module = kind(linear.in_features, linear.out_features, False, spec, linear.input_spec, device="meta")
+        shape = linear.in_features, linear.out_features
+        module = kind(*shape, False, spec, linear.input_spec, linear.weight.dtype, "meta")
         if spec.affine:
             grid = Grid(linear.scale, linear.zero_point, 0, 0)
             module._set(INTEGERS.store(linear.codes, grid, spec))
@@ -166,7 +168,7 @@ class PackedLinear(nn.Linear):
 
     def __getattr__(self, name: str) -> Any:
         if name == "weight" and name not in self._parameters:
-            return self.dequantized().as_subclass(DecodedWeight)
+            return self.dequantized(self.dtype).as_subclass(DecodedWeight)
         return super().__getattr__(name)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -191,6 +193,8 @@ class PackedLinear(nn.Linear):
             kept = id(tensor) in held and moved.dtype != tensor.dtype
             return tensor.to(moved.device) if kept else moved
 
+        # What `fn` makes of a tensor of the model's type says which type that is from now on.
+        self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.stored.values())).device)).dtype
         result: Self = super()._apply(keeping, recurse)
         return result
 

@@ -109,8 +109,17 @@ class InputQuantizer(nn.Module):
 
 
 def fake_quantize_dynamic(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
-    """Returns the activation `x` (..., channels) rounded to the format, with scales fitted to its own values."""
-    return codec_of(spec).fake(x, spec)
+    """Returns the activation `x` (..., channels) rounded to the format, with scales fitted to its own values.
+
+    What is fitted to more than a token is fitted to a sample: with three dimensions or more the first one is the batch, and
+    no sample of it sees another. Two are the tokens and channels of one sample, also where an expert's tokens come from many.
+    """
+    codec = codec_of(spec)
+    if not x.numel():
+        return x
+    if x.dim() > 2 and len(x) > 1 and codec.couples_tokens(spec):
+        return torch.stack([codec.fake(sample, spec) for sample in x])
+    return codec.fake(x, spec)
 
 
 class QuantLinear(nn.Module):
@@ -158,9 +167,10 @@ class QuantLinear(nn.Module):
         if not all_finite(weight):
             raise ValueError("the weight holds NaN or inf")
         self.out_features, self.in_features = weight.shape
-        self.weight_spec, self.inputs = weight_spec, inputs
+        # Statistics, labels and solutions out of a file are on the CPU.
+        self.weight_spec, self.inputs = weight_spec, None if inputs is None else inputs.to(weight.device)
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
-        self.register_buffer("labels", labels if clustered else None)
+        self.register_buffer("labels", labels.to(weight.device) if clustered and labels is not None else None)
         self.stored_names: tuple[str, ...] = ()
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
@@ -184,12 +194,12 @@ class QuantLinear(nn.Module):
             if stored is not None:
                 raise ValueError(f"stored: {weight_spec.format!r} takes codes and a grid instead")
             self.stored_names = GRID
-            grid = grid or weight_grid(weight, weight_spec, self.labels)
+            grid = weight_grid(weight, weight_spec, self.labels) if grid is None else grid.to(weight.device)
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
             if codes is None:
                 codes = quantize(grouped(weight, weight_spec), self._grid).reshape(weight.shape)
-            self.register_buffer("codes", _checked(codes, weight.shape, grid).contiguous())
+            self.register_buffer("codes", _checked(codes.to(weight.device), weight.shape, grid).contiguous())
             self.register_buffer("weight", self._decoded(weight.dtype), persistent=False)
         self.register_buffer("bias", None if bias is None else bias.detach().clone())
 

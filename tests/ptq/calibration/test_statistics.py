@@ -1,6 +1,8 @@
 """Statistics: any split and order, against numpy in float64; files that fit, and files that do not."""
 
+import dataclasses
 import itertools
+import json
 
 import numpy as np
 import pytest
@@ -169,3 +171,110 @@ def test_the_most_outlying_channel_comes_first(ids):
     _, statistics = _collect(model, ids)
     name, ratio, channel = outlier_ratios(statistics)[0]
     assert "layers.0.self_attn" in name and channel == 3 and ratio > 50
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_values_far_apart_in_16_bits_have_finite_figures_those_of_float32(dtype):
+    x = torch.tensor([[40000.0, 1.0], [-40000.0, 1.1], [1.0, 0.9]]).to(dtype)
+    found, expected = _of([x], 2), _of([x.float()], 2)
+    assert bool(found.is_finite())
+    for field in ("min", "max", "mean", "m2"):
+        assert torch.equal(getattr(found, field), getattr(expected, field))
+    np.testing.assert_allclose(found.mean.numpy(), x.double().mean(0).numpy(), atol=4e-3)
+
+
+@given(st.integers(1, 9), st.integers(1, 700), st.integers(0, 100), st.integers(1, 9))
+def test_figures_are_the_same_bits_however_many_samples_come_at_once(samples, length, seed, batch):
+    x = _data(samples * length, 6, seed, mean=2.0).view(samples, length, 6)
+    whole, split = _of([x], 6), _of(x.split(batch), 6)
+    assert all(torch.equal(getattr(whole, f), getattr(split, f)) for f in ("min", "max", "mean", "m2"))
+
+
+def test_threads_do_not_change_a_bit_of_the_figures():
+    x, found = _data(3 * 1500, 257, 3, mean=1.0).view(3, 1500, 257), []
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(_of([x], 257))
+    finally:
+        torch.set_num_threads(before)
+    for other in found[1:]:
+        assert torch.equal(other.mean, found[0].mean) and torch.equal(other.m2, found[0].m2)
+
+
+def _with_a_spare_linear():
+    model = random_tiny("llama")
+    model.model.layers[0].mlp.spare = torch.nn.Linear(32, 16, bias=False).requires_grad_(False)
+    return model, "model.layers.0.mlp.spare"
+
+
+def test_a_linear_that_no_token_reaches_is_named_and_has_its_weights_statistics_only(tmp_path, ids):
+    model, name = _with_a_spare_linear()
+    network, statistics = _collect(model, ids)
+    assert statistics.unreached == [name] and name in statistics.weights
+    statistics.save(tmp_path / "s.safetensors")
+    loaded = Statistics.load(tmp_path / "s.safetensors")
+    assert loaded.unreached == [name] and loaded.inputs.keys() == statistics.inputs.keys()
+    loaded.check_fits("w" * 64, network.shapes)
+    other = _collect(model, ids[:2])[1]
+    other.inputs[name] = ChannelStatistics.empty(32)
+    other.inputs[name].update(torch.ones(2, 32))
+    assert statistics.merge(other).inputs[name].count == other.merge(statistics).inputs[name].count == 2
+
+
+LINEAR = "model.layers.0.mlp.up_proj"
+
+
+@pytest.mark.parametrize(
+    ("change", "reason"),
+    [
+        (lambda t: t.pop(f"{LINEAR}/input/mean"), "up_proj lacks figures"),
+        (lambda t: t.pop(f"{LINEAR}/weight/in_std"), "up_proj lacks figures"),
+        (lambda t: t.update({"other/input/none": torch.zeros(1)}), "other lacks figures"),
+        (lambda t: t.update({f"{LINEAR}/input/extra": torch.zeros(1)}), "extra' is no figure"),
+        (lambda t: t.update(odd=torch.zeros(1)), "odd lacks figures"),
+        (lambda t: t[f"{LINEAR}/input/m2"].neg_(), "spread below 0"),
+        (lambda t: t[f"{LINEAR}/input/mean"].fill_(torch.nan), "NaN or inf"),
+        (lambda t: t[f"{LINEAR}/weight/out_std"].fill_(torch.inf), "NaN or inf"),
+        (lambda t: t.update({f"{LINEAR}/input/min": torch.zeros(3)}), "another shape"),
+        (lambda t: t.update({f"{LINEAR}/input/min": torch.zeros(32, dtype=torch.float64)}), "shape or type"),
+        (lambda t: t.update({f"{LINEAR}/input/count": torch.tensor(-4)}), "counts no tokens"),
+        (lambda t: t.update({f"{LINEAR}/input/count": torch.tensor(1.5)}), "counts no tokens"),
+        (
+            lambda t: t.update(
+                {f"{LINEAR}/input/min": t[f"{LINEAR}/input/max"], f"{LINEAR}/input/max": t[f"{LINEAR}/input/min"]}
+            ),
+            "least value above",
+        ),
+        (
+            lambda t: t.update(
+                {f"{LINEAR}/input/mean": t[f"{LINEAR}/input/m2"], f"{LINEAR}/input/m2": t[f"{LINEAR}/input/m2"] * 0}
+            ),
+            "mean outside",
+        ),
+    ],
+)
+def test_a_file_whose_figures_cannot_be_is_refused_with_one_line(tmp_path, ids, change, reason):
+    from safetensors.torch import load_file, save_file
+
+    _, statistics = _collect(random_tiny("llama"), ids)
+    path = tmp_path / "s.safetensors"
+    statistics.save(path)
+    metadata = {"kind": "ptq-statistics/1", "provenance": json.dumps(dataclasses.asdict(statistics.provenance))}
+    tensors = load_file(path)
+    change(tensors)
+    save_file({key: value.clone() for key, value in tensors.items()}, path, metadata=metadata)
+    with pytest.raises(UserError, match=rf"^calibration\.statistics: .* is damaged \(.*{reason}") as error:
+        Statistics.load(path)
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("provenance", ["", "[]", "3", "{", '{"model": "m"}', "[" * 100_000, '{"model": 3}'])
+def test_a_file_with_another_provenance_is_refused_with_one_line(tmp_path, ids, provenance):
+    from safetensors.torch import save_file
+
+    path = tmp_path / "s.safetensors"
+    save_file({"a": torch.zeros(1)}, path, metadata={"kind": "ptq-statistics/1", "provenance": provenance})
+    with pytest.raises(UserError, match="is damaged .its provenance is not what"):
+        Statistics.load(path)
