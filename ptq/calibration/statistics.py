@@ -84,7 +84,8 @@ class ChannelStatistics:
 
     def to(self, device: torch.device | str) -> "ChannelStatistics":
         """Returns the statistics on `device`."""
-        return ChannelStatistics(*(getattr(self, field).to(device) for field in _FIELDS), self.count)
+        least, most, mean, m2 = (getattr(self, field).to(device) for field in _FIELDS)
+        return ChannelStatistics(least, most, mean, m2, self.count)
 
     def merge(self, other: "ChannelStatistics") -> None:
         """Adds the tokens that `other` has seen."""
@@ -304,6 +305,7 @@ def _provenance(text: str | None) -> Provenance:
 
 def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Statistics:
     """Returns the statistics that the tensors of a file are. Raises ValueError with the reason when they are none."""
+    tensors = dict(tensors)
     names = list(dict.fromkeys(key.rsplit("/", 2)[0] for key in tensors))
     inputs, weights = {}, {}
     for name in names:
@@ -315,8 +317,8 @@ def _assemble(tensors: dict[str, torch.Tensor], provenance: Provenance) -> Stati
             raise ValueError(f"{name} lacks figures")
         weights[name] = WeightStatistics(*whole)
         if given:
-            *figures, count = given
-            inputs[name] = ChannelStatistics(*figures, _count(name, count))
+            least, most, mean, m2, count = given
+            inputs[name] = ChannelStatistics(least, most, mean, m2, _count(name, count))
         _check_figures(name, inputs.get(name), weights[name])
     if tensors:
         raise ValueError(f"{next(iter(tensors))!r:.80} is no figure of a Linear")

@@ -309,9 +309,9 @@ def _bias(module: nn.Module) -> torch.Tensor | None:
 def emptied(module: nn.Module, specs: LinearSpecs) -> PackedLinear:
     """Returns an empty packed Linear of the shape of a Linear or Conv1D, on its device."""
     (rows, columns), bias, weight = weight_of(module).shape, _bias(module), _weight(specs)
-    dtype = None if bias is None else bias.dtype
+    old = weight_of(module)
     kind = packed_type(weight, specs.input)
-    new = kind(columns, rows, bias is not None, weight, specs.input, dtype, weight_of(module).device)
+    new = kind(columns, rows, bias is not None, weight, specs.input, old.dtype, old.device)
     new.train(module.training)
     return new
 

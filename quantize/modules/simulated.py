@@ -171,7 +171,7 @@ class QuantLinear(nn.Module):
         self.weight_spec, self.inputs = weight_spec, None if inputs is None else inputs.to(weight.device)
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
         self.register_buffer("labels", labels.to(weight.device) if clustered and labels is not None else None)
-        self.stored_names: tuple[str, ...] = ()
+        self._names: tuple[str, ...] = ()
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
         elif not weight_spec.affine:
@@ -186,14 +186,14 @@ class QuantLinear(nn.Module):
                 expected := codec_of(weight_spec).layout(tuple(weight.shape), weight_spec)
             ):
                 raise ValueError(f"stored: {found} is not what {weight_spec.format} stores of this weight: {expected}")
-            self.stored_names = tuple(stored)
+            self._names = tuple(stored)
             for name, tensor in stored.items():
                 self.register_buffer(name, tensor)
             self.register_buffer("weight", self._decoded(weight.dtype), persistent=False)
         else:
             if stored is not None:
                 raise ValueError(f"stored: {weight_spec.format!r} takes codes and a grid instead")
-            self.stored_names = GRID
+            self._names = GRID
             grid = weight_grid(weight, weight_spec, self.labels) if grid is None else grid.to(weight.device)
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
@@ -249,9 +249,14 @@ class QuantLinear(nn.Module):
         return grid if self.labels is None else grid.of_channels(self.labels)
 
     @property
+    def stored_names(self) -> tuple[str, ...]:
+        """Names of the buffers that hold the encoded weight, labels left out; none where it is in floating point."""
+        return (*self._names, "codes") if self.weight_spec is not None and self.weight_spec.affine else self._names
+
+    @property
     def _stored(self) -> Encoded:
         """The buffers that hold an encoded weight."""
-        return {name: getattr(self, name) for name in self.stored_names}
+        return {name: getattr(self, name) for name in self._names}
 
     def _decoded(self, dtype: torch.dtype) -> torch.Tensor:
         """Returns the weight (out, in) that the codes stand for."""
@@ -263,7 +268,7 @@ class QuantLinear(nn.Module):
         return dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return keep_dtypes(self, self.stored_names, lambda: super(QuantLinear, self)._apply(fn, recurse))
+        return keep_dtypes(self, self._names, lambda: super(QuantLinear, self)._apply(fn, recurse))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)

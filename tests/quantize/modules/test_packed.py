@@ -7,6 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from quantize.codecs.llm_int8 import WEIGHT
 from quantize.codecs.registry import codec_of
@@ -164,3 +165,51 @@ def test_it_is_a_linear_to_others_whose_weight_can_be_read_but_not_written():
 def test_what_cannot_be_packed_is_refused(weight, spec, inputs, message):
     with pytest.raises(ValueError, match=message):
         packed(weight, None, spec, inputs)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("spec", WEIGHTS, ids=str)
+def test_the_weight_that_is_read_has_the_models_type(spec, dtype):
+    made = packed(normal(24, 128).to(dtype), None, spec)
+    moved = packed(normal(24, 128), None, spec).to(dtype)
+    empty = PackedLinear(128, 24, False, spec, dtype=dtype, device="meta")
+    simulation = PackedLinear.from_quantized(simulated(normal(24, 128).to(dtype), None, spec))
+    for module in (made, moved, empty, simulation, copy.deepcopy(made)):
+        assert module.weight.dtype == module.dtype == dtype
+    assert moved.float().weight.dtype == torch.float32
+    assert moved.half().weight.dtype == torch.float16
+    assert moved.to("meta").weight.dtype == torch.float16
+
+
+@pytest.mark.parametrize("spec", [*INPUTS[1:], QuantSpec(granularity="tensor", dynamic=True)], ids=str)
+def test_a_batch_gives_what_its_samples_give_one_by_one_and_no_tokens_give_none(spec):
+    weight = WEIGHT if spec.format == "llm_int8" else QuantSpec()
+    module = packed(normal(24, 128), normal(24, seed=1), weight, spec)
+    x = normal(4, 6, 128, seed=2) * torch.tensor([1, 20, 0.1, 4]).view(4, 1, 1)
+    alone = torch.cat([module(sample) for sample in x.split(1)])
+    assert torch.allclose(module(x), alone, rtol=1e-5, atol=1e-5)
+    assert module(torch.empty(0, 128)).shape == (0, 24) and module(torch.empty(2, 0, 128)).shape == (2, 0, 24)
+
+
+class _FromHost(TorchDispatchMode):
+    """Counts the tensors that are made of Python's numbers."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += function is torch.ops.aten.lift_fresh.default
+        return function(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("spec", WEIGHTS, ids=str)
+def test_a_call_copies_no_table_from_the_host(spec):
+    module, x = packed(normal(24, 128), None, spec), normal(3, 128)
+    with _FromHost() as counted:
+        torch.tensor(1.0)
+    assert counted.count == 1
+    expected = module(x)
+    with _FromHost() as counted:
+        y = module(x)
+    assert counted.count == 0 and torch.equal(y, expected)

@@ -9,7 +9,8 @@ from torch.nn.functional import linear
 import quantize.modules.simulated
 from quantize.grid.affine import Grid, dequantize, grouped
 from quantize.modules.simulated import InputQuantizer, QuantLinear, fake_quantize_dynamic
-from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.formats import formats
+from quantize.spec.quant_spec import QuantSpec, spec_of
 
 TOKEN = QuantSpec(granularity="token", dynamic=True)
 
@@ -110,3 +111,36 @@ def test_codes_chosen_by_a_solver_are_kept():
     codes = torch.zeros_like(nearest.codes)
     chosen = QuantLinear(weight, None, QuantSpec(bits=4), grid=grid, codes=codes)
     assert chosen.weight.abs().sum() == 0 and torch.equal(chosen.codes, codes)
+
+
+DYNAMIC = [
+    QuantSpec(bits=4, granularity="tensor", dynamic=True),
+    QuantSpec(bits=4, granularity="tensor", symmetric=False, dynamic=True),
+    QuantSpec(bits=4, granularity="tensor", dynamic=True, range="percentile", percentile=99.0),
+    QuantSpec(bits=4, granularity="tensor", dynamic=True, range="mse"),
+    TOKEN,
+    QuantSpec(granularity="group", group_size=16, dynamic=True),
+    *(spec_of(name, activation=True) for name in formats() if name != "int" and formats()[name].activation),
+    spec_of("fp8_e4m3", activation=True, granularity="tensor"),
+]
+
+
+@pytest.mark.parametrize("spec", DYNAMIC, ids=str)
+@pytest.mark.parametrize("shape", [(5, 7, 64), (5, 2, 7, 64)])
+def test_what_a_sample_is_rounded_to_does_not_depend_on_the_samples_beside_it(spec, shape):
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(4)) * torch.tensor([1, 9, 0.1, 3, 70.0]).view(
+        -1, *[1] * (len(shape) - 1)
+    )
+    alone = torch.cat([fake_quantize_dynamic(sample, spec) for sample in x.split(1)])
+    for size in (2, 3, 5):
+        together = torch.cat([fake_quantize_dynamic(batch, spec) for batch in x.split(size)])
+        assert torch.equal(together, alone)
+    if len(shape) == 3:
+        assert torch.equal(alone[0], fake_quantize_dynamic(x[0], spec))
+
+
+@pytest.mark.parametrize("spec", DYNAMIC, ids=str)
+@pytest.mark.parametrize("shape", [(0, 64), (0, 3, 64), (2, 0, 64)])
+def test_no_tokens_are_rounded_to_no_tokens(spec, shape):
+    assert fake_quantize_dynamic(torch.empty(shape), spec).shape == shape
+    assert InputQuantizer(spec)(torch.empty(shape)).shape == shape
