@@ -4,8 +4,8 @@ It enters through transformers' own extension point, the attention interface: a 
 its architecture. A model with an attention of its own (BLOOM, Falcon) is not.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -122,31 +122,35 @@ def use_simulated_attention(network: Network) -> None:
 def attentions_of(network: Network, stream: BlockStream) -> dict[int, list[str]]:
     """Returns the full names of the modules that call the attention interface, by block, seen in one tiny forward pass."""
     found: dict[int, list[str]] = {block.index: [] for block in network.blocks}
-    names = {
-        module: (block.index, name)
-        for block in network.blocks
-        for name, module in block.module.named_modules(prefix=block.name)
-    }
-
-    def see(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if module in names:
-            index, name = names[module]
-            found[index].append(name)
-        return simulated_attention(module, *args, **kwargs)
-
-    with _implementation(network, "ptq_seen", see):
+    before = network.model.config._attn_implementation
+    network.model.set_attn_implementation(NAME)
+    seers = []
+    try:
+        for block in network.blocks:
+            for name, module in block.module.named_modules(prefix=block.name):
+                if not hasattr(module, CHILD):
+                    # Beside the children and not among them: what goes through a list of children is not to meet it.
+                    module.__dict__[CHILD] = _Seer(name, found[block.index])
+                    seers.append(module)
         ids = torch.arange(1, 5)[None] % network.model.get_input_embeddings().num_embeddings
         stream.run([stream.open(ids, 1)], Nothing(), "attention")
+    finally:
+        for module in seers:
+            del module.__dict__[CHILD]
+        network.model.set_attn_implementation(before)
     return found
 
 
-@contextmanager
-def _implementation(network: Network, name: str, function: Callable[..., Any]) -> Iterator[None]:
-    before = network.model.config._attn_implementation
-    AttentionInterface.register(name, function)
-    AttentionMaskInterface.register(name, eager_mask)
-    try:
-        network.model.set_attn_implementation(name)
-        yield
-    finally:
-        network.model.set_attn_implementation(before)
+@dataclass(frozen=True)
+class _Seer:
+    """Stands in for an attention's quantizers, and notes that the attention `name` asks for them."""
+
+    name: str
+    found: list[str]
+    quantizers: Mapping[str, InputQuantizer] = field(default_factory=dict)
+
+    def quantize(self, tensor: str, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` as it is."""
+        if self.name not in self.found:
+            self.found.append(self.name)
+        return x

@@ -71,6 +71,25 @@ class Flow:
     exact: bool = False
     calls: list[list[Call]] = field(default_factory=list)
     ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    finite: dict[str, torch.Tensor] = field(default_factory=dict)
+    """Whether all was finite that came out of the embedding ("") and of each block, by name: bool, not waited for."""
+
+    def note_finite(self, place: str, output: torch.Tensor) -> None:
+        """Notes whether a batch of what came out of `place` was finite: one look at it, and no wait for the device."""
+        ends = torch.stack(torch.aminmax(output)) if output.numel() else output.new_zeros(1)
+        found = torch.isfinite(ends).all()
+        self.finite[place] = self.finite[place] & found if place in self.finite else found
+
+    def first_nonfinite(self) -> str | None:
+        """Returns where NaN or inf began: "embedding", the first block's full name, or None where all has been finite.
+
+        Of the blocks that this flow has passed, in their order; waits for the device.
+        """
+        if not self.finite:
+            return None
+        bad = ~torch.stack(list(self.finite.values()))
+        names = [name or "embedding" for name, found in zip(self.finite, bad.tolist(), strict=True) if found]
+        return names[0] if names else None
 
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Yields (index of the batch, its rows)."""
@@ -149,6 +168,7 @@ class BlockStream:
                     shape = (len(ids), *first.shape[1:])
                     flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
                 flow.hidden[start : start + batch_size].copy_(first)
+                flow.note_finite("", first)
                 flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
         if flow is None:
             raise ValueError("no samples to carry through the network")
@@ -180,6 +200,7 @@ class BlockStream:
             for i, rows in flow.slices():
                 output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
                 flow.hidden[rows].copy_(output)
+                flow.note_finite(block.name, output)
 
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 import yaml
+from transformers.pytorch_utils import Conv1D
 
 from ptq.config.schema import ExportConfig, Recipe, SchemeConfig, recipe_from
 from ptq.config.scheme import linear_specs
@@ -154,8 +155,8 @@ class SavedSource:
         if (specs.weight is None) != (f"{name}.codes" not in self._saved):
             raise UserError(f"--run: {name} was saved under another scheme than recipe.yaml says: run it again")
         weight = self._maybe(f"{name}.weight")
-        if weight is not None and tuple(weight.shape) != self.network.shapes[name]:
-            weight = weight.t()  # GPT-2's Conv1D keeps (in, out)
+        if weight is not None and not specs.any and isinstance(self.network.model.get_submodule(name), Conv1D):
+            weight = weight.t()  # GPT-2's Conv1D keeps (in, out), also where a square shape does not show it
         return LinearTensors(
             name, specs.weight, self._maybe(f"{name}.codes"), self._maybe(f"{name}.scale"),
             self._maybe(f"{name}.zero_point"), weight, self._maybe(f"{name}.bias"),

@@ -6,6 +6,7 @@ from safetensors.torch import load_file
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.models.loading import load
+from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.testing import byte_tokenizer, random_tiny
@@ -69,3 +70,44 @@ def test_the_checkpoints_own_tensors_are_what_is_computed_with(folder):
     shared = [name for name in stored if name in parameters]
     assert loaded.baseline_dtype == "fp16" and loaded.arithmetic_dtype == "fp32"
     assert all(torch.equal(parameters[name], stored[name].float()) for name in shared)
+
+
+def _carried(model, ids):
+    network = build_network(model)
+    stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
+    flow = stream.open(ids, 2)
+    stream.run([flow], Nothing())
+    return flow
+
+
+@pytest.mark.parametrize("bad", [torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_the_block_where_nan_or_inf_began_is_named(bad, dtype):
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    assert _carried(random_tiny("llama").to(dtype), ids).first_nonfinite() is None
+    model = random_tiny("llama").to(dtype)
+    with torch.no_grad():
+        model.model.layers[1].mlp.down_proj.weight[0, 0] = bad
+    assert _carried(model, ids).first_nonfinite() == "model.layers.1"
+    with torch.no_grad():
+        model.model.embed_tokens.weight[int(ids[2, 4])] = bad
+    assert _carried(model, ids).first_nonfinite() == "embedding"
+
+
+def test_a_single_token_of_a_later_batch_is_seen():
+    ids = torch.full((5, 12), 7)
+    ids[4, 11] = 60
+    model = random_tiny("opt").half()
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[60, 0] = torch.inf
+    flow = _carried(model, ids)
+    assert torch.isfinite(flow.hidden[:4]).all() and torch.isfinite(flow.hidden[4, :11]).all()
+    assert flow.first_nonfinite() == "embedding"
+
+
+def test_huge_numbers_that_are_finite_are_not_taken_for_inf():
+    model = random_tiny("opt")
+    with torch.no_grad():
+        model.model.decoder.embed_tokens.weight[:, 0] = 1e38
+    flow = _carried(model, torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1)))
+    assert flow.finite[""].item()

@@ -1,16 +1,22 @@
 """Exports of whole runs: refused before the work, written after it, or later from the saved codes."""
 
 import dataclasses
+from types import SimpleNamespace
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from ptq.cli.app import main
-from ptq.config.schema import ExportConfig, recipe_from
+from ptq.config.schema import ExportConfig, SchemeConfig, recipe_from
 from ptq.errors import UserError
 from ptq.inspect.q8_readers import open_llama2c
+from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
+from ptq.network.network import build_network, weight_of
 from ptq.run.experiment import dry_run, run
-from ptq.run.exports import export_run
+from ptq.run.exports import SavedSource, export_run
+from ptq.testing import random_tiny
 
 GROUPS = {"bits": 8, "granularity": "group", "group_size": 64}
 Q8 = {"weight": GROUPS, "input": {**GROUPS, "dynamic": True}}
@@ -94,3 +100,17 @@ def test_a_finished_run_that_cannot_be_exported_says_why(recipe, tmp_path, tiny_
     with pytest.raises(UserError, match="scheme.input"):
         export_run(folder, dataclasses.replace(config, format="kuiper"), None, False)
     assert not (folder / "export").exists() or not list((folder / "export").rglob("*.bin"))
+
+
+@pytest.mark.parametrize(("name", "square"), [("attn.c_proj", True), ("mlp.c_fc", False)])
+def test_a_conv1d_comes_back_from_saved_blocks_the_way_it_was_square_or_not(tmp_path, name, square):
+    network, name = build_network(random_tiny("gpt2")), f"transformer.h.0.{name}"
+    rows, columns = network.shapes[name]
+    assert (rows == columns) is square
+    for block in network.blocks:
+        tensors = {f"{block.name}.{key}": value.contiguous() for key, value in block.module.state_dict().items()}
+        save_file(tensors, tmp_path / f"block-{block.index:05d}.safetensors")
+    loaded = SimpleNamespace(tokenizer=None, weights=ResidentWeights(), location=SimpleNamespace(gguf=None, base=""))
+    recipe = SimpleNamespace(scheme=SchemeConfig())
+    source = SavedSource(SimpleNamespace(network=network, loaded=loaded, recipe=recipe), tmp_path)
+    assert torch.equal(source.linear(name).weight, weight_of(network.model.get_submodule(name)))
