@@ -4,7 +4,8 @@ It enters through transformers' own extension point, the attention interface: a 
 its architecture. A model with an attention of its own (BLOOM, Falcon) is not.
 """
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
