@@ -20,7 +20,7 @@ from ptq.network.network import Network, is_linear
 from ptq.network.skeleton import skeleton
 from quantize.codecs.base import Layout
 from quantize.codecs.registry import codec_of
-from quantize.codecs.storage import weight_storage
+from quantize.grid.storage import weight_storage
 from quantize.spec.quant_spec import QuantSpec
 
 PARTS = ("attention", "mlp", "norms", "embedding", "head", "other")

@@ -224,6 +224,13 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
     return ModelSource(source.config, Location("directory", str(folder)), {"trust_remote_code": False})
 
 
+def fingerprint_of(config: ModelConfig, store: Store | None = None) -> str:
+    """Returns the fingerprint that `load` gives the model, without loading it. Raises `UserError` as `check`."""
+    source = source_of(config)
+    revision = getattr(_config(source, store), "_commit_hash", None)
+    return _fingerprint(source.location, revision or config.revision, store)
+
+
 def _fingerprint(location: Location, revision: str | None, store: Store | None = None) -> str:
     """Returns the SHA-256 over the weights' bytes, config.json and code of the model's own; where they are makes no difference.
 

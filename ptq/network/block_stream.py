@@ -1,6 +1,7 @@
 """The block stream: the one loop that carries hidden states of many samples through a network, block by block."""
 
 import math
+import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -48,6 +49,9 @@ class Kept(Protocol):
 
     def keep(self, block: Block) -> None:
         """Keeps a finished block."""
+
+    def hand_over(self, blocks: Sequence[Block], folder: pathlib.Path) -> None:
+        """Copies the files of the finished blocks into a folder."""
 
 
 @dataclass

@@ -1,6 +1,6 @@
 """Links: one tensor inside a block, who produces it and which Linears read it. Found by tracing, proved by a probe."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -237,7 +237,7 @@ def _roles(trace: Trace, order: list[str], head_dim: int) -> None:
             trace.links[trace.links.index(link)] = replace(link, head_dim=head_dim)
 
 
-def describe(traces: dict[int, Trace]) -> list[str]:
+def describe(traces: Mapping[int, Trace]) -> list[str]:
     """Returns sentences on what the links allow and what they do not, for the log."""
     kinds = {
         kind: sum(x.kind == kind for t in traces.values() for x in t.links) for kind in ("norm", "activation", "linear")

@@ -2,9 +2,11 @@
 
 import contextlib
 import dataclasses
+import json
 import pathlib
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +17,7 @@ from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
 from ptq.files.atomic import ensure_folder, write_text
+from ptq.files.source_digest import PACKAGES, module_digest
 from ptq.network.block_stream import Flow
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.results import (
@@ -29,11 +32,13 @@ from ptq.run.baseline import Baseline, baseline_of
 from ptq.run.environment import environment
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
 from ptq.run.journal import Journal
+from ptq.run.kept.identity import METRICS, finished
+from ptq.run.kept.kept_pass import RESUME, KeptPass
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
-from ptq.run.resume import RESUME, KeptPass
-from ptq.run.session import Session, open_session
+from ptq.run.result import Result
+from ptq.run.session import Session, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._registry import build_steps
 from ptq.steps._step import Context, Step
@@ -42,8 +47,13 @@ _BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
 """What a run writes before its first result."""
 
 
-def run(recipe: Recipe) -> pathlib.Path:
-    """Runs `recipe` from calibration to the report. Returns the folder that holds the results.
+def run(recipe: Recipe, force: bool = False) -> pathlib.Path:
+    """Runs `recipe` as `run_recipe`; returns the folder that holds the results."""
+    return run_recipe(recipe, force).folder
+
+
+def run_recipe(recipe: Recipe, force: bool = False) -> Result:
+    """Runs `recipe` from calibration to the report; a run that is finished is not run again, unless by `force`.
 
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
@@ -53,11 +63,31 @@ def run(recipe: Recipe) -> pathlib.Path:
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
     check_before(recipe)
+    folder = _folder(recipe)
+    if not force and (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps))):
+        _show_finished(folder)
+        return Result(folder, None, "the run was finished before")
     with _folder_of_a_run(recipe) as folder:
         return _run(recipe, steps, folder)
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathlib.Path:
+def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
+    """Returns a digest of the source of every step that does not come with this package, by the step's name."""
+    modules = {name: sys.modules[type(step).__module__] for name, step in steps.items()}
+    return {name: module_digest(m) for name, m in modules.items() if m.__name__.partition(".")[0] not in PACKAGES}
+
+
+def _show_finished(folder: pathlib.Path) -> None:
+    """Says what a finished run has found."""
+    m = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    print(
+        f"finished before: perplexity {m['baseline_perplexity']:.4f} -> {m['quantized_perplexity']:.4f} ({m['ratio']:.4f} x, "
+        f"simulated), KL {m['kl_mean']:.5f}, {m['size']['bits_per_weight']:.3f} bits per weight; --force runs it again"
+    )
+    print(f"results: {folder}")
+
+
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> Result:
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
@@ -67,8 +97,10 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
         taken = context.statistics
-        key = session.identity(tokens)
-        context.keep = lambda what, flows, visitor: KeptPass(folder / RESUME / what, key, flows, visitor, journal.say)
+        identity = session.identity(sources_of(steps))
+        context.keep = lambda what, flows, visitor: KeptPass(
+            folder / RESUME / what, identity, flows, visitor, journal.say
+        )
         plan_steps(session, steps, context)
         if taken is not None and context.statistics is not None:
             save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
@@ -77,12 +109,16 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> pathli
             journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.heads() as heads:
             compared = compare_tokens(heads, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
-        _report(session, visitor, tokens, baseline, compared, folder)
+        _report(session, visitor, tokens, baseline, compared, folder, identity)
         session.stream.change_outside()
         export_session(session, folder)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
-    return folder
+        whole = session.loaded.weights.resident and not visitor.unbuildable
+        held = (session.network.model, session.loaded.tokenizer) if whole else None
+    if held is not None:
+        held[0].config.use_cache = True
+    return Result(folder, held, "" if whole else visitor.unbuildable or "the weights are on disk")
 
 
 def _quantize(
@@ -92,12 +128,16 @@ def _quantize(
     recipe, stream, samples = session.recipe, session.stream, context.samples
     with session.journal.phase("quantize"):
         flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
-        visitor = QuantizeVisitor(session, context, steps, flow)
+        visitor = QuantizeVisitor(context, steps, flow)
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
-        kept = KeptPass(folder / RESUME / "quantize", session.identity(tokens), carried, visitor, session.journal.say)
+        kept = context.keep("quantize", carried, visitor)
         stream.run(flows, visitor, "quantize", kept)
-        if needs_saved_weights(recipe):
+        if (place := flow.first_nonfinite()) is not None:
+            raise UserError(
+                f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
+            )
+        if kept is not None and needs_saved_weights(recipe):
             kept.hand_over(session.network.blocks, folder / "quantized")
     return visitor, flow
 
@@ -109,6 +149,7 @@ def _report(
     baseline: Baseline,
     compared: TokenComparison,
     folder: pathlib.Path,
+    identity: str,
 ) -> None:
     """Writes the run's files and shows its tables."""
     recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
@@ -117,6 +158,7 @@ def _report(
     size = size_of(session.network, visitor, bytes_before)
     kinds = tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before)
     facts = _facts(session, tokens, kinds, baseline.losses.tolist(), compared.losses.tolist())
+    facts["identity"] = identity
     facts["outlier_share"] = outlier_share(visitor.layers)
     facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
     write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))

@@ -1,6 +1,6 @@
 """What the steps of a recipe plan with, and their plans one after another."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import Statistics, StatisticsVisitor
@@ -8,6 +8,9 @@ from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, check_attention
 from ptq.errors import UserError
 from ptq.network.attention import attentions_of, use_simulated_attention
+from ptq.network.block_stream import BlockStream
+from ptq.network.links import describe, trace_links
+from ptq.network.network import Network
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._step import KEY, QUERY, REFERENCE, RESIDUAL, SAMPLES, STATISTICS, TRANSFORM, Context, Step, StepPlan
@@ -22,19 +25,33 @@ def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     """
     scheme, journal = session.recipe.scheme, session.journal
     wanted = captures_of_steps(scheme, steps)
-    inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
     with journal.phase("links"):
-        traces = session.trace(REFERENCE in wanted or any(RESIDUAL in step.acts for step in steps.values()))
-        attentions = attentions_of(session.network, session.stream) if inside else {}
-        check_attention(scheme, sum(len(names) for names in attentions.values()))
-    statistics = statistics_of(session)[0] if STATISTICS in wanted else None
-    context = Context(
-        session.network, session.stream, scheme, traces, statistics, attentions=attentions, note=journal.note
-    )
+        context = context_of(session.network, session.stream, scheme, steps, journal.note)
+    journal.console.print(describe(context.traces)[0], markup=False)
+    if STATISTICS in wanted:
+        context.statistics = statistics_of(session)[0]
     context.batch_size = session.recipe.calibration.batch_size
     if wanted & {SAMPLES, REFERENCE} or any(step.kind == TRANSFORM for step in steps.values()):
         context.ids = session.calibration_tokens().ids
     return context
+
+
+def context_of(
+    network: Network, stream: BlockStream, scheme: SchemeConfig, steps: Mapping[str, Step], note: Callable[[str], None]
+) -> Context:
+    """Finds the links, and the attentions where something acts in them.
+
+    Raises:
+        UserError: when the scheme quantizes something inside attentions that cannot be reached.
+    """
+    sums = REFERENCE in captures_of_steps(scheme, steps) or any(RESIDUAL in step.acts for step in steps.values())
+    inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
+    traces = trace_links(network, stream, sums)
+    for line in describe(traces):
+        note(line)
+    attentions = attentions_of(network, stream) if inside else {}
+    check_attention(scheme, sum(len(names) for names in attentions.values()))
+    return Context(network, stream, scheme, traces, attentions=attentions, note=note)
 
 
 def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) -> None:
@@ -43,16 +60,21 @@ def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) ->
     Where attentions are quantized the model calls them simulated from here on: the baseline has to be known by now.
     """
     with session.journal.phase("plan"):
-        if any(context.attentions.values()):
-            use_simulated_attention(session.network)
-        stale: Statistics | None = None
-        for name, step in steps.items():
-            if stale is not None and STATISTICS in step.captures(context.scheme):
-                context.statistics, stale = _take_again(context, stale), None
-            plan = step.plan(context)
-            stale = context.statistics if plan.stale else stale
-            _add(context, name, step, plan)
-        context.samples = _samples(session, steps, context)
+        plan_all(steps, context)
+        context.samples = open_samples(steps, context)
+
+
+def plan_all(steps: Mapping[str, Step], context: Context) -> None:
+    """Lets every step plan, in order."""
+    if any(context.attentions.values()):
+        use_simulated_attention(context.network)
+    stale: Statistics | None = None
+    for name, step in steps.items():
+        if stale is not None and STATISTICS in step.captures(context.scheme):
+            context.statistics, stale = _take_again(context, stale), None
+        plan = step.plan(context)
+        stale = context.statistics if plan.stale else stale
+        _add(context, name, step, plan)
 
 
 def _add(context: Context, name: str, step: Step, plan: StepPlan) -> None:
@@ -94,11 +116,11 @@ def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozen
     return frozenset[str]().union(*(step.captures(scheme) for step in steps.values()))
 
 
-def _samples(session: Session, steps: Mapping[str, Step], context: Context) -> Samples | None:
+def open_samples(steps: Mapping[str, Step], context: Context) -> Samples | None:
     """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
     if context.ids is None:
         return None
-    batch, wanted, stream = context.batch_size, captures_of_steps(session.recipe.scheme, steps), session.stream
+    batch, wanted, stream = context.batch_size, captures_of_steps(context.scheme, steps), context.stream
     ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
     reference = stream.open(ids, batch) if REFERENCE in wanted else None
     return Samples(stream, stream.open(ids, batch), reference)

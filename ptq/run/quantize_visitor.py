@@ -15,8 +15,7 @@ from ptq.network.block_stream import Flow
 from ptq.network.network import Block, Network, weight_of
 from ptq.network.replaced import modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_spec
-from ptq.run.finished_block import Unbuildable, read_figures, rebuild, write_block
-from ptq.run.session import Session
+from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
 from ptq.steps._attention import quantize_attention
 from ptq.steps._proof import Proof, prove
 from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
@@ -36,14 +35,13 @@ class QuantizeVisitor:
     Attentions are quantized here, whatever the solver. Results describe the modules that stand in the block afterwards.
 
     Args:
-        session: model and stream.
         context: what the steps see, with their plans.
         steps: by name, in the order of the recipe.
         flow: the evaluation samples that will pass; the first batch is used to measure output errors.
     """
 
-    def __init__(self, session: Session, context: Context, steps: Mapping[str, Step], flow: Flow):
-        self.session, self.context, self.flow = session, context, flow
+    def __init__(self, context: Context, steps: Mapping[str, Step], flow: Flow):
+        self.context, self.flow = context, flow
         self.transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
         self.solvers = {name: step for name, step in steps.items() if step.kind == SOLVER}
         self.layers: list[LayerResult] = []
@@ -72,8 +70,8 @@ class QuantizeVisitor:
 
     def leave(self, block: Block) -> None:
         """Gives the originals back where the block's weights are about to go."""
-        if not self.session.loaded.weights.resident:
-            restore(self.session.network.model, self._modules)
+        if not self.context.stream.weights.resident:
+            restore(self.context.network.model, self._modules)
         self._modules = {}
 
     def write(self, block: Block, path: pathlib.Path) -> None:
@@ -95,9 +93,9 @@ class QuantizeVisitor:
         self.attentions |= figures["attentions"]
         self.proofs = {name: Proof(**proof) for name, proof in figures["proofs"].items()}
         self.stored, self.quantized = figures["stored"], figures["quantized"]
-        if self.session.loaded.weights.resident and not self.unbuildable:
+        if self.context.stream.weights.resident and not self.unbuildable:
             try:
-                rebuild(block, path, self.session.network, self.session.stream.device)
+                rebuild(block, path, self.context.network, self.context.stream.device)
             except Unbuildable as error:
                 self.unbuildable = str(error)
 
@@ -108,7 +106,7 @@ class QuantizeVisitor:
         samples = self.context.samples
         witness = samples.flow if samples is not None else self.flow
         _, rows = next(witness.slices())
-        stages = [witness.hidden[rows].to(self.session.stream.device)]
+        stages = [witness.hidden[rows].to(self.context.stream.device)]
         plans = self.context.plans
         for name in reversed(self.transforms):
             basis = plans[name].basis
@@ -147,7 +145,7 @@ class QuantizeVisitor:
         handles = [module.register_forward_hook(keep(name)) for name, module in block.linears.items()]  # type: ignore[arg-type]
         try:
             _, rows = next(self.flow.slices())
-            self.session.stream.call(self.flow, block, 0, self.flow.hidden[rows].to(self.session.stream.device))
+            self.context.stream.call(self.flow, block, 0, self.flow.hidden[rows].to(self.context.stream.device))
         finally:
             for handle in handles:
                 handle.remove()
@@ -175,7 +173,7 @@ class QuantizeVisitor:
                 outlier_share=self._outliers.get(name),
             )
         )
-        if not self.session.loaded.weights.resident:
+        if not self.context.stream.weights.resident:
             original.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
 
 

@@ -2,24 +2,23 @@
 
 import pathlib
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import torch
-import transformers
 
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
 from ptq.data.sampling import Tokens, sample_tokens
 from ptq.files.scratch import remove_stale
-from ptq.files.source_digest import package_digest
 from ptq.files.store import Store, store_of
-from ptq.models.loading import LoadedModel, load
+from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
 from ptq.network.block_stream import BlockStream
-from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network, build_network
 from ptq.run.journal import Journal
+from ptq.run.kept.identity import digest_of, machine
 
 
 @dataclass
@@ -32,63 +31,103 @@ class Session:
     network: Network
     stream: BlockStream
     store: Store
+    _calibration: Tokens | None = None
+    _evaluation: Tokens | None = None
 
     def calibration_tokens(self) -> Tokens:
-        """Draws the calibration samples of the recipe."""
-        c = self.recipe.calibration
-        return sample_tokens(
-            self.loaded.tokenizer, self.recipe.data.calibration, c.samples, c.length, c.sampling, c.seed, c.bos,
-            self.network.max_positions, "data.calibration",
-        )  # fmt: skip
+        """Draws the calibration samples of the recipe, once."""
+        if self._calibration is None:
+            self._calibration = calibration_tokens(self.recipe, self.loaded.tokenizer, self.network.max_positions)
+        return self._calibration
 
     def evaluation_tokens(self) -> Tokens:
-        """Draws the evaluation windows of the recipe."""
-        e = self.recipe.evaluation
-        return sample_tokens(
-            self.loaded.tokenizer, self.recipe.data.evaluation, e.windows, e.length, "contiguous", e.seed, e.bos,
-            self.network.max_positions, "data.evaluation",
-        )  # fmt: skip
+        """Draws the evaluation windows of the recipe, once."""
+        if self._evaluation is None:
+            self._evaluation = evaluation_tokens(self.recipe, self.loaded.tokenizer, self.network.max_positions)
+        return self._evaluation
+
+    def identity(self, sources: Mapping[str, str]) -> str:
+        """Returns `identity_of` this run; `sources` are digests of what comes from outside, by step's name."""
+        tokens = (self.calibration_tokens(), self.evaluation_tokens())
+        return identity_of(self.recipe, sources, self.loaded.fingerprint, tokens, self.stream.device)
 
     def key(self, tokens: Tokens) -> dict[str, object]:
-        """Returns everything that hidden states and statistics of these tokens depend on, for the store.
-
-        Sums are taken in another order by another number of threads, another processor, or another precision of products.
-        """
-        device = self.stream.device
-        where: dict[str, object] = {"device": device.type}
-        if device.type == "cpu":
-            where |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
-        elif device.type == "cuda":
-            where |= {"gpu": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
+        """Returns everything that hidden states and statistics of these tokens depend on, for the store."""
         return {
-            "source": package_digest(),
             "weights": self.loaded.fingerprint,
             "baseline": self.loaded.baseline_dtype,
             "arithmetic": self.loaded.arithmetic_dtype,
-            "precision": torch.get_float32_matmul_precision(),
             "tokens": tokens.fingerprint,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-            **where,
+            **machine(self.stream.device),
         }
-
-    def identity(self, *tokens: Tokens) -> dict[str, object]:
-        """Returns everything that the results of this recipe depend on, where its files go left out."""
-        plain = {key: value for key, value in self.recipe.as_dict().items() if key not in {"outputs", "store"}}
-        return {"recipe": plain, "threads": torch.get_num_threads(), "tokens": [self.key(t) for t in tokens]}
 
     def about(self, tokens: Tokens) -> str:
         """Returns in a few words for people what `key` stands for."""
         samples, length = tokens.ids.shape
         return f"{self.recipe.model.path}, {tokens.source}, {samples} x {length} tokens"
 
-    def trace(self, sums: bool = False) -> dict[int, Trace]:
-        """Finds the links of every block, and the sums where asked, and logs what the links allow."""
-        traces = trace_links(self.network, self.stream, sums)
-        for line in describe(traces):
-            self.journal.note(line)
-        self.journal.console.print(describe(traces)[0], markup=False)
-        return traces
+
+def calibration_tokens(recipe: Recipe, tokenizer: Any, positions: int | None = None) -> Tokens:
+    """Draws the calibration samples of a recipe."""
+    c = recipe.calibration
+    return sample_tokens(
+        tokenizer,
+        recipe.data.calibration,
+        c.samples,
+        c.length,
+        c.sampling,
+        c.seed,
+        c.bos,
+        positions,
+        "data.calibration",
+    )
+
+
+def evaluation_tokens(recipe: Recipe, tokenizer: Any, positions: int | None = None) -> Tokens:
+    """Draws the evaluation windows of a recipe."""
+    e = recipe.evaluation
+    return sample_tokens(
+        tokenizer,
+        recipe.data.evaluation,
+        e.windows,
+        e.length,
+        "contiguous",
+        e.seed,
+        e.bos,
+        positions,
+        "data.evaluation",
+    )
+
+
+def identity_of(
+    recipe: Recipe, sources: Mapping[str, str], weights: str, tokens: Sequence[Tokens], device: torch.device
+) -> str:
+    """Returns a digest of everything that a run's results depend on; where its files go and its name make no difference.
+
+    Args:
+        recipe: with its defaults filled in.
+        sources: digests of the source of steps from outside, by name.
+        weights: the model's fingerprint.
+        tokens: calibration samples and evaluation windows.
+        device: where the arithmetic happens.
+    """
+    plain = {key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name"}}
+    prints = [t.fingerprint for t in tokens]
+    return digest_of(
+        {"recipe": plain, "sources": dict(sources), "weights": weights, "tokens": prints, **machine(device)}
+    )
+
+
+def known_identity(recipe: Recipe, sources: Mapping[str, str]) -> str:
+    """Returns `identity_of` a run before its model is loaded: the tokenizer is enough.
+
+    Raises:
+        UserError: for a model or a text that cannot be had.
+    """
+    store = store_of(recipe)
+    tokenizer = load_tokenizer(recipe.model, store)
+    tokens = (calibration_tokens(recipe, tokenizer), evaluation_tokens(recipe, tokenizer))
+    return identity_of(recipe, sources, fingerprint_of(recipe.model, store), tokens, device_of(recipe))
 
 
 @contextmanager

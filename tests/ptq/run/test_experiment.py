@@ -75,11 +75,41 @@ def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path
             original(self, flows, visitor, what, kept),
         )[1],
     )
-    second = metrics(run(recipe))
+    second = metrics(run(recipe, force=True))
     assert passes == ["links", "quantize"]
     assert "baseline" in first["seconds"] and "baseline" not in second["seconds"]
     same = ("baseline_perplexity", "quantized_perplexity", "kl_mean", "window_losses")
     assert all(first[key] == second[key] for key in same)
+
+
+def test_a_finished_run_is_not_run_again_unless_it_is_forced_to(tmp_path, tiny_opt, monkeypatch, capsys):
+    recipe = make(tmp_path, tiny_opt)
+    folder = run(recipe)
+    written = (folder / "metrics.json").stat().st_mtime_ns
+    monkeypatch.setattr(BlockStream, "run", lambda *a, **k: pytest.fail("a pass ran"))
+    monkeypatch.setattr("ptq.run.session.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    assert run(recipe) == folder
+    assert "finished before: perplexity" in capsys.readouterr().out
+    assert (folder / "metrics.json").stat().st_mtime_ns == written
+    monkeypatch.undo()
+    run(recipe, force=True)
+    assert (folder / "metrics.json").stat().st_mtime_ns > written
+
+
+def test_a_finished_run_of_other_weights_or_tokens_is_another_run(tmp_path, tiny_opt, tiny_llama, monkeypatch):
+    model = tmp_path / "model"
+    model.symlink_to(tiny_opt)
+    text = tmp_path / "text.txt"
+    text.write_text("the first text, " * 400)
+    data = {"evaluation": {"source": "file", "path": str(text)}}
+    recipe = make(tmp_path, model, data=data)
+    first = metrics(run(recipe))
+    text.write_text("another text it is, " * 400)
+    second = metrics(run(recipe))
+    assert second["identity"] != first["identity"] and second["baseline_perplexity"] != first["baseline_perplexity"]
+    model.unlink()
+    model.symlink_to(tiny_llama)
+    assert metrics(run(recipe))["weight_fingerprint"] != first["weight_fingerprint"]
 
 
 def test_offloaded_and_resident_runs_give_the_same_figures(tmp_path, tiny_opt):

@@ -196,18 +196,20 @@ def test_a_transform_that_changes_what_a_block_computes_is_stopped_by_name():
         prove("broken", step, StepPlan(), block, prepared.context, flow, flow.hidden[:2])
 
 
-class Zeroing:
-    """A step that takes a share of every Linear's weight away."""
+class Zeroing(Transform):
+    """A step that takes a share, its options, of every Linear's weight away."""
 
-    kind = "transform"
-
-    def __init__(self, share):
-        self.share = share
-
-    def apply(self, block):
+    def apply(self, block, plan, context):
         with torch.no_grad():
             for module in block.linears.values():
-                weight_of(module).mul_(1 - self.share)
+                weight_of(module).mul_(1 - self.options)
+
+
+def proved(name, step, prepared, plan=None, index=0):
+    """Proves the step on a block of a prepared model, on the first batch as it comes out of the embedding."""
+    flow = prepared.context.samples.flow
+    block = prepared.network.blocks[index]
+    return prove(name, step, plan or StepPlan(), block, prepared.context, flow, flow.hidden[:2])
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -215,7 +217,7 @@ class Zeroing:
 def test_a_step_that_zeroes_a_block_or_a_hundredth_of_it_is_stopped_in_every_type(dtype, share):
     prepared = Prepared("llama", dtype=dtype)
     with pytest.raises(UserError, match="changes the output"):
-        prove("zeroing", Zeroing(share), prepared.network.blocks[0], prepared.stream, prepared.plan.samples.flow)
+        proved("zeroing", Zeroing(share), prepared)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -223,28 +225,23 @@ def test_a_step_that_zeroes_a_block_or_a_hundredth_of_it_is_stopped_in_every_typ
 def test_smoothing_is_proved_to_float32_in_16_bit_models_too(architecture, dtype):
     prepared = Prepared(architecture, dtype=dtype)
     step = smooth.Step(smooth.Options(alpha=0.7))
-    step.plan(prepared.plan)
+    plan = prepared.plan(step)
     before = {name: p.dtype for name, p in prepared.model.named_parameters()}
-    for block in prepared.network.blocks:
-        error, tolerance, _ = prove("smooth", step, block, prepared.stream, prepared.plan.samples.flow)
+    for index in range(len(prepared.network.blocks)):
+        error, tolerance = proved("smooth", step, prepared, plan, index)
         assert error <= tolerance < 2e-3
     assert {name: p.dtype for name, p in prepared.model.named_parameters()} == before
 
 
-class Far:
+class Far(Transform):
     """A step that scales a norm by a million, and what reads it back."""
 
-    kind = "transform"
-
-    def __init__(self, prepared):
-        self.prepared = prepared
-
-    def apply(self, block):
-        model, link = self.prepared.model, self.prepared.plan.links(block)[0]
+    def apply(self, block, plan, context):
+        link = context.links(block)[0]
         with torch.no_grad():
-            model.get_submodule(link.producer).weight.mul_(1e6)
+            context.module(link.producer).weight.mul_(1e6)
             for name in link.readers:
-                weight_of(model.get_submodule(name)).div_(1e6)
+                weight_of(context.module(name)).div_(1e6)
 
 
 def test_a_scale_that_a_16_bit_weight_cannot_take_is_refused_with_the_weights_name():
@@ -252,7 +249,7 @@ def test_a_scale_that_a_16_bit_weight_cannot_take_is_refused_with_the_weights_na
     block = prepared.network.blocks[0]
     message = rf"steps.far: {block.name}\.input_layernorm\.weight no longer fits into torch.float16: use model.dtype"
     with pytest.raises(UserError, match=message):
-        prove("far", Far(prepared), block, prepared.stream, prepared.plan.samples.flow)
+        proved("far", Far(None), prepared)
 
 
 def test_a_block_that_gives_nan_before_a_step_is_not_laid_at_its_door():
@@ -260,7 +257,7 @@ def test_a_block_that_gives_nan_before_a_step_is_not_laid_at_its_door():
     block = prepared.network.blocks[0]
     block.module.mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(UserError, match="gives NaN or inf before the step"):
-        prove("zeroing", Zeroing(0), block, prepared.stream, prepared.plan.samples.flow)
+        proved("zeroing", Zeroing(0), prepared)
 
 
 @pytest.mark.parametrize("architecture", ["opt", "llama", "gemma3"])

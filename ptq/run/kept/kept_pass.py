@@ -1,6 +1,5 @@
 """What a pass through the blocks keeps on disk, so that a killed run goes on after the last finished block with the same bits."""
 
-import hashlib
 import json
 import pathlib
 import shutil
@@ -40,7 +39,7 @@ class KeptPass:
 
     Args:
         folder: of this pass alone; made when the first block is kept.
-        key: everything that the results depend on; what was kept under another key is thrown away.
+        key: a digest of everything that the results depend on; what was kept under another one is thrown away.
         flows: whose hidden states pass.
         visitor: what works on the blocks.
         say: told in a sentence what is taken up or thrown away.
@@ -49,13 +48,13 @@ class KeptPass:
     def __init__(
         self,
         folder: pathlib.Path,
-        key: Mapping[str, object],
+        key: str,
         flows: Sequence[Flow],
         visitor: Resumable,
         say: Callable[[str], None] = lambda line: None,
     ):
         self.folder, self.flows, self.visitor, self.say = folder, list(flows), visitor, say
-        self.key = hashlib.sha256(json.dumps(key, sort_keys=True, default=str).encode()).hexdigest()
+        self.key = key
         self._sums: list[int] = []
         self._last: dict[str, Any] | None = None
         self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.codecs.registry import codec_of
-from quantize.codecs.storage import weight_storage
+from quantize.grid.storage import weight_storage
 from quantize.modules.simulated import QuantLinear
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, spec_of
