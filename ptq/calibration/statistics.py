@@ -352,6 +352,10 @@ def _check_figures(name: str, inputs: ChannelStatistics | None, weights: WeightS
             raise ValueError(f"{name} has a mean outside its least and greatest value")
 
 
+_NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
+"""Of the statistics of one block, which are part of a pass that is under way."""
+
+
 class StatisticsVisitor:
     """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
 
@@ -381,14 +385,32 @@ class StatisticsVisitor:
             handle.remove()
         self._handles.clear()
         self._last = None
-        for name in block.linears:
-            if name not in self._owner:
-                continue
-            self.inputs[name] = self.inputs[self._owner[name]]
+        for name in self._gathered(block):
             if not bool(self.inputs[name].is_finite()):
                 raise UserError(
                     f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
                 )
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes the statistics of a finished block."""
+        names = self._gathered(block)
+        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.linears}, _NOBODY)
+        own.save(path)
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up what `write` has written."""
+        if not block.linears:
+            return
+        found = Statistics.load(path, weight_of(next(iter(block.linears.values()))).device)
+        self.inputs |= found.inputs
+        self.weights |= found.weights
+
+    def _gathered(self, block: Block) -> list[str]:
+        """Returns the block's Linears that tokens have reached, each with the statistics of the tensor that it reads."""
+        names = [name for name in block.linears if name in self._owner]
+        for name in names:
+            self.inputs[name] = self.inputs[self._owner[name]]
+        return names
 
     def result(self, provenance: Provenance) -> Statistics:
         """Returns what was gathered."""

@@ -12,6 +12,7 @@ from typing import Any
 import ptq
 from ptq.cli import catalog, files, store_commands
 from ptq.cli.parser import Parser
+from ptq.cli.signals import Stopped, stopping
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 
@@ -24,6 +25,7 @@ TOOLS = files.COMMANDS | store_commands.COMMANDS
 """The commands that take no recipe."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
+_KEPT = "what was finished is kept, and the same command takes it up"
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS)
 
@@ -36,13 +38,14 @@ def main(arguments: list[str] | None = None, program: str | None = None) -> int:
         program: how the user calls this, for the usage, where that is not ``ptq <command>``.
     """
     try:
-        return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
+        with stopping():
+            return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
     except UserError as error:
         return _fail("error", str(error), EXIT_MISTAKE)
+    except Stopped as error:
+        return _fail("stopped", f"{error.name}; {_KEPT}", 128 + error.number)
     except KeyboardInterrupt:
-        return _fail(
-            "stopped", "interrupted; what was finished is kept, and the same command takes it up", EXIT_STOPPED
-        )
+        return _fail("stopped", f"interrupted; {_KEPT}", EXIT_STOPPED)
     except BrokenPipeError:
         # The reader (such as `head`) has gone: nothing is left to say, and Python must not try again while it exits.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -149,7 +152,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     if options.dry_run:
         return dry_run
     if command == "run":
-        return run
+        return lambda recipe: run(recipe, options.force)
     output = pathlib.Path(options.output).expanduser() if options.output else None
     if output is not None and options.multirun:
         raise UserError("--output: one file for several jobs of -m: leave it out, each job has its own folder")
@@ -177,6 +180,8 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
         parser.add_argument("--context", type=int, metavar="N", help="tokens of the prefill and in the KV cache (2048)")
     else:
         parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
+    if command == "run":
+        parser.add_argument("--force", action="store_true", help="run again what is finished")
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
     if command == "stats":
         parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")

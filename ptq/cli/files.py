@@ -42,9 +42,22 @@ def inspect_command(arguments: list[str], program: str) -> int:
     return 0
 
 
+def status_command(arguments: list[str], program: str) -> int:
+    """``ptq status RUN``."""
+    parser = Parser(prog=program, allow_abbrev=False, description="Says where a run stands.")
+    parser.add_argument("run", metavar="RUN", help="a run's folder: outputs/<recipe>/<hash>")
+    given = _parse(parser, arguments)
+    from ptq.run.kept.state import state_of
+
+    for line in state_of(pathlib.Path(given.run).expanduser()).lines:
+        print(line)
+    return 0
+
+
 COMMANDS = {
     "export": ("another format for a finished run: compressed-tensors, gguf, llama2c, kuiper", export_command),
     "inspect": ("what a model file holds: header, tensors, sizes, greatest error", inspect_command),
+    "status": ("where a run stands: running, interrupted after a block, finished", status_command),
 }
 
 

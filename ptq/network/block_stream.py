@@ -40,6 +40,13 @@ class Nothing:
     def leave(self, block: Block) -> None:
         """Does nothing."""
 
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes an empty file: hidden states are all that there is to keep."""
+        path.touch()
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Does nothing."""
+
 
 class Kept(Protocol):
     """What a pass keeps of its finished blocks, so that it can be taken up after the last of them."""

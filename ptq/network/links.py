@@ -1,11 +1,15 @@
 """Links: one tensor inside a block, who produces it and which Linears read it. Found by tracing, proved by a probe."""
 
+import json
+import pathlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from ptq.network.block_stream import BlockStream, Flow
@@ -251,3 +255,24 @@ def describe(traces: Mapping[int, Trace]) -> list[str]:
             "statistics and rtn work"
         )
     return lines + [note for t in traces.values() for note in t.notes]
+
+
+def save_traces(traces: Mapping[int, Trace], path: pathlib.Path) -> None:
+    """Writes traces as a file without tensors."""
+    plain = {str(index): asdict(trace) for index, trace in traces.items()}
+    save_file({}, path, metadata={"kind": "links", "traces": json.dumps(plain)})
+
+
+def load_traces(path: pathlib.Path) -> dict[int, Trace]:
+    """Reads what `save_traces` wrote. Raises ValueError for anything else."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            plain = json.loads((file.metadata() or {})["traces"])
+        return {int(index): _trace(facts) for index, facts in plain.items()}
+    except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"it holds no links ({' '.join(str(error).split())})") from None
+
+
+def _trace(facts: dict[str, Any]) -> Trace:
+    links = [Link(**{**link, "readers": tuple(link["readers"])}) for link in facts["links"]]
+    return Trace(links, [tuple(stage) for stage in facts["stages"]], facts["notes"], facts["roles"], facts["sums"])

@@ -37,11 +37,14 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
             return baseline
     with session.journal.phase("baseline"):
         flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
-        session.stream.run([flow], Nothing(), "baseline")
+        kept = session.kept("baseline", key, [flow], Nothing())
+        session.stream.run([flow], Nothing(), "baseline", kept)
         with session.stream.head() as head:
             losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)
         entry = {"losses": losses, "hidden": flow.hidden}
         found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
+        if kept is not None:
+            kept.drop()
     # Read back: the first run and all later ones go on from the same tensors.
     return _read(found, tokens)
 

@@ -33,7 +33,8 @@ from ptq.run.environment import environment
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
 from ptq.run.journal import Journal
 from ptq.run.kept.identity import METRICS, finished
-from ptq.run.kept.kept_pass import RESUME, KeptPass
+from ptq.run.kept.kept_pass import RESUME
+from ptq.run.kept.state import LOCK, alone
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
@@ -43,7 +44,7 @@ from ptq.run.statistics_pass import statistics_of
 from ptq.steps._registry import build_steps
 from ptq.steps._step import Context, Step
 
-_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log"}
+_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log", LOCK}
 """What a run writes before its first result."""
 
 
@@ -67,7 +68,7 @@ def run_recipe(recipe: Recipe, force: bool = False) -> Result:
     if not force and (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps))):
         _show_finished(folder)
         return Result(folder, None, "the run was finished before")
-    with _folder_of_a_run(recipe) as folder:
+    with _folder_of_a_run(recipe) as folder, alone(folder):
         return _run(recipe, steps, folder)
 
 
@@ -91,16 +92,14 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> Result
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    with open_session(recipe, journal) as session:
+    with open_session(recipe, journal, folder) as session:
         check_export(recipe, session.network)
         tokens = session.evaluation_tokens()
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
         taken = context.statistics
         identity = session.identity(sources_of(steps))
-        context.keep = lambda what, flows, visitor: KeptPass(
-            folder / RESUME / what, identity, flows, visitor, journal.say
-        )
+        context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
         plan_steps(session, steps, context)
         if taken is not None and context.statistics is not None:
             save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
@@ -170,19 +169,20 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check_before(recipe)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
-    with _folder_of_a_run(recipe) as folder:
+    with _folder_of_a_run(recipe) as folder, alone(folder):
         return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
 
 
 def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
     ensure_folder(path.parent, "--output")
     journal = Journal(folder / "statistics.log")
-    with open_session(recipe, journal) as session:
+    with open_session(recipe, journal, folder) as session:
         statistics, _ = statistics_of(session)
         statistics.save(path)
         journal.show(outlier_table(statistics))
         picture = path.with_suffix(".png")
         save_picture(statistics, picture)
+        shutil.rmtree(folder / RESUME / "calibration", ignore_errors=True)
     journal.say(f"statistics: {path}")
     journal.say(f"picture: {picture}")
     return path

@@ -1,15 +1,21 @@
 """What the steps of a recipe plan with, and their plans one after another."""
 
+import dataclasses
+import sys
 from collections.abc import Callable, Mapping
+from typing import Any
+
+from safetensors import SafetensorError
 
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import Statistics, StatisticsVisitor
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, check_attention
 from ptq.errors import UserError
+from ptq.files.source_digest import module_digest
 from ptq.network.attention import attentions_of, use_simulated_attention
 from ptq.network.block_stream import BlockStream
-from ptq.network.links import describe, trace_links
+from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
@@ -26,7 +32,7 @@ def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     scheme, journal = session.recipe.scheme, session.journal
     wanted = captures_of_steps(scheme, steps)
     with journal.phase("links"):
-        context = context_of(session.network, session.stream, scheme, steps, journal.note)
+        context = context_of(session.network, session.stream, scheme, steps, journal.note, session.traces)
     journal.console.print(describe(context.traces)[0], markup=False)
     if STATISTICS in wanted:
         context.statistics = statistics_of(session)[0]
@@ -37,16 +43,21 @@ def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
 
 
 def context_of(
-    network: Network, stream: BlockStream, scheme: SchemeConfig, steps: Mapping[str, Step], note: Callable[[str], None]
+    network: Network,
+    stream: BlockStream,
+    scheme: SchemeConfig,
+    steps: Mapping[str, Step],
+    note: Callable[[str], None],
+    traces_of: Callable[[bool], Mapping[int, Trace]] | None = None,
 ) -> Context:
-    """Finds the links, and the attentions where something acts in them.
+    """Finds the links, and the attentions where something acts in them. `traces_of` gives the links where they are known.
 
     Raises:
         UserError: when the scheme quantizes something inside attentions that cannot be reached.
     """
     sums = REFERENCE in captures_of_steps(scheme, steps) or any(RESIDUAL in step.acts for step in steps.values())
     inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
-    traces = trace_links(network, stream, sums)
+    traces = trace_links(network, stream, sums) if traces_of is None else traces_of(sums)
     for line in describe(traces):
         note(line)
     attentions = attentions_of(network, stream) if inside else {}
@@ -60,21 +71,77 @@ def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) ->
     Where attentions are quantized the model calls them simulated from here on: the baseline has to be known by now.
     """
     with session.journal.phase("plan"):
-        plan_all(steps, context)
+        plan_all(steps, context, _Plans(session, context).of)
         context.samples = open_samples(steps, context)
 
 
-def plan_all(steps: Mapping[str, Step], context: Context) -> None:
-    """Lets every step plan, in order."""
+def plan_all(steps: Mapping[str, Step], context: Context, plan_of: Callable[[Step], StepPlan] | None = None) -> None:
+    """Lets every step plan, in order; `plan_of` gives a step's plan where it need not plan again."""
     if any(context.attentions.values()):
         use_simulated_attention(context.network)
     stale: Statistics | None = None
     for name, step in steps.items():
         if stale is not None and STATISTICS in step.captures(context.scheme):
             context.statistics, stale = _take_again(context, stale), None
-        plan = step.plan(context)
+        plan = step.plan(context) if plan_of is None else plan_of(step)
         stale = context.statistics if plan.stale else stale
         _add(context, name, step, plan)
+
+
+class _Plans:
+    """The plans of a session's steps, out of the store where the same steps have planned on the same samples before."""
+
+    def __init__(self, session: Session, context: Context):
+        self._session, self._context = session, context
+        recipe = session.recipe
+        tokens = None if context.ids is None and context.statistics is None else session.calibration_tokens()
+        # Statistics from a file are whoever's: what was planned on them is not kept.
+        self._kept = tokens is not None and recipe.calibration.statistics is None
+        scheme = dataclasses.asdict(recipe.scheme)
+        self._key: dict[str, object] = {"scheme": scheme, "batch_size": recipe.calibration.batch_size}
+        self._key |= {} if tokens is None else session.key(tokens)
+        self._chain: list[object] = []
+
+    def of(self, step: Step) -> StepPlan:
+        """Returns the step's plan: found, or made now."""
+        kind = type(step)
+        if kind.plan is Step.plan:
+            return step.plan(self._context)
+        source = module_digest(sys.modules[kind.__module__])
+        self._chain.append(
+            {"step": f"{kind.__module__}.{kind.__qualname__}", "options": _plain(step.options), "source": source}
+        )
+        key, store, device = {**self._key, "steps": list(self._chain)}, self._session.store, self._context.stream.device
+        found = store.find("plan", key) if self._kept else None
+        if found is not None:
+            try:
+                plan = self._named(StepPlan.load(found, device))
+            except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+                store.made_again("plan", " ".join(str(error).split()))
+            else:
+                self._session.journal.say(
+                    f"plan of {kind.__module__.rpartition('.')[2]}: made before, read from the store"
+                )
+                return plan
+        plan = step.plan(self._context)
+        if self._kept and (plan.tensors or plan.statistics is not None):
+            store.add("plan", key, plan.save, f"{kind.__module__}, {self._session.recipe.model.path}")
+        return plan
+
+    def _named(self, plan: StepPlan) -> StepPlan:
+        """Gives the statistics of a plan the names of this run's model and text."""
+        if plan.statistics is None or self._context.statistics is None:
+            return plan
+        named = dataclasses.replace(plan.statistics, provenance=self._context.statistics.provenance)
+        return dataclasses.replace(plan, statistics=named)
+
+
+def _plain(options: Any) -> Any:
+    return (
+        dataclasses.asdict(options)
+        if dataclasses.is_dataclass(options) and not isinstance(options, type)
+        else repr(options)
+    )
 
 
 def _add(context: Context, name: str, step: Step, plan: StepPlan) -> None:

@@ -15,10 +15,12 @@ from ptq.data.sampling import Tokens, sample_tokens
 from ptq.files.scratch import remove_stale
 from ptq.files.store import Store, store_of
 from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
-from ptq.network.block_stream import BlockStream
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
 from ptq.run.journal import Journal
 from ptq.run.kept.identity import digest_of, machine
+from ptq.run.kept.kept_pass import RESUME, KeptPass
 
 
 @dataclass
@@ -31,6 +33,7 @@ class Session:
     network: Network
     stream: BlockStream
     store: Store
+    folder: pathlib.Path | None = None
     _calibration: Tokens | None = None
     _evaluation: Tokens | None = None
 
@@ -45,6 +48,29 @@ class Session:
         if self._evaluation is None:
             self._evaluation = evaluation_tokens(self.recipe, self.loaded.tokenizer, self.network.max_positions)
         return self._evaluation
+
+    def kept(self, what: str, key: Mapping[str, object] | str, flows: list[Flow], visitor: Any) -> KeptPass | None:
+        """Returns what the pass `what` keeps of its finished blocks in the run's folder, None for a session without one."""
+        if self.folder is None:
+            return None
+        digest = key if isinstance(key, str) else digest_of(key)
+        return KeptPass(self.folder / RESUME / what, digest, flows, visitor, self.journal.say)
+
+    def traces(self, sums: bool) -> dict[int, Trace]:
+        """Returns the links of every block, and the `sums` where asked, out of the store where they were found before."""
+        known: dict[str, object] = {"weights": self.loaded.fingerprint, "arithmetic": self.loaded.arithmetic_dtype}
+        known |= machine(self.stream.device)
+        for with_sums in {True, sums}:
+            found = self.store.find("links", {**known, "sums": with_sums})
+            if found is not None:
+                try:
+                    return load_traces(found)
+                except ValueError as error:
+                    self.store.made_again("links", str(error))
+        traces = trace_links(self.network, self.stream, sums)
+        key = {**known, "sums": sums}
+        self.store.add("links", key, lambda path: save_traces(traces, path), self.recipe.model.path)
+        return traces
 
     def identity(self, sources: Mapping[str, str]) -> str:
         """Returns `identity_of` this run; `sources` are digests of what comes from outside, by step's name."""
@@ -131,8 +157,10 @@ def known_identity(recipe: Recipe, sources: Mapping[str, str]) -> str:
 
 
 @contextmanager
-def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
+def open_session(recipe: Recipe, journal: Journal, folder: pathlib.Path | None = None) -> Iterator[Session]:
     """Loads the model of `recipe` and gives a `Session`; its memory-mapped files go when the context ends.
+
+    `folder` is the run's, where passes keep what an interrupted one is taken up from.
 
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
@@ -153,7 +181,7 @@ def open_session(recipe: Recipe, journal: Journal) -> Iterator[Session]:
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
     )
     try:
-        yield Session(recipe, journal, loaded, network, stream, store)
+        yield Session(recipe, journal, loaded, network, stream, store, folder)
     finally:
         stream.close()
 

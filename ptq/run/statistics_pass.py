@@ -2,6 +2,7 @@
 
 import dataclasses
 import pathlib
+from collections.abc import Mapping
 
 import ptq
 from ptq.calibration.statistics import Provenance, Statistics, StatisticsVisitor
@@ -30,16 +31,16 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         else:
             journal.say("statistics: taken before, read from the store")
             return statistics, found
-    statistics = take_statistics(session, tokens)
+    statistics = take_statistics(session, tokens, key)
     return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
 
-def take_statistics(session: Session, tokens: Tokens) -> Statistics:
-    """Runs the calibration tokens through the network and gathers statistics of every Linear."""
+def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object]) -> Statistics:
+    """Runs the calibration tokens through the network and gathers statistics of every Linear; `key` says what of."""
     with session.journal.phase("calibration"):
         flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size)
         visitor = StatisticsVisitor()
-        session.stream.run([flow], visitor, "calibration")
+        session.stream.run([flow], visitor, "calibration", session.kept("calibration", key, [flow], visitor))
     statistics = visitor.result(_provenance(session, tokens))
     for name in statistics.unreached:
         session.journal.say(f"calibration: no token reaches {name}: nothing can be fitted to its input")

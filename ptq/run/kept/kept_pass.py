@@ -57,11 +57,12 @@ class KeptPass:
         self.key = key
         self._sums: list[int] = []
         self._last: dict[str, Any] | None = None
+        self._total = 0
         self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()
 
     def take_up(self, blocks: Sequence[Block]) -> int:
         """Puts back what was kept; returns how many blocks are done."""
-        self._since = time.perf_counter()
+        self._since, self._total = time.perf_counter(), len(blocks)
         for entry in self._entries():
             if self._whole(entry):
                 done, self._slot = int(entry["blocks"]), 1 - int(entry["slot"])
@@ -85,7 +86,13 @@ class KeptPass:
         # A pass that is quicker than its writing would mostly write: its blocks cost little to do again.
         if self._spent <= WORST_SHARE * (start - self._since):
             sums = [_write_tensor(flow.hidden, self._hidden(self._slot, i)) for i, flow in enumerate(self.flows)]
-            entry = {"blocks": block.index + 1, "slot": self._slot, "hidden_sums": sums, "block_sums": list(self._sums)}
+            entry = {
+                "blocks": block.index + 1,
+                "of": self._total,
+                "slot": self._slot,
+                "hidden_sums": sums,
+                "block_sums": list(self._sums),
+            }
             entries = [entry] if self._last is None else [entry, self._last]
             write_text(self.folder / PROGRESS, json.dumps({"key": self.key, "entries": entries}))
             self._last, self._slot = entry, 1 - self._slot

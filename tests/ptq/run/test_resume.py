@@ -12,9 +12,13 @@ import torch
 import yaml
 from safetensors.torch import load_file
 
+from ptq.cli.app import main
 from ptq.config.schema import recipe_from
+from ptq.errors import UserError
+from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import run
 from ptq.run.kept.kept_pass import RESUME, KeptPass
+from ptq.run.kept.state import alone
 
 STATIC4 = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
 CLUSTERED = {
@@ -75,16 +79,17 @@ def same(a, b):
         assert all(torch.equal(t, b[2][name][key]) for key, t in tensors.items()), name
 
 
-def kill_at(monkeypatch, count, before):
-    """Raises when the `count`-th block of all passes is to be kept, or has been."""
+def kill_at(monkeypatch, count, before, what="quantize"):
+    """Raises when the `count`-th block of the pass `what`, or of all for "", is to be kept, or has been."""
     calls = []
     keep = KeptPass.keep
 
     def killed(self, block):
-        calls.append(block.index)
+        if what in {"", self.folder.name}:
+            calls.append(block.index)
         if not before:
             keep(self, block)
-        if len(calls) == count:
+        if len(calls) == count and what in {"", self.folder.name}:
             raise Killed
         if before:
             keep(self, block)
@@ -104,7 +109,7 @@ def test_a_run_killed_at_every_block_in_turn_ends_with_the_same_bits(
     expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps, execution={"save": True, **execution})))
     for before in (True, False, False, True, False, True, False, True, False):
         with monkeypatch.context() as patch:
-            kill_at(patch, 1, before)
+            kill_at(patch, 1, before, what="")
             try:
                 folder = run(recipe)
             except Killed:
@@ -173,7 +178,7 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
     scheme, steps = CASES["searched"]
     recipe = make(tmp_path / "a", tiny_llama, scheme, steps)
     path = tmp_path / "recipe.yaml"
-    path.write_text(yaml.safe_dump(recipe.as_dict()))
+    path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps)))
     command = [sys.executable, "-m", "ptq", "run", "--config", str(path)]
     folder = tmp_path / "a" / "outputs" / "kept" / recipe.digest()
@@ -191,3 +196,94 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
     process.wait()
     assert run(recipe) == folder
     same(results(folder), expected)
+
+
+def test_the_statistics_and_the_baseline_are_taken_up_too(tmp_path, tiny_opt, monkeypatch):
+    static = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
+    expected = results(run(make(tmp_path / "b", tiny_opt, static, {"rtn": {}})))
+    recipe = make(tmp_path / "a", tiny_opt, static, {"rtn": {}})
+    passed = []
+    for count in (2, 3):
+        with monkeypatch.context() as patch:
+            kill_at(patch, count, before=False, what="")
+            with pytest.raises(Killed):
+                run(recipe)
+    keep = KeptPass.keep
+    monkeypatch.setattr(
+        KeptPass, "keep", lambda self, block: (passed.append((self.folder.name, block.index)), keep(self, block))
+    )
+    folder = run(recipe)
+    # Two blocks of the statistics were kept, then their other two and one of the baseline.
+    assert passed == [*(("baseline", i) for i in (1, 2, 3)), *(("quantize", i) for i in range(4))]
+    same(results(folder), expected)
+
+
+def test_plans_and_links_are_made_once_for_all_recipes_that_share_them(tmp_path, tiny_llama, monkeypatch, capsys):
+    scheme, steps = CASES["searched"]
+    first = run(make(tmp_path, tiny_llama, scheme, steps))
+    capsys.readouterr()
+    passes = []
+    original = BlockStream.run
+    monkeypatch.setattr(
+        BlockStream,
+        "run",
+        lambda self, flows, visitor, what="blocks", kept=None: (
+            passes.append(what),
+            original(self, flows, visitor, what, kept),
+        ),
+    )
+    again = run(make(tmp_path, tiny_llama, scheme, steps), force=True)
+    other = run(make(tmp_path, tiny_llama, scheme, {**steps, "gptq": {"target": "present"}}))
+    assert passes == ["quantize", "quantize"]
+    assert capsys.readouterr().out.count("plan of smooth: made before, read from the store") == 2
+    assert results(first)[2].keys() == results(again)[2].keys() and other != first
+    same(results(again), results(first))
+
+
+def test_a_second_process_at_the_same_run_is_refused_and_the_status_tells_of_each(
+    tmp_path, tiny_llama, monkeypatch, capsys
+):
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    with monkeypatch.context() as patch:
+        kill_at(patch, 3, before=False)
+        with pytest.raises(Killed):
+            run(recipe)
+    [folder] = (tmp_path / "outputs" / "kept").iterdir()
+    assert main(["status", str(folder)]) == 0
+    assert "quantize: 3 of 4 blocks" in capsys.readouterr().out
+    with alone(folder):
+        script = "import fcntl, sys; f = open(sys.argv[1], 'a+'); fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)"
+        assert subprocess.run([sys.executable, "-c", script, folder / ".running"], capture_output=True).returncode != 0
+        with pytest.raises(UserError, match=f"process {os.getpid()} is at work on this very run"):
+            run(recipe)
+        assert main(["status", str(folder)]) == 0
+        assert f"running: process {os.getpid()}" in capsys.readouterr().out
+    run(recipe)
+    capsys.readouterr()
+    assert main(["status", str(folder)]) == 0
+    assert capsys.readouterr().out.startswith("finished: perplexity")
+    assert main(["status", str(tmp_path)]) == 2
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
+def test_a_signal_that_ends_a_run_ends_it_with_its_number_and_the_run_is_taken_up(tmp_path, tiny_llama, number):
+    recipe = make(tmp_path, tiny_llama, *CASES["searched"])
+    path = tmp_path / "recipe.yaml"
+    path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
+    process = subprocess.Popen(
+        [sys.executable, "-m", "ptq", "run", "--config", str(path)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    folder = tmp_path / "outputs" / "kept"
+    deadline = time.monotonic() + 90
+    while (
+        not list(folder.glob(f"*/{RESUME}/*/progress.json")) and time.monotonic() < deadline and process.poll() is None
+    ):
+        time.sleep(0.005)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 128 + number
+    assert errors == f"stopped: {number.name}; what was finished is kept, and the same command takes it up\n"
+    assert json.loads((run(recipe) / "metrics.json").read_text())["windows"] == 8
