@@ -73,6 +73,11 @@ class InputQuantizer(nn.Module):
         """Least and greatest code of a static grid; (0, 0) where ranges are dynamic."""
         return self._low, self._high
 
+    @property
+    def grid(self) -> Grid:
+        """The static grid, one point set a tensor, channel or cluster."""
+        return Grid(self.scale, self.zero_point, self._low, self._high)
+
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` rounded to its grid, in the type of `x`."""
         if x.is_inference():
@@ -92,7 +97,7 @@ class InputQuantizer(nn.Module):
 
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.dynamic:
-            grid = Grid(self.scale, self.zero_point, self._low, self._high)
+            grid = self.grid
             return fake_quantize(x, grid if self.labels is None else grid.of_channels(self.labels))
         return fake_quantize_dynamic(x, self.spec)
 

@@ -1,0 +1,220 @@
+"""Every step, solver and export, a cached second run and packed Linears on a CUDA device, without one: nothing mixes devices."""
+
+import json
+import pathlib
+
+import pytest
+import torch
+import transformers
+
+from group_methods.reorder import permute_columns
+from ptq.calibration.statistics import Statistics
+from ptq.config.schema import recipe_from
+from ptq.integrations.replace import quantize_
+from ptq.run.experiment import run
+from quantize.grid.affine import fake_quantize
+from quantize.modules.simulated import InputQuantizer
+from quantize.spec.quant_spec import QuantSpec
+from tests.tools.virtual_cuda import CUDA, VirtualCuda
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """A CUDA device that is not there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "virtual")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    with VirtualCuda() as mode:
+        yield mode
+
+
+# What the device tells.
+
+
+def test_a_tensor_says_that_it_is_on_the_device_and_comes_back(cuda):
+    x = torch.arange(6.0).view(2, 3)
+    y = x.to("cuda")
+    assert (x.device.type, y.device, y.is_cuda) == ("cpu", CUDA, True)
+    assert (y.t() @ y).device == y[0].device == torch.zeros_like(y).device == y.new_empty(2).device == CUDA
+    assert torch.empty(2, device=y.device).device == torch.nn.Parameter(y).device == CUDA
+    assert y.cpu().device.type == "cpu" and torch.equal(y.cpu(), x)
+    y.cpu().zero_()
+    assert y.sum().item() == 15
+    x.copy_(y)
+    assert x.device.type == "cpu" and (y * torch.tensor(2.0)).device == CUDA
+    assert torch.nn.Linear(3, 2).to("cuda").weight.device == CUDA
+
+
+@pytest.mark.parametrize(
+    "mix",
+    [
+        lambda here, there: here + there,
+        lambda here, there: there @ here,
+        lambda here, there: torch.cat([here, there]),
+        lambda here, there: torch.nn.functional.linear(there, here),
+        lambda here, there: there.index_select(-1, torch.arange(2)),
+        lambda here, there: here[torch.arange(2).to("cuda")],
+        lambda here, there: torch.equal(here, there),
+        lambda here, there: there.add_(here),
+    ],
+)
+def test_two_devices_in_one_call_are_refused(cuda, mix):
+    here = torch.ones(2, 2)
+    with pytest.raises(RuntimeError, match="same device"):
+        mix(here, here.to("cuda"))
+
+
+def test_numpy_and_generators_stay_on_the_host(cuda):
+    with pytest.raises(TypeError, match="numpy"):
+        torch.ones(2).to("cuda").numpy()
+    with pytest.raises(RuntimeError, match="generator"):
+        torch.randn(2, generator=torch.Generator(), device="cuda")
+
+
+def test_it_tells_the_three_faults_that_runs_had(cuda):
+    statistics = torch.ones(16), -torch.ones(16)
+    static = InputQuantizer(QuantSpec(granularity="channel"), (statistics[1], statistics[0]))
+    weight, x = torch.ones(32, 16).to("cuda"), torch.ones(2, 8, 16).to("cuda")
+    with pytest.raises(RuntimeError, match="same device"):
+        static(x)
+    with pytest.raises(RuntimeError, match="same device"):
+        weight.index_select(-1, torch.arange(16))
+    probabilities = InputQuantizer(QuantSpec(granularity="channel"), (torch.zeros(8), torch.ones(8)))
+    with pytest.raises(RuntimeError, match="same device"):
+        fake_quantize(torch.ones(1, 2, 8, 8).to("cuda"), probabilities.grid)
+    assert permute_columns(weight, torch.arange(16)).device == CUDA
+
+
+# What runs on it.
+
+TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
+TENSOR = {"bits": 8, "granularity": "tensor", "symmetric": False}
+CLUSTER = {"bits": 4, "granularity": "cluster", "symmetric": False}
+CLUSTERED = {
+    "weight": {"bits": 4, "granularity": "cluster"},
+    "input": CLUSTER,
+    "query": CLUSTER,
+    "key": CLUSTER,
+    "value": CLUSTER,
+    "attention_probs": TENSOR,
+}
+GROUP = {"bits": 4, "granularity": "group", "group_size": 32}
+GPTQ = {"gptq": {}}
+CASES = {
+    "rtn, static": ({"weight": {"bits": 8}, "input": TENSOR}, {"rtn": {}}),
+    "gptq, static by percentile": (
+        {"weight": GROUP, "input": {**TENSOR, "range": "percentile", "percentile": 99.9}},
+        GPTQ,
+    ),
+    "gptq, static by mse": ({"weight": {"bits": 4, "range": "mse"}, "input": {**TENSOR, "range": "mse"}}, GPTQ),
+    "gptq, static by ema": ({"weight": {"bits": 4}, "input": {**TENSOR, "range": "ema"}}, GPTQ),
+    "gptq, original target": ({"weight": GROUP, "input": TOKEN}, {"gptq": {"target": "original"}}),
+    "gptq, residual target": ({"weight": GROUP, "input": TENSOR}, {"gptq": {"target": "residual"}}),
+    "smooth, gptq": ({"weight": {"bits": 8}, "input": TENSOR}, {"smooth": {"alpha": 0.6}, "gptq": {}}),
+    "smooth by search": ({"weight": {"bits": 8}, "input": TENSOR}, {"smooth": {"search": True}, "rtn": {}}),
+    "smooth, cluster, gptq": (CLUSTERED, {"smooth": {}, "cluster": {}, "gptq": {}}),
+    "clusters left in place": (CLUSTERED, {"cluster": {"reorder": False, "method": "max_min_kmeans"}, "rtn": {}}),
+    "attention": ({"query": TENSOR, "key": TOKEN, "value": TENSOR, "attention_probs": TENSOR}, {"rtn": {}}),
+    "nf4": ({"weight": {"format": "nf4", "bits": 4, "granularity": "group", "group_size": 64}}, {"rtn": {}}),
+    "nvfp4": (
+        {
+            "weight": {"format": "nvfp4", "bits": 4, "granularity": "group", "group_size": 16},
+            "input": {"format": "nvfp4", "bits": 4, "granularity": "group", "group_size": 16, "dynamic": True},
+        },
+        {"rtn": {}},
+    ),
+    "fp8": (
+        {
+            "weight": {"format": "fp8_e4m3", "granularity": "channel"},
+            "input": {"format": "fp8_e4m3", "granularity": "token", "dynamic": True},
+        },
+        {"rtn": {}},
+    ),
+    "llm_int8": (
+        {"weight": {"bits": 8}, "input": {"format": "llm_int8", "granularity": "token", "dynamic": True}},
+        {"rtn": {}},
+    ),
+}
+SMALL = {"calibration": {"samples": 2, "length": 48}, "evaluation": {"windows": 2, "length": 48}}
+
+
+def make(tmp_path, model, scheme, steps, **changes):
+    """A small recipe on the device."""
+    base = {
+        "name": "cuda",
+        "model": {"path": str(model), "dtype": "float32"},
+        **SMALL,
+        "scheme": scheme,
+        "steps": steps,
+        "execution": {"device": "cuda"},
+        "outputs": str(tmp_path / "outputs"),
+        "store": str(tmp_path / "store"),
+    }
+    return recipe_from({**base, **changes})
+
+
+def metrics(folder):
+    return json.loads((folder / "metrics.json").read_text())
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_run_and_a_second_one_out_of_the_store_stay_on_the_device(cuda, tmp_path, tiny_llama, name):
+    scheme, steps = CASES[name]
+    first = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
+    assert cuda.calls > 1000 and first["kl_mean"] > 0
+    second = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
+    assert second["kl_mean"] == first["kl_mean"]
+
+
+@pytest.mark.parametrize("setting", [{"weights": "offloaded"}, {"hidden_states": "disk"}, {"save": True}])
+def test_every_way_of_holding_things_stays_on_the_device(cuda, tmp_path, tiny_llama, setting):
+    scheme, steps = CASES["smooth, gptq"]
+    plain = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
+    held = metrics(run(make(tmp_path, tiny_llama, scheme, steps, execution={"device": "cuda", **setting})))
+    assert held["kl_mean"] == plain["kl_mean"]
+
+
+def test_statistics_of_a_file_are_read_to_the_device(cuda, tmp_path, tiny_opt):
+    scheme, steps = CASES["rtn, static"]
+    run(make(tmp_path, tiny_opt, scheme, steps))
+    [path] = [p for p in pathlib.Path(tmp_path / "store").rglob("*") if p.is_file() and _is_statistics(p)]
+    calibration = {**SMALL["calibration"], "statistics": str(path)}
+    recipe = make(tmp_path / "again", tiny_opt, scheme, steps, calibration=calibration)
+    assert metrics(run(recipe))["kl_mean"] > 0
+    assert all(s.min.device == CUDA for s in Statistics.load(path, "cuda").inputs.values())
+
+
+def _is_statistics(path):
+    return b"ptq-statistics" in path.read_bytes()[:4096]
+
+
+EXPORTS = {
+    "compressed-tensors": ({"weight": GROUP}, {"gptq": {}}),
+    "gguf": ({"weight": {"format": "q8_0_gguf", "granularity": "block"}}, {"rtn": {}}),
+    "llama2c": (
+        {
+            "weight": {**GROUP, "bits": 8, "group_size": 64},
+            "input": {**GROUP, "bits": 8, "group_size": 64, "dynamic": True},
+        },
+        {"rtn": {}},
+    ),
+}
+
+
+@pytest.mark.parametrize("format", EXPORTS)
+def test_an_export_from_the_device_is_that_of_the_saved_run(cuda, tmp_path, tiny_llama_eps, format):
+    scheme, steps = EXPORTS[format]
+    settings = {"device": "cuda", "save": True}
+    folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": format}, execution=settings))
+    written = sorted(p for p in (folder / "export").rglob("*") if p.is_file())
+    assert written and all(p.stat().st_size for p in written)
+
+
+@pytest.mark.parametrize("scheme", ["w8a8", "nf4", "llm_int8", "fp8", "nvfp4_w4a4", "mxfp4", "q8_0"])
+def test_a_model_quantized_in_place_runs_on_the_device(cuda, tiny_llama, scheme):
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).to("cuda")
+    ids = torch.arange(8).view(1, 8).to("cuda")
+    before = model(input_ids=ids).logits
+    quantize_(model, scheme)
+    after = model(input_ids=ids).logits
+    assert after.device == CUDA and not torch.equal(before, after)
