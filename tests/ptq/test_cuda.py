@@ -9,23 +9,31 @@ import transformers
 
 from group_methods.reorder import permute_columns
 from ptq.calibration.statistics import Statistics
-from ptq.config.schema import recipe_from
+from ptq.config.schema import ExportConfig, recipe_from
 from ptq.integrations.replace import quantize_
 from ptq.run.experiment import run
+from ptq.run.exports import export_run
 from quantize.grid.affine import fake_quantize
 from quantize.modules.simulated import InputQuantizer
 from quantize.spec.quant_spec import QuantSpec
 from tests.tools.virtual_cuda import CUDA, VirtualCuda
 
 
+@pytest.fixture(scope="module")
+def device():
+    """The device itself, one for all tests: tables of levels stay on it."""
+    return VirtualCuda()
+
+
 @pytest.fixture
-def cuda(monkeypatch):
+def cuda(monkeypatch, device):
     """A CUDA device that is not there."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "virtual")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
-    with VirtualCuda() as mode:
-        yield mode
+    device.calls = 0
+    with device:
+        yield device
 
 
 # What the device tells.
@@ -189,8 +197,8 @@ def _is_statistics(path):
 
 
 EXPORTS = {
-    "compressed-tensors": ({"weight": GROUP}, {"gptq": {}}),
-    "gguf": ({"weight": {"format": "q8_0_gguf", "granularity": "block"}}, {"rtn": {}}),
+    "compressed-tensors": ({"weight": GROUP}, {"rtn": {}}),
+    "gguf": ({"weight": {**GROUP, "bits": 8}}, {"rtn": {}}),
     "llama2c": (
         {
             "weight": {**GROUP, "bits": 8, "group_size": 64},
@@ -202,12 +210,22 @@ EXPORTS = {
 
 
 @pytest.mark.parametrize("format", EXPORTS)
-def test_an_export_from_the_device_is_that_of_the_saved_run(cuda, tmp_path, tiny_llama_eps, format):
+def test_an_export_from_the_device_has_the_bytes_of_one_from_the_cpu(cuda, tmp_path, tiny_llama_eps, format):
     scheme, steps = EXPORTS[format]
-    settings = {"device": "cuda", "save": True}
-    folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": format}, execution=settings))
-    written = sorted(p for p in (folder / "export").rglob("*") if p.is_file())
-    assert written and all(p.stat().st_size for p in written)
+    written = {}
+    for device in ("cpu", "cuda"):
+        settings = {"device": device, "save": True}
+        folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": format}, execution=settings))
+        written[device] = _weights(folder / "export")
+        again = export_run(folder, ExportConfig(format), tmp_path / device / "again", False)
+        assert all(part in written[device] for part in _weights(again.path))
+    assert written["cpu"] == written["cuda"] and all(written["cpu"])
+
+
+def _weights(path):
+    """Returns the bytes of the file, or of the files in the folder that hold weights."""
+    files = [p for p in sorted(path.rglob("*")) if p.suffix in {".safetensors", ".gguf", ".bin"}]
+    return [file.read_bytes() for file in files or [path]]
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "nf4", "llm_int8", "fp8", "nvfp4_w4a4", "mxfp4", "q8_0"])

@@ -5,14 +5,15 @@ whether a range is finite). Here every storage is real and some are marked as CU
 checked by torch's own rules of mixing devices, and `Tensor.device` says what the mark says.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.overrides import TorchFunctionMode
 
-CUDA = torch.device("cuda:0")
+CUDA = torch.device("cuda:7")
+"""Of a number that no machine here has: what is kept by device, of these tensors, nobody else is given."""
 _CROSSING = {"copy_", "data", "_has_compatible_shallow_copy_type"}
 """Functions that take tensors of two devices."""
 _ALL_ALIKE = {"cat", "stack", "concat", "concatenate", "hstack", "vstack"}
@@ -53,7 +54,7 @@ class VirtualCuda(TorchFunctionMode):
         self.calls += 1
         held = [self.is_cuda(tensor) for tensor in tensors]
         if name in _HOST and any(held):
-            raise TypeError("can't convert cuda:0 device type tensor to numpy. Use Tensor.cpu() first")
+            raise TypeError("can't convert cuda device type tensor to numpy. Use Tensor.cpu() first")
         target = self._target(name, args, kwargs, any(held))
         if not (name == "to" or name in _CROSSING):
             self._check(name, args, tensors, held)
@@ -97,7 +98,7 @@ class VirtualCuda(TorchFunctionMode):
             )
         ):
             return
-        kinds = [f"{'cuda:0' if mark else 'cpu'} {tuple(t.shape)}" for t, mark in zip(tensors, held, strict=True)]
+        kinds = [f"{CUDA if mark else 'cpu'} {tuple(t.shape)}" for t, mark in zip(tensors, held, strict=True)]
         raise RuntimeError(f"{name}: Expected all tensors to be on the same device, but found {', '.join(kinds)}")
 
     def _mark(self, result: Any, before: set[int]) -> None:
@@ -151,8 +152,3 @@ def _on_cpu(value: Any) -> Any:
 def _real(value: Any) -> Any:
     device = _device(value)
     return torch.device("cpu") if device is not None and device.type == "cuda" else value
-
-
-def moved(tensors: Iterable[torch.Tensor]) -> list[torch.Tensor]:
-    """Returns the tensors on the virtual device; inside its context."""
-    return [tensor.to("cuda") for tensor in tensors]
