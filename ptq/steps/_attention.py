@@ -27,7 +27,7 @@ def quantize_attention(context: Context, block: Block) -> None:
         seen = _watched(context, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
         labels = _labels(context, name, specs, seen)
         quantizers = {tensor: _quantizer(tensor, spec, seen, labels) for tensor, spec in specs.items()}
-        setattr(module, CHILD, AttentionQuantizers(quantizers))
+        setattr(module, CHILD, AttentionQuantizers(quantizers).to(context.stream.device))
 
 
 def _watches(tensor: str, spec: QuantSpec) -> bool:
