@@ -82,9 +82,9 @@ class StepPlan:
     @classmethod
     def load(cls, path: pathlib.Path, device: torch.device) -> Self:
         """Reads what `save` wrote, its tensors on `device`."""
-        with safe_open(path, framework="pt", device=str(device)) as file:
+        with safe_open(path, framework="pt") as file:
             facts: dict[str, Any] = json.loads(file.metadata()["facts"])
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
         parts: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "labels": {}, "basis": {}, "statistics": {}}
         for key, tensor in found.items():
             part, _, name = key.partition("|")

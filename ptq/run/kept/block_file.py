@@ -83,9 +83,9 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
     Raises:
         Unbuildable: for a module of a class that has no ``from_description``.
     """
-    with safe_open(path, framework="pt", device=str(device)) as file:
+    with safe_open(path, framework="pt") as file:
         description: dict[str, Any] = json.loads(file.metadata()["description"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
     model = network.model
     for name in description["reordered"]:
         replace_module(model, name, Reordered(model.get_submodule(name), tensors[f"{name}.order"]))
