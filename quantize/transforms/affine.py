@@ -1,0 +1,162 @@
+"""FlatQuant's arithmetic (Sun et al. 2024, sections 3.1 and 3.2): a learned, Kronecker-factored affine map of a Linear's input.
+
+Rows x become (x / d) (P1 x P2) with a diagonal d, columns of the weight W diag(d) (P1 x P2)^-T: x W^T is kept for any
+invertible factors, so they are learned freely on the error that quantization makes.
+"""
+
+import torch
+from torch import nn
+
+from quantize.transforms.hadamard import hadamard_matrix
+from quantize.transforms.kronecker import balanced_factors, kronecker_apply, kronecker_inverse, nearest_kronecker
+from quantize.transforms.orthogonal import random_orthogonal
+from quantize.transforms.wush import wush
+
+CLIP = 4.0
+"""Parameter that clips start from: sigmoid(4) = 0.982 of the range (FlatQuant's own)."""
+STARTS = ("identity", "orthogonal", "hadamard")
+
+
+class AffineTransform(nn.Module):
+    """The map, with parameters `left` (a, a), `right` (b, b) and `diagonal` (a * b,).
+
+    Args:
+        left: P1.
+        right: P2.
+        diagonal: d, none of it 0.
+
+    Raises:
+        ValueError: for shapes that do not match, or values that are not finite, or a zero in the diagonal.
+    """
+
+    def __init__(self, left: torch.Tensor, right: torch.Tensor, diagonal: torch.Tensor):
+        super().__init__()
+        if diagonal.shape != (len(left) * len(right),):
+            raise ValueError(
+                f"diagonal: shape {tuple(diagonal.shape)} is not valid: expected ({len(left) * len(right)},)"
+            )
+        for name, tensor in (("left", left), ("right", right), ("diagonal", diagonal)):
+            if not bool(torch.isfinite(tensor).all()) or (name == "diagonal" and bool((tensor == 0).any())):
+                raise ValueError(f"{name}: holds NaN, inf or a zero divisor: expected finite numbers")
+        self.left = nn.Parameter(left.detach().clone())
+        self.right = nn.Parameter(right.detach().clone())
+        self.diagonal = nn.Parameter(diagonal.detach().clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns (x / d) (P1 x P2) of `x` (..., a * b), in the type of `x`; computed in the parameters' type."""
+        return kronecker_apply(x.to(self.diagonal.dtype) / self.diagonal, self.left, self.right).to(x.dtype)
+
+    def inverse_weight(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns W diag(d) (P1 x P2)^-T of `weight` (out, a * b), in its type: what reads the transformed input.
+
+        Raises:
+            ValueError: for a factor that is singular.
+        """
+        left, right = kronecker_inverse(self.left, self.right)
+        return kronecker_apply(weight.to(self.diagonal.dtype) * self.diagonal, left.t(), right.t()).to(weight.dtype)
+
+    def inverse(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the `x` (..., a * b) whose `forward` is the argument."""
+        left, right = kronecker_inverse(self.left, self.right)
+        return (kronecker_apply(x.to(self.diagonal.dtype), left, right) * self.diagonal).to(x.dtype)
+
+
+class LearnedClip(nn.Module):
+    """Shares of a range that are learned: sigmoid of a parameter for each end (OmniQuant, equation 2; FlatQuant, section 3.1).
+
+    Args:
+        shape: of both parameters: () for activations, (out, 1) for the rows of a weight.
+        start: value of the parameters.
+    """
+
+    def __init__(self, shape: tuple[int, ...] = (), start: float = CLIP):
+        super().__init__()
+        self.low = nn.Parameter(torch.full(shape, start))
+        self.high = nn.Parameter(torch.full(shape, start))
+
+    def forward(self, minimum: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Returns both ends of the range, each times its share in (0, 1)."""
+        return minimum * torch.sigmoid(self.low), maximum * torch.sigmoid(self.high)
+
+
+def affine_from_scale(
+    scale: torch.Tensor, start: str = "identity", seed: int = 0, factors: tuple[int, int] | None = None
+) -> AffineTransform:
+    """Returns a transform with the diagonal `scale` (width,) (ones for none, or SmoothQuant's) in the type of `scale`.
+
+    Args:
+        scale: (width,), which the input is divided by.
+        start: both factors: ``identity``, ``orthogonal`` (random, by the seed) or ``hadamard``.
+        seed: of ``orthogonal``.
+        factors: (a, b); None: as near to each other as divisors are.
+
+    Raises:
+        ValueError: for an unknown start, or factors whose product is not the width.
+    """
+    if start not in STARTS:
+        raise ValueError(f"start: {start!r} is not valid: expected one of {', '.join(STARTS)}")
+    a, b = balanced_factors(len(scale)) if factors is None else factors
+    kind = {"dtype": scale.dtype, "device": scale.device}
+    if start == "identity":
+        left, right = torch.eye(a, **kind), torch.eye(b, **kind)
+    elif start == "orthogonal":
+        left, right = random_orthogonal(a, seed, **kind), random_orthogonal(b, seed + 1, **kind)
+    else:
+        left, right = hadamard_matrix(a, **kind), hadamard_matrix(b, **kind)
+    return AffineTransform(left, right, scale)
+
+
+def affine_from_moments(
+    hessian: torch.Tensor,
+    gram: torch.Tensor,
+    scale: torch.Tensor,
+    hadamard: bool = True,
+    factors: tuple[int, int] | None = None,
+    damping: float = 1e-2,
+) -> tuple[AffineTransform, float]:
+    """Returns WUSH's transform on Kronecker-factored second moments, and the relative error of the worse factorisation.
+
+    Both second moments, taken behind the diagonal, are replaced by their nearest Kronecker products of positive definite
+    factors; the closed form of a Kronecker product is the Kronecker product of the closed forms. Unlike the nearest product
+    of the dense transform it does not depend on which of the equivalent rotations of it was taken.
+
+    Args:
+        hessian: X^T X / n (width, width).
+        gram: W^T W (width, width).
+        scale: diagonal d (width,), which the input is divided by; its type is that of the result.
+        hadamard: multiply each factor by a Hadamard matrix.
+        factors: (a, b); None: as near to each other as divisors are.
+        damping: share of the mean diagonal of each factor that is added to it.
+
+    Raises:
+        ValueError: as `nearest_kronecker` and `wush`.
+    """
+    a, b = balanced_factors(len(scale)) if factors is None else factors
+    wide = scale.double()
+    *inputs, error_inputs = nearest_kronecker(hessian.double() / wide / wide[:, None], a, b)
+    *weights, error_weights = nearest_kronecker(gram.double() * wide * wide[:, None], a, b)
+    left, right = (
+        wush(_positive(h), _positive(g), hadamard=hadamard, damping=damping).activation[0]
+        for h, g in zip(inputs, weights, strict=True)
+    )
+    return AffineTransform(left.to(scale), right.to(scale), scale), max(error_inputs, error_weights)
+
+
+def affine_from_dense(
+    matrix: torch.Tensor, factors: tuple[int, int] | None = None
+) -> tuple[AffineTransform, float]:
+    """Returns the transform whose factors are the nearest Kronecker product of `matrix` (width, width), diagonal 1, in its type,
+    and the relative error in the Frobenius norm.
+
+    Raises:
+        ValueError: as `nearest_kronecker`, or where a factor is singular.
+    """
+    a, b = balanced_factors(len(matrix)) if factors is None else factors
+    left, right, error = nearest_kronecker(matrix, a, b)
+    kronecker_inverse(left, right)
+    return AffineTransform(left, right, matrix.new_ones(len(matrix))), error
+
+
+def _positive(matrix: torch.Tensor) -> torch.Tensor:
+    """Returns the symmetric part: rounding alone parts it from the matrix."""
+    return (matrix + matrix.t()) / 2

@@ -1,0 +1,131 @@
+"""WUSH (arXiv 2512.00956): the closed-form pair of transforms that gives inputs and weights the same, diagonal second moments.
+
+With the Cholesky factors W' W'^T = W^T W and X' X'^T = X^T X / n and the singular value decomposition U S V^T = W'^T X',
+for columns x and w: T_x = H S^-1/2 U^T W'^T and T_w = H S^-1/2 V^T X'^T. Then T_w^T T_x = X' V S^-1 U^T W'^T = I, so w . x is
+kept, and the second moments of both become H S H^T, whose diagonal is constant for a Hadamard H. For rows, as here:
+``x @ A`` with A = T_x^T and ``W @ B`` with B = T_w^T = A^-T.
+"""
+
+from dataclasses import dataclass
+
+import torch
+
+from quantize.transforms.hadamard import hadamard_matrix
+
+ESCALATIONS = 8
+"""Dampings tried, each 10 times the one before, until a factorisation succeeds."""
+
+
+@dataclass(frozen=True)
+class Wush:
+    """A pair of transforms, block by block, float64.
+
+    Attributes:
+        activation: A (blocks, size, size): a block of inputs (..., size) becomes x @ A.
+        weight: B = A^-T (blocks, size, size): the same columns of a weight (out, size) become W @ B.
+        singular: S (blocks, size), descending: second moments of both, before the Hadamard.
+        damping_activation: what was added to the diagonal of X^T X / n, as a share of its mean in each block.
+        damping_weight: the same of W^T W.
+    """
+
+    activation: torch.Tensor
+    weight: torch.Tensor
+    singular: torch.Tensor
+    damping_activation: float
+    damping_weight: float
+
+    def describe(self) -> str:
+        """Returns one sentence: blocks, and the dampings used."""
+        blocks, size = self.singular.shape
+        return (
+            f"wush in {blocks} blocks of {size}, damped by {self.damping_activation:g} (inputs) and {self.damping_weight:g} (weights) "
+            "of the mean diagonal"
+        )
+
+
+def wush(
+    hessian: torch.Tensor,
+    gram: torch.Tensor,
+    block: int | None = None,
+    hadamard: bool = True,
+    damping: float = 1e-4,
+) -> Wush:
+    """Returns WUSH's transforms of a Linear's input, in float64 on the device of `hessian`.
+
+    Args:
+        hessian: X^T X / n (in, in), any positive factor times it, symmetric.
+        gram: W^T W (in, in), summed over all weights that read the input.
+        block: consecutive channels that are transformed together; None: all.
+        hadamard: multiply by a Hadamard matrix of the block at the end, which spreads what S concentrates.
+        damping: share of the mean of each block's diagonal that is added to it; multiplied by 10 while a factorisation fails.
+
+    Raises:
+        ValueError: for shapes that differ or are not square, NaN or inf, a negative damping, a block that does not divide, or
+            factorisations that fail at every damping.
+    """
+    width = hessian.shape[-1]
+    if hessian.shape != (width, width) or gram.shape != hessian.shape:
+        raise ValueError(f"gram: shape {tuple(gram.shape)} for a hessian {tuple(hessian.shape)}: expected two (in, in)")
+    if not damping >= 0:
+        raise ValueError(f"damping: {damping} is not valid: expected 0 or a small positive share, such as 1e-4")
+    size = width if block is None else block
+    if size < 1 or width % size:
+        raise ValueError(f"block: {block} is not valid: expected a divisor of {width}")
+    inputs, used_inputs = _cholesky("hessian", diagonal_blocks(hessian, size), damping)
+    weights, used_weights = _cholesky("gram", diagonal_blocks(gram, size), damping)
+    u, s, vh = torch.linalg.svd(weights.mT @ inputs)
+    root = s.sqrt()[:, None, :]
+    # A by the formula, and B by it too: both are triangular factors times orthogonal ones, no inverse is formed.
+    activation = (weights @ u) / root
+    weight = (inputs @ vh.mT) / root
+    if hadamard:
+        matrix = hadamard_matrix(size, dtype=torch.float64, device=hessian.device)
+        activation, weight = activation @ matrix, weight @ matrix
+    return Wush(activation, weight, s, used_inputs, used_weights)
+
+
+def block_apply(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
+    """Returns `x` (..., blocks * size) with each block of channels times its matrix of (blocks, size, size), in the type of `x`.
+
+    Computed in float32, in float64 where either operand is.
+
+    Raises:
+        ValueError: when the channels are not blocks * size.
+    """
+    blocks, size = matrices.shape[:2]
+    if x.shape[-1] != blocks * size:
+        raise ValueError(f"x: {x.shape[-1]} channels, expected {blocks} blocks of {size}")
+    wide = torch.float64 if torch.float64 in (x.dtype, matrices.dtype) else torch.float32
+    rows = x.reshape(-1, blocks, size).to(wide)
+    return torch.einsum("nbi,bij->nbj", rows, matrices.to(rows)).reshape(x.shape).to(x.dtype)
+
+
+def diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
+    """Returns the blocks (blocks, size, size) on the diagonal of `matrix` (blocks * size, blocks * size), as a float64 copy.
+
+    Raises:
+        ValueError: when `size` does not divide.
+    """
+    if size < 1 or len(matrix) % size:
+        raise ValueError(f"size: {size} is not valid: expected a divisor of {len(matrix)}")
+    view = matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size))
+    return view.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double().contiguous()
+
+
+def _cholesky(name: str, blocks: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Returns the lower factors of `blocks` (blocks, size, size), damped until all succeed, and the share that was added."""
+    mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    if not bool(torch.isfinite(blocks).all()):
+        raise ValueError(f"{name}: holds NaN or inf: expected second moments that are finite")
+    # A block in which nothing ever was gets the identity, and so does its partner's share of the transform.
+    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
+    floor = blocks.shape[-1] * torch.finfo(blocks.dtype).eps
+    share = damping
+    for _ in range(ESCALATIONS + 1):
+        factor, failed = torch.linalg.cholesky_ex(blocks + (share * mean)[:, None, None] * identity)
+        pivots = factor.diagonal(dim1=1, dim2=2).square() / mean[:, None]
+        if not bool(failed.any()) and bool((pivots > floor).all()):
+            return factor, share
+        share = max(share * 10, 1e-8)
+    raise ValueError(f"{name}: not positive definite at a damping of {share / 10:g}: expected second moments X^T X")
