@@ -126,12 +126,13 @@ def _powers(p: int, k: int) -> tuple[int, ...]:
     q = p**k
     # Prime fields: g a number. Else g = x, modulo a monic polynomial of degree k: candidates until x has the full order.
     for candidate in range(1, q):
-        powers, element = [1], 1
-        for _ in range(q - 2):
+        powers: dict[int, None] = {1: None}
+        element = 1
+        while len(powers) < q - 1:
             element = element * candidate % p if k == 1 else _times_x(element, candidate, p, k)
-            if element in (0, 1):
+            if element == 0 or element in powers:
                 break
-            powers.append(element)
+            powers[element] = None
         if len(powers) == q - 1:
             return tuple(powers)
     raise ValueError(f"q: {q} is not valid: expected a prime power")
