@@ -137,7 +137,9 @@ class QuantizeVisitor:
                 every = max(1, len(inputs) // SAMPLED_ROWS)
                 spec = linear_specs(self.context.scheme, name).input
                 if spec is not None and spec.format == "llm_int8":
-                    self._outliers[name] = float(outlier_columns(inputs, spec.threshold).float().mean())
+                    samples = args[0] if args[0].dim() > 2 else args[0][None]
+                    columns = torch.stack([outlier_columns(sample, spec.threshold) for sample in samples])
+                    self._outliers[name] = float(columns.float().mean())
                 seen[name] = inputs[::every].clone(), outputs[::every].clone()
 
             return hook

@@ -29,10 +29,12 @@ class BlockInputs:
     def __init__(self, context: Context, block: Block):
         self._context, self._block = context, block
         self._stage = {name: i for i, stage in enumerate(context.stages(block)) for name in stage}
-        self._made: dict[tuple[int, QuantSpec], InputQuantizer] = {}
+        self._made: dict[tuple[int, QuantSpec], InputQuantizer | None] = {}
 
     def of(self, name: str, specs: LinearSpecs) -> InputQuantizer | None:
-        """Returns the quantizer of the input of the Linear `name`, or None where the scheme leaves it alone."""
+        """Returns the quantizer of the input of the Linear `name`, or None where the scheme leaves it alone, or no token of
+        the calibration samples reaches it that a static range could be fitted to; the run's log says that.
+        """
         if specs.input is None:
             return None
         key = (self._stage[name], specs.input)
@@ -40,14 +42,17 @@ class BlockInputs:
             self._made[key] = self._make(name, specs.input)
         return self._made[key]
 
-    def _make(self, name: str, spec: QuantSpec) -> InputQuantizer:
+    def _make(self, name: str, spec: QuantSpec) -> InputQuantizer | None:
         context, labels = self._context, labels_of(self._context, name, spec, "input")
         if spec.dynamic:
             return InputQuantizer(spec)
         if spec.range == "minmax":
             if context.statistics is None:
                 raise UserError(f"scheme.input.dynamic: false for {name} needs calibration statistics: none were taken")
-            statistics = context.statistics.inputs[name]
+            statistics = context.statistics.inputs.get(name)
+            if statistics is None:
+                self._note_unreached(name)
+                return None
             return InputQuantizer(spec, (statistics.min, statistics.max), labels)
         if context.samples is None:
             raise UserError(f"scheme.input.range: {spec.range!r} for {name} needs calibration samples: none were taken")
@@ -56,10 +61,19 @@ class BlockInputs:
             context.samples.feed(
                 self._block, {name: lambda x, tokens: running.update_all(x.reshape(-1, length, x.shape[-1]))}
             )
+            if running.minimum is None:
+                self._note_unreached(name)
+                return None
             return InputQuantizer(spec, running.range(), labels)
         rows = Rows(OBSERVED_VALUES, context.samples.tokens)
         context.samples.feed(self._block, {name: rows.add})
+        if rows.empty:
+            self._note_unreached(name)
+            return None
         return InputQuantizer(spec, None, labels, observed_grid(rows.kept(), spec, labels))
+
+    def _note_unreached(self, name: str) -> None:
+        self._context.note(f"{name}: no calibration token reaches it: its input stays in floating point")
 
 
 class Rows:
@@ -76,6 +90,11 @@ class Rows:
         every = max(1, self._tokens * rows.shape[1] // self._values)
         self._kept.append(rows[self._next :: every].clone())
         self._next = (self._next - len(rows)) % every
+
+    @property
+    def empty(self) -> bool:
+        """Whether no row has passed."""
+        return not any(len(rows) for rows in self._kept)
 
     def kept(self) -> torch.Tensor:
         """Returns the rows that were kept (rows, channels)."""

@@ -229,8 +229,9 @@ class _Moments:
 
     def see(self, x: torch.Tensor, tokens: slice) -> None:
         """Adds a batch of the tensor; a `Watcher`."""
-        x = x.reshape(-1, x.shape[-1])
+        # Rounded before samples lie one after another: a range is a sample's own.
         y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
         self.hessian.update(y)
         if self.place is not None:
             self._latest[:] = [x, y]
