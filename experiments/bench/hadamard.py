@@ -38,7 +38,9 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--rows", type=int, default=512)
     options = parser.parse_args()
-    print(f"{'threads':>7} {'width':>6} {'factors':>14} {'fast':>9} {'butterflies':>12} {'explicit':>10} {'fast is':>10}")
+    print(
+        f"{'threads':>7} {'width':>6} {'factors':>14} {'fast':>9} {'butterflies':>12} {'explicit':>10} {'fast is':>10}"
+    )
     for threads in (1, 2):
         torch.set_num_threads(threads)
         for width in WIDTHS:

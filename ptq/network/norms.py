@@ -35,3 +35,14 @@ def gain_offset(norm: nn.Module) -> float | None:
 def _tensor(module: nn.Module, name: str) -> torch.Tensor | None:
     value = getattr(module, name, None)
     return value if isinstance(value, torch.Tensor) else None
+
+
+@torch.no_grad()
+def is_centring(norm: nn.Module) -> bool:
+    """Returns whether the norm takes the mean over the channels out, as LayerNorm does and RMSNorm does not."""
+    with precise_module(norm):
+        weight = _tensor(norm, "weight")
+        width = int(getattr(norm, "normalized_shape", [0])[0]) if weight is None else len(weight)
+        dtype, device = (torch.float32, None) if weight is None else (weight.dtype, weight.device)
+        x = torch.linspace(-1, 2, width, dtype=dtype, device=device).view(1, 1, -1)
+        return bool(torch.allclose(norm(x + 3), norm(x), rtol=1e-3, atol=1e-4))

@@ -15,12 +15,11 @@ TOLERANCE = 1e-3
 
 
 def find_sums(call: Call, block: Block, hidden: torch.Tensor) -> dict[str, str]:
-    """Returns, by full name of a Linear of the block, the module that reads its output plus a rest, or "" for the block's
+    """Returns, by full name of a Linear or a norm of the block, the module that reads its output plus a rest, or "" for the block's
     own output being that sum.
 
-    A probe is added to the Linear's output: a tensor that grows by just the probe is such a sum. Of several the last counts
-    (a dropout module reads the output alone, before anything was added). Linears whose output reaches the rest of the block
-    in no such way are left out.
+    A probe is added to the module's output: a tensor that grows by just the probe, and is not that output, is such a sum. Of
+    several the last counts. Modules whose output reaches the rest of the block in no such way are left out.
 
     Args:
         call: gives the block's output, in float32 or float64 (`ptq.network.precise`).
@@ -29,16 +28,36 @@ def find_sums(call: Call, block: Block, hidden: torch.Tensor) -> dict[str, str]:
     """
     before = _tensors(call, block, hidden, None, None)
     found: dict[str, str] = {}
-    for name, linear in block.linears.items():
-        if weight_of(linear).shape[0] != hidden.shape[-1]:
+    norms = {f"{block.name}.{n}": m for n, m in block.module.named_modules() if _is_norm(m, hidden.shape[-1])}
+    for name, linear in {**block.linears, **norms}.items():
+        if name in block.linears and weight_of(linear).shape[0] != hidden.shape[-1]:
             continue
         probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(block.index)).to(hidden)
         probe *= float(before[""].double().std())
-        after = _tensors(call, block, hidden, linear, probe)
+        own, after = _output(call, hidden, linear), _tensors(call, block, hidden, linear, probe)
         for place, tensor in before.items():
-            if place in after and _grew_by(tensor, after[place], probe):
+            # The output itself grows by the probe too, where it is read before anything is added to it.
+            if place in after and _grew_by(tensor, after[place], probe) and not torch.equal(tensor, own):
                 found[name] = place
     return found
+
+
+def _output(call: Call, hidden: torch.Tensor, module: nn.Module) -> torch.Tensor:
+    """Returns what the module gives when the block is called."""
+    seen: list[torch.Tensor] = []
+    handle = module.register_forward_hook(
+        lambda module, args, output: seen.append(output.reshape(hidden.shape).clone())
+    )
+    try:
+        call(hidden)
+    finally:
+        handle.remove()
+    return seen[-1] if seen else torch.full_like(hidden, torch.nan)
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    weight = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.shape == (width,) and not any(True for _ in module.children())
 
 
 def _grew_by(before: torch.Tensor, after: torch.Tensor, probe: torch.Tensor) -> bool:

@@ -27,7 +27,13 @@ def quantize_attention(context: Context, block: Block) -> None:
         seen = _watched(context, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
         labels = _labels(context, name, specs, seen)
         quantizers = {tensor: _quantizer(tensor, spec, seen, labels) for tensor, spec in specs.items()}
-        setattr(module, CHILD, AttentionQuantizers(quantizers).to(context.stream.device))
+        setattr(module, CHILD, AttentionQuantizers(quantizers, _transforms(module)).to(context.stream.device))
+
+
+def _transforms(module: nn.Module) -> dict[str, nn.Module]:
+    """Returns what a transform lets act on the attention's query and key."""
+    standing = getattr(module, CHILD, None)
+    return dict(standing.transforms.items()) if isinstance(standing, AttentionQuantizers) else {}
 
 
 def _watches(tensor: str, spec: QuantSpec) -> bool:
@@ -44,13 +50,16 @@ def _watched(context: Context, block: Block, module: nn.Module) -> dict[str, Cha
     def watch(tensor: str, x: torch.Tensor) -> None:
         seen.setdefault(tensor, ChannelStatistics.empty(x.shape[-1], x.device)).update(x)
 
-    watcher = AttentionQuantizers({})
+    standing = getattr(module, CHILD, None)
+    watcher = AttentionQuantizers({}, _transforms(module))
     watcher.watch = watch
     setattr(module, CHILD, watcher)
     try:
         context.samples.feed(block, {})
     finally:
         delattr(module, CHILD)
+        if standing is not None:
+            setattr(module, CHILD, standing)
     return seen
 
 

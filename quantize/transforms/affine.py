@@ -142,9 +142,7 @@ def affine_from_moments(
     return AffineTransform(left.to(scale), right.to(scale), scale), max(error_inputs, error_weights)
 
 
-def affine_from_dense(
-    matrix: torch.Tensor, factors: tuple[int, int] | None = None
-) -> tuple[AffineTransform, float]:
+def affine_from_dense(matrix: torch.Tensor, factors: tuple[int, int] | None = None) -> tuple[AffineTransform, float]:
     """Returns the transform whose factors are the nearest Kronecker product of `matrix` (width, width), diagonal 1, in its type,
     and the relative error in the Frobenius norm.
 

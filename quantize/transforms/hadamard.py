@@ -6,7 +6,7 @@ entry of H being greater than 1 / sqrt(n). Powers of two are in Sylvester's (nat
 
 import math
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import cache, lru_cache
 
 import torch
 
@@ -54,7 +54,7 @@ class Factorisation:
         )
 
 
-@lru_cache(maxsize=None)
+@cache
 def factorise(width: int) -> Factorisation:
     """Returns the factors of least total size that `width` splits into.
 

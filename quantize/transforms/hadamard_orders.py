@@ -4,7 +4,7 @@ A Hadamard matrix of order n has entries ±1 and H H^T = n I. Nothing is stored 
 of Paley's constructions reaches; Kronecker products of what is here give the rest (`quantize.transforms.hadamard`).
 """
 
-from functools import lru_cache
+from functools import cache
 
 import torch
 
@@ -120,7 +120,7 @@ def _jacobsthal(q: int) -> torch.Tensor:
     return chi[difference]
 
 
-@lru_cache(maxsize=None)
+@cache
 def _powers(p: int, k: int) -> tuple[int, ...]:
     """Returns g^0, g^1, ... g^(p^k - 2) of a generator g of the multiplicative group of the field of p^k elements."""
     q = p**k

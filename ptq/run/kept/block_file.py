@@ -13,7 +13,8 @@ from torch import nn
 
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.network import Block, Network, replace_module
-from quantize.modules.online import INPUT, OUTPUT, attach_input, attach_output
+from quantize.modules.hadamard import OnlineHadamard
+from quantize.modules.online import INPUT, OUTPUT, Shared, attach_input, attach_output
 from quantize.modules.reordered import Reordered
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
@@ -39,7 +40,14 @@ def description_of(block: Block) -> dict[str, Any]:
     """Returns what `rebuild` has to know beyond the tensors, as JSON holds it."""
     linears: dict[str, Any] = {}
     quantizers: dict[int, str] = {}
-    found: dict[str, Any] = {"linears": linears, "attentions": {}, "reordered": [], "online": {}}
+    found: dict[str, Any] = {
+        "linears": linears,
+        "attentions": {},
+        "reordered": [],
+        "online": {},
+        "norms": {},
+        "classes": {},
+    }
     for name, module in block.module.named_modules(prefix=block.name):
         if isinstance(module, QuantLinear):
             dtype, shape = str(module.weight.dtype).removeprefix("torch."), list(module.weight.shape)
@@ -53,6 +61,9 @@ def description_of(block: Block) -> dict[str, Any]:
             found["attentions"][name.removesuffix(f".{CHILD}")] = {"quantizers": known, "transforms": transforms}
         elif isinstance(module, Reordered):
             found["reordered"].append(name)
+        elif type(module) is nn.RMSNorm and not module.elementwise_affine:
+            found["norms"][name] = {"width": module.normalized_shape[0], "eps": module.eps}
+        found["classes"][name] = _class(module)
         for place in (INPUT, OUTPUT):
             if place in module._modules:
                 found["online"].setdefault(name, {})[place] = _online(module.get_submodule(place))
@@ -87,6 +98,9 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
         description: dict[str, Any] = json.loads(file.metadata()["description"])
         tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
     model = network.model
+    for name, facts in description["norms"].items():
+        if type(model.get_submodule(name)) is not nn.RMSNorm:
+            replace_module(model, name, nn.RMSNorm(facts["width"], facts["eps"], elementwise_affine=False))
     for name in description["reordered"]:
         replace_module(model, name, Reordered(model.get_submodule(name), tensors[f"{name}.order"]))
     shared: dict[str, InputQuantizer] = {}
@@ -106,6 +120,9 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
     for key, held in {**dict(block.module.named_parameters()), **dict(block.module.named_buffers())}.items():
         if key in plain and held.data_ptr() != plain[key].data_ptr():
             held.copy_(plain[key])
+    now = {name: _class(module) for name, module in block.module.named_modules(prefix=block.name)}
+    if now != description["classes"] or set(block.module.state_dict()) != set(plain):
+        raise Unbuildable(f"{block.name} holds modules or parameters that are not known how to build again")
 
 
 def _linear(
@@ -139,19 +156,26 @@ def _quantizer(module: InputQuantizer) -> dict[str, Any]:
     return {"spec": _spec(module.spec), "low": low, "high": high}
 
 
+def _class(module: nn.Module) -> str:
+    return f"{type(module).__module__}.{type(module).__qualname__}"
+
+
 def _spec(spec: QuantSpec | None) -> dict[str, Any] | None:
     return None if spec is None else dataclasses.asdict(spec)
 
 
 def _online(module: nn.Module) -> dict[str, Any]:
-    kind = type(module)
+    if isinstance(module, Shared):
+        return {"class": _class(module), "description": _online(module.inner)}
     facts = module.description() if hasattr(module, "description") else None  # type: ignore[operator]
-    return {"class": f"{kind.__module__}.{kind.__qualname__}", "description": facts}
+    return {"class": _class(module), "description": facts}
 
 
 def _built(facts: Mapping[str, Any]) -> nn.Module:
     """Builds an online transform of this package's own classes again; its tensors are read by name afterwards."""
     # Only classes that have registered themselves: a file names a class, and must not choose what is imported.
+    if facts["class"] == "quantize.modules.online.Shared":
+        return Shared(_built(facts["description"]))
     kind = ONLINE.get(facts["class"])
     if kind is None or facts["description"] is None:
         raise Unbuildable(f"{facts['class']} has no description to be built from again")
@@ -159,5 +183,5 @@ def _built(facts: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-ONLINE: dict[str, Any] = {}
+ONLINE: dict[str, type[OnlineHadamard]] = {"quantize.modules.hadamard.OnlineHadamard": OnlineHadamard}
 """Classes of online transforms by their full name that have ``description`` and ``from_description``."""

@@ -1,0 +1,233 @@
+"""QuaRot (Ashkboos et al. 2024): the residual stream and the heads turned by Hadamard matrices, outliers spread over all channels."""
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+
+from ptq.errors import UserError, nearest
+from ptq.network.attention import CHILD, AttentionQuantizers
+from ptq.network.basis import Basis
+from ptq.network.links import Link
+from ptq.network.network import Block, is_linear, replace_module, weight_of
+from ptq.network.norms import gain_offset, is_centring
+from ptq.network.outside import set_weight
+from ptq.steps._step import (
+    INPUT,
+    KEY,
+    QUERY,
+    RESIDUAL,
+    WEIGHT_INPUT,
+    WEIGHT_OUTPUT,
+    Context,
+    StepPlan,
+    Transform,
+)
+from ptq.steps.smooth import kind_of
+from quantize.modules.hadamard import OnlineHadamard
+from quantize.modules.online import Shared, attach_input, attach_output
+from quantize.transforms.hadamard import factorise, hadamard_matrix, hadamard_transform, random_signs
+from quantize.transforms.residual import center_embedding, center_writer, fold_gain, rotate_reader, rotate_writer
+
+ONLINE = ("down", "out", "heads")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is turned.
+
+    Attributes:
+        residual: turn the residual stream: embedding, readers, writers and head; the norms' gains are folded into their
+            readers, a LayerNorm's subtraction of the mean into the writers.
+        values: turn each head's value, and the columns of the output projection that read it.
+        online: what is turned each time that it is computed: ``down`` (what an MLP's last Linear reads), ``out`` (what an
+            attention's output projection reads, across heads, instead of `values`), ``heads`` (query and key after rotary embeddings).
+        seed: of the random signs of the residual stream's rotation.
+    """
+
+    residual: bool = True
+    values: bool = True
+    online: tuple[str, ...] = ("down",)
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for place in self.online:
+            if place not in ONLINE:
+                raise UserError(
+                    f"steps.rotate.online: {place!r} is not valid: expected {', '.join(ONLINE)}{nearest(place, ONLINE)}"
+                )
+        if not (self.residual or self.values or self.online):
+            raise UserError(
+                "steps.rotate: turns nothing: set residual, values or online, or remove it with ~steps.rotate"
+            )
+
+
+class Step(Transform):
+    """Turns the residual stream, values, and what `online` names."""
+
+    acts: ClassVar[frozenset[str]] = frozenset({RESIDUAL})
+
+    def __init__(self, options: Options):
+        super().__init__(options)
+        acts = {WEIGHT_INPUT, WEIGHT_OUTPUT} if options.values else set()
+        acts |= {RESIDUAL} if options.residual else set()
+        acts |= {INPUT} if {"down", "out"} & set(options.online) else set()
+        acts |= {QUERY, KEY} if "heads" in options.online else set()
+        # Of this step and not of all: what its options leave out asks for nothing.
+        self.acts = frozenset(acts)  # type: ignore[misc]
+
+    def plan(self, context: Context) -> StepPlan:
+        """Finds the rotation of the residual stream, and says what widths are made of."""
+        if not self.options.residual:
+            return StepPlan(stale=True)
+        width = int(context.network.model.config.get_text_config().hidden_size)
+        context.note(f"rotate: residual stream: {factorise(width).describe()}")
+        centred = self._check(context, width)
+        signs = random_signs(width, self.options.seed)
+        matrix = hadamard_matrix(width, signs, device=context.stream.device)
+        return StepPlan({"signs": signs.to(context.stream.device)}, basis=Basis.rotation(matrix, centred), stale=True)
+
+    def _check(self, context: Context, width: int) -> bool:
+        """Returns whether the norms take the mean out. Raises `UserError` where the stream's norms or readers are not found."""
+        centring = set()
+        for block in context.network.blocks:
+            with context.stream.weights.hold([block.name]):
+                links = _stream_links(context, block, width)
+                if not links or not context.sums(block):
+                    raise UserError(
+                        f"steps.rotate.residual: true, but who reads and writes the residual stream of {block.name} is not found: "
+                        "use residual=false"
+                    )
+                for link in links:
+                    norm = context.module(link.producer)
+                    if gain_offset(norm) is None:
+                        raise UserError(
+                            f"steps.rotate.residual: {link.producer} multiplies by neither w nor 1 + w: use residual=false"
+                        )
+                    centring.add(is_centring(norm))
+        if len(centring) > 1:
+            raise UserError("steps.rotate.residual: some norms take the mean out and some do not: use residual=false")
+        return centring.pop()
+
+    def outside(self, plan: StepPlan, context: Context) -> None:
+        """Turns embeddings and head; the final norm's gain goes into the head, which is no longer tied."""
+        if plan.basis is None:
+            return
+        network, model = context.network, context.network.model
+        modules = {name: model.get_submodule(name) for name in network.outside}
+        head, width = model.get_output_embeddings(), len(plan.basis.matrix)
+        norms = [(n, m) for n, m in modules.items() if _is_norm(m, width)]
+        if len(norms) != 1 or head is None:
+            raise UserError(
+                f"steps.rotate.residual: {len(norms)} norms of the stream's width lie outside the blocks, and one was expected: "
+                "use residual=false"
+            )
+        name, norm = norms[0]
+        weight, bias = fold_gain(
+            head.weight, head.bias, norm.weight, gain_offset(norm) or 0.0, getattr(norm, "bias", None)
+        )
+        set_weight(head, "weight", rotate_reader(weight, plan.basis.matrix))
+        if bias is not None:
+            set_weight(head, "bias", bias)
+        for module in modules.values():
+            if isinstance(module, nn.Embedding) and module.embedding_dim == width:
+                rows = center_embedding(module.weight) if plan.basis.centred else module.weight
+                set_weight(module, "weight", rotate_reader(rows, plan.basis.matrix))
+        _neutral(model, name, norm, plan.basis.centred)
+        model.config.get_text_config().tie_word_embeddings = False
+
+    @torch.no_grad()
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Turns the block's readers and writers, its values, and what is turned online."""
+        if plan.basis is not None:
+            self._turn_stream(block, plan.basis, context)
+        if self.options.values and "out" not in self.options.online:
+            for link in context.links(block):
+                if kind_of(link, context.roles) == "v_o" and link.head_dim:
+                    _turn_values(link, context)
+        writers = self._writers(block, context)
+        for place in ("down", "out"):
+            for name in writers[place] if place in self.options.online else ():
+                linear = context.module(name)
+                online = OnlineHadamard(weight_of(linear).shape[1]).to(weight_of(linear).device)
+                weight_of(linear).copy_(online(weight_of(linear).double()))
+                attach_input(linear, Shared(online))
+        if "heads" in self.options.online:
+            for name in context.attentions.get(block.index, []):
+                device = next(context.module(name).parameters()).device
+                turns = {t: OnlineHadamard(context.network.head_dim).to(device) for t in ("query", "key")}
+                context.module(name).add_module(CHILD, AttentionQuantizers({}, dict(turns)))
+
+    def _turn_stream(self, block: Block, basis: Basis, context: Context) -> None:
+        network, width = context.network, len(basis.matrix)
+        for link in _stream_links(context, block, width):
+            norm = context.module(link.producer)
+            for name in link.readers:
+                reader = context.module(name)
+                weight, bias = fold_gain(
+                    weight_of(reader), reader.bias, norm.weight, gain_offset(norm) or 0.0, getattr(norm, "bias", None)
+                )
+                weight_of(reader).copy_(rotate_reader(weight, basis.matrix))
+                if bias is not None:
+                    set_weight(reader, "bias", bias)
+            _neutral(network.model, link.producer, norm, basis.centred)
+        for name in context.sums(block):
+            writer = context.module(name)
+            if not is_linear(writer):
+                # A norm whose output is added to the stream: its gain comes after it, so what it gives is turned online.
+                turn = OnlineHadamard(width, self.options.seed).to(basis.matrix.device)
+                attach_output(writer, turn)
+                continue
+            weight, bias = weight_of(writer), writer.bias
+            if basis.centred:
+                weight, bias = center_writer(weight, bias)
+            weight, bias = rotate_writer(weight, bias, basis.matrix)
+            weight_of(writer).copy_(weight)
+            if bias is not None:
+                writer.bias.copy_(bias)
+
+    def _writers(self, block: Block, context: Context) -> dict[str, list[str]]:
+        """Returns the Linears that write to the stream: the MLP's last, called last of all, and the attention's."""
+        order = [name for stage in context.stages(block) for name in stage]
+        writers = sorted((n for n in context.sums(block) if n in block.linears), key=order.index)
+        return {"down": writers[-1:], "out": writers[:-1]}
+
+
+def _stream_links(context: Context, block: Block, width: int) -> list[Link]:
+    """Returns the links whose norm reads the residual stream: as wide as it is, and not what an attention's heads have."""
+    found = []
+    for link in context.links(block):
+        if link.kind == "norm" and weight_of(context.module(link.readers[0])).shape[1] == width:
+            found.append(link)
+    return found
+
+
+def _turn_values(link: Link, context: Context) -> None:
+    """Turns each head's value in the rows of v and the columns of o (QuaRot, section 4, stage 1c)."""
+    size, value = link.head_dim, context.module(link.producer)
+    turned, bias = rotate_writer(weight_of(value), value.bias, lambda rows: hadamard_transform(rows, block=size))
+    weight_of(value).copy_(turned)
+    if bias is not None:
+        value.bias.copy_(bias)
+    for name in link.readers:
+        weight = weight_of(context.module(name))
+        weight.copy_(rotate_reader(weight, lambda rows: hadamard_transform(rows, block=size)))
+
+
+def _is_norm(module: nn.Module, width: int) -> bool:
+    weight: Any = getattr(module, "weight", None)
+    return isinstance(weight, torch.Tensor) and weight.shape == (width,)
+
+
+def _neutral(model: nn.Module, name: str, norm: nn.Module, centred: bool) -> None:
+    """Leaves a norm without gain and bias; one that took the mean out, which the writers do now, becomes an RMSNorm."""
+    weight = norm.weight
+    if not isinstance(weight, torch.Tensor):
+        raise TypeError(f"{name} has no gain")
+    if centred:
+        eps = getattr(norm, "eps", None)
+        plain = nn.RMSNorm(len(weight), eps, elementwise_affine=False)
+        replace_module(model, name, plain)
+    else:
+        set_weight(norm, "weight", torch.full_like(weight, 1.0 - (gain_offset(norm) or 0.0)))
