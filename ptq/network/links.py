@@ -15,7 +15,7 @@ from torch import nn
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
-from ptq.network.residual import find_sums
+from ptq.network.residual import find_norm_sums, find_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
 """Powers of two: scaling by them is exact, so a true link shows no error but the summation's."""
@@ -55,7 +55,7 @@ class Link:
 @dataclass
 class Trace:
     """What a tiny input showed of a block: its links, its notes, the roles of its Linears, its `stages` (the Linears in the
-    order of their calls, those that read one tensor together), and the `sums` that their outputs are part of.
+    order of their calls, those that read one tensor together), and the `sums` that their outputs, and the norms' (`norm_sums`), are part of.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -63,6 +63,7 @@ class Trace:
     notes: list[str] = field(default_factory=list)
     roles: dict[str, str] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
+    norm_sums: dict[str, str] = field(default_factory=dict)
 
 
 def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> dict[int, Trace]:
@@ -130,7 +131,7 @@ class _Tracer:
             self._linear_pair(trace, probe, block, reader, list(inputs))
         _roles(trace, list(inputs), self.network.head_dim)
         if self.sums:
-            trace.sums = find_sums(call, block, hidden)
+            trace.sums, trace.norm_sums = find_sums(call, block, hidden), find_norm_sums(call, block, hidden)
         return trace
 
     def leave(self, block: Block) -> None:
@@ -275,4 +276,11 @@ def load_traces(path: pathlib.Path) -> dict[int, Trace]:
 
 def _trace(facts: dict[str, Any]) -> Trace:
     links = [Link(**{**link, "readers": tuple(link["readers"])}) for link in facts["links"]]
-    return Trace(links, [tuple(stage) for stage in facts["stages"]], facts["notes"], facts["roles"], facts["sums"])
+    return Trace(
+        links,
+        [tuple(stage) for stage in facts["stages"]],
+        facts["notes"],
+        facts["roles"],
+        facts["sums"],
+        facts["norm_sums"],
+    )

@@ -1,6 +1,6 @@
 """Where a Linear's output is added to something that does not depend on it: the residual stream. Found by a probe."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,29 +15,44 @@ TOLERANCE = 1e-3
 
 
 def find_sums(call: Call, block: Block, hidden: torch.Tensor) -> dict[str, str]:
-    """Returns, by full name of a Linear or a norm of the block, the module that reads its output plus a rest, or "" for the block's
+    """Returns, by full name of a Linear of the block, the module that reads its output plus a rest, or "" for the block's
     own output being that sum.
 
-    A probe is added to the module's output: a tensor that grows by just the probe, and is not that output, is such a sum. Of
-    several the last counts. Modules whose output reaches the rest of the block in no such way are left out.
+    A probe is added to the Linear's output: a tensor that grows by just the probe is such a sum. Of several the last counts
+    (a dropout module reads the output alone, before anything was added). Linears whose output reaches the rest of the block
+    in no such way are left out.
 
     Args:
         call: gives the block's output, in float32 or float64 (`ptq.network.precise`).
         block: its weights are in memory.
         hidden: input of the block (1, tokens, channels), in that type.
     """
+    width = hidden.shape[-1]
+    return _sums(call, block, hidden, {n: m for n, m in block.linears.items() if weight_of(m).shape[0] == width})
+
+
+def find_norm_sums(call: Call, block: Block, hidden: torch.Tensor) -> dict[str, str]:
+    """Returns the same for the block's norms: those whose own output is added to the residual stream (Gemma's, after the
+    attention and the MLP). What a norm hands to its readers alone is no sum.
+    """
+    norms = {f"{block.name}.{n}": m for n, m in block.module.named_modules() if _is_norm(m, hidden.shape[-1])}
+    return _sums(call, block, hidden, norms, alone=False)
+
+
+def _sums(
+    call: Call, block: Block, hidden: torch.Tensor, modules: Mapping[str, nn.Module], alone: bool = True
+) -> dict[str, str]:
     before = _tensors(call, block, hidden, None, None)
     found: dict[str, str] = {}
-    norms = {f"{block.name}.{n}": m for n, m in block.module.named_modules() if _is_norm(m, hidden.shape[-1])}
-    for name, linear in {**block.linears, **norms}.items():
-        if name in block.linears and weight_of(linear).shape[0] != hidden.shape[-1]:
-            continue
+    for name, linear in modules.items():
         probe = torch.randn(hidden.shape, generator=torch.Generator().manual_seed(block.index)).to(hidden)
         probe *= float(before[""].double().std())
-        own, after = _output(call, hidden, linear), _tensors(call, block, hidden, linear, probe)
+        after = _tensors(call, block, hidden, linear, probe)
+        own = None if alone else _output(call, hidden, linear)
         for place, tensor in before.items():
-            # The output itself grows by the probe too, where it is read before anything is added to it.
-            if place in after and _grew_by(tensor, after[place], probe) and not torch.equal(tensor, own):
+            if own is not None and torch.equal(tensor, own):
+                continue
+            if place in after and _grew_by(tensor, after[place], probe):
                 found[name] = place
     return found
 

@@ -164,6 +164,10 @@ class Context:
         """Returns `ptq.network.residual.find_sums` of a block: where its Linears' outputs are added to the residual stream."""
         return self.traces[block.index].sums if block.index in self.traces else {}
 
+    def norm_sums(self, block: Block) -> dict[str, str]:
+        """Returns the same for the block's norms: those whose output is added to the residual stream."""
+        return self.traces[block.index].norm_sums if block.index in self.traces else {}
+
     def stages(self, block: Block) -> list[tuple[str, ...]]:
         """Returns the block's Linears in the order of their calls, those that read one tensor together."""
         known = self.traces[block.index].stages if block.index in self.traces else []

@@ -10,7 +10,7 @@ from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
 from ptq.network.links import Link
-from ptq.network.network import Block, is_linear, replace_module, weight_of
+from ptq.network.network import Block, replace_module, weight_of
 from ptq.network.norms import gain_offset, is_centring
 from ptq.network.outside import set_weight
 from ptq.steps._step import (
@@ -172,13 +172,11 @@ class Step(Transform):
                 if bias is not None:
                     set_weight(reader, "bias", bias)
             _neutral(network.model, link.producer, norm, basis.centred)
-        for name in context.sums(block):
+        for name in context.norm_sums(block):
+            # Its gain comes after its own division, so what it gives can only be turned online.
+            attach_output(context.module(name), OnlineHadamard(width, self.options.seed).to(basis.matrix.device))
+        for name in _writers(block, context):
             writer = context.module(name)
-            if not is_linear(writer):
-                # A norm whose output is added to the stream: its gain comes after it, so what it gives is turned online.
-                turn = OnlineHadamard(width, self.options.seed).to(basis.matrix.device)
-                attach_output(writer, turn)
-                continue
             weight, bias = weight_of(writer), writer.bias
             if basis.centred:
                 weight, bias = center_writer(weight, bias)
@@ -190,8 +188,14 @@ class Step(Transform):
     def _writers(self, block: Block, context: Context) -> dict[str, list[str]]:
         """Returns the Linears that write to the stream: the MLP's last, called last of all, and the attention's."""
         order = [name for stage in context.stages(block) for name in stage]
-        writers = sorted((n for n in context.sums(block) if n in block.linears), key=order.index)
+        writers = sorted(context.sums(block), key=order.index)
         return {"down": writers[-1:], "out": writers[:-1]}
+
+
+def _writers(block: Block, context: Context) -> list[str]:
+    """Returns the Linears whose output is added to the residual stream itself, with no norm between."""
+    norms = context.norm_sums(block)
+    return [name for name, place in context.sums(block).items() if place not in norms]
 
 
 def _stream_links(context: Context, block: Block, width: int) -> list[Link]:

@@ -128,10 +128,8 @@ def hadamard_transform(
         m = len(matrix)
         if inverse:
             matrix = matrix.t()
-        if right == 1:
-            y = product(y.reshape(-1, m), matrix)
-        else:
-            y = torch.matmul(matrix.t(), y.reshape(-1, m, right))
+        one = right == 1
+        y = product(y.reshape(-1, m), matrix) if one else torch.matmul(matrix.t(), y.reshape(-1, m, right))
         right *= m
     y = y.reshape(x.shape)
     if signs is not None and inverse:
