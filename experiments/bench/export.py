@@ -7,7 +7,7 @@
 2. compressed-tensors, W8A8 and W4A16: a fresh process loads the folder; greatest difference of logits.
 3. llama2.c and KuiperLLama of a tiny trained LLaMA: perplexity of the reference pass over the file, of the simulation, of
    the original.
-4. GGUF: llama.cpp's perplexity against ours, where PTQ_LLAMA_CPP names a Python with llama.cpp (experiments/bench/llama_cpp.py).
+4. GGUF: llama.cpp's perplexity against ours, where PTQ_LLAMA_CPP names its folder (experiments/bench/llama_cpp.py).
 """
 
 import argparse
@@ -198,7 +198,8 @@ def _report(case: str, model: str, folder: pathlib.Path) -> None:
     if CASES[case][0] == "gguf" and client:
         script = pathlib.Path(__file__).with_name("llama_cpp.py")
         request = json.dumps({"model": figures["path"], "windows": figures["ids"]})
-        done = subprocess.run([client, str(script)], input=request, capture_output=True, text=True, check=True)
+        command = [sys.executable, str(script), client]
+        done = subprocess.run(command, input=request, capture_output=True, text=True, check=True)
         losses = json.loads(done.stdout.splitlines()[-1])["losses"]
         theirs = math.exp(sum(losses) / len(losses))
         line += f"; perplexity ours {figures['ours']:.4f}, llama.cpp {theirs:.4f} ({theirs / float(str(figures['ours'])) - 1:+.3%})"

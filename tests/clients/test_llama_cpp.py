@@ -5,6 +5,7 @@ import math
 import os
 import pathlib
 import subprocess
+import sys
 
 import pytest
 import torch
@@ -14,9 +15,9 @@ from ptq.data.sampling import sample_tokens
 from ptq.run.experiment import run
 from ptq.testing import byte_tokenizer
 
-PYTHON = os.environ.get("PTQ_LLAMA_CPP", "")
+LIBRARIES = os.environ.get("PTQ_LLAMA_CPP", "")
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "bench" / "llama_cpp.py"
-pytestmark = pytest.mark.skipif(not PYTHON, reason="PTQ_LLAMA_CPP names no Python with llama.cpp: make test-clients")
+pytestmark = pytest.mark.skipif(not LIBRARIES, reason="PTQ_LLAMA_CPP names no folder of llama.cpp: make test-clients")
 TEXT = "def f(x):\n    return x ** 2  # naïve\n"
 
 
@@ -33,7 +34,8 @@ def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama
     folder = run(recipe)
     ids = sample_tokens(byte_tokenizer(), TextConfig(split="test"), 2, 256, "contiguous", 0, False, None, "data").ids
     request = {"model": str(folder / "export" / "gguf" / "model.gguf"), "windows": ids.tolist(), "text": TEXT}
-    done = subprocess.run([PYTHON, SCRIPT], input=json.dumps(request), capture_output=True, text=True, timeout=300)
+    command = [sys.executable, SCRIPT, LIBRARIES]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     answer = json.loads(done.stdout.splitlines()[-1])
     ours = json.loads((folder / "metrics.json").read_text())["window_losses"]["quantized"]
