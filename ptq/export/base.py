@@ -45,12 +45,12 @@ def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearS
     return {name: linear_specs(scheme, name) for name in network.linears}
 
 
-def refuse_attention(scheme: SchemeConfig, format_name: str) -> None:
+def refuse_attention(scheme: SchemeConfig, format_name: str, nearest: str) -> None:
     """Raises `UserError` when the scheme quantizes query, key, value or attention probabilities: `format_name` keeps them."""
-    for tensor in sorted(attention_tensors(scheme)):
-        raise UserError(
-            f"scheme.{tensor}: quantized, but {format_name} has no field for it: set it to null, or export=null"
-        )
+    found = sorted(attention_tensors(scheme))
+    if found:
+        fields = ", ".join(f"scheme.{tensor}" for tensor in found)
+        raise UserError(f"{fields}: quantized, but {format_name} has no field for it: use {nearest}, or export=null")
 
 
 def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: str, **allowed: tuple[Any, ...]) -> None:
@@ -61,13 +61,35 @@ def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: st
         path: its place in the recipe, such as ``scheme.weight``.
         name: the Linear that it belongs to.
         format_name: the exporter.
-        nearest: the nearest expressible scheme, in the recipe's words.
+        nearest: the nearest expressible scheme, from `advice`.
         allowed: the expressible values of each field; ``format`` is int unless it is given.
     """
     for field, values in {"format": (INTEGER,), **allowed}.items():
         value = getattr(spec, field)
         if value not in values:
             raise UserError(f"{path}.{field}: {value!r} of {name} cannot be exported to {format_name}: use {nearest}")
+
+
+def advice(overrides: str, weight: str, inputs: str | None) -> str:
+    """Returns a scheme to use in both spellings: overrides of the command line, and what a recipe of one's own says.
+
+    Args:
+        overrides: such as ``scheme=w8a8``.
+        weight: the fields of its weight, in YAML.
+        inputs: those of its input, or None where it is not quantized.
+    """
+    return f"{overrides} (weight {{{weight}}}, input {'null' if inputs is None else f'{{{inputs}}}'})"
+
+
+def most_weight_bits(scheme: SchemeConfig) -> int:
+    """Returns the bits of the widest weight in the scheme, its overrides included; 8 where no weight is quantized."""
+    specs = (scheme.weight, *(o.tensors.get("weight") for o in scheme.overrides))
+    return max((spec.bits for spec in specs if spec is not None), default=8)
+
+
+def quantizes_inputs(scheme: SchemeConfig) -> bool:
+    """Whether the scheme quantizes the input of some Linear."""
+    return any(spec is not None for spec in (scheme.input, *(o.tensors.get("input") for o in scheme.overrides)))
 
 
 def refuse_existing(path: pathlib.Path, force: bool) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
-from ptq.export.base import refuse_attention, require, specs_by_linear
+from ptq.export.base import advice, refuse_attention, require, specs_by_linear
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.network.network import Network
 from quantize.codecs.q8_0 import encode_flat
@@ -22,6 +22,8 @@ NORMS = ("input_layernorm.weight", "post_attention_layernorm.weight")
 MODEL_TYPES = ("llama", "mistral")
 PIECE = 1 << 20
 """Values of a table that are encoded at once."""
+SHIPPED_SIZE = 64
+"""Values in a group of the schemes w8a8_g64 and w8a16_g64."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +114,7 @@ def _field(runtime: Runtime, field: str, value: Any, wanted: Any) -> UserError:
 
 def nearest_group_size(network: Network) -> int:
     """Returns 64, halved until it divides both the hidden and the intermediate size (the original checks only the first)."""
-    size = 64
+    size = SHIPPED_SIZE
     config = network.model.config
     while config.hidden_size % size or config.intermediate_size % size:
         size //= 2
@@ -121,15 +123,18 @@ def nearest_group_size(network: Network) -> int:
 
 def check_scheme(scheme: SchemeConfig, network: Network, runtime: Runtime) -> None:
     """Raises `UserError` unless every Linear has int8 weights in symmetric groups of one size, and the inputs fit the runtime."""
-    refuse_attention(scheme, runtime.name)
     config, size = network.model.config, nearest_group_size(network)
     specs = specs_by_linear(scheme, network)
     sizes = {s.weight.group_size for s in specs.values() if s.weight is not None and s.weight.group_size is not None}
     if len(sizes) == 1 and not any(d % next(iter(sizes)) for d in (config.hidden_size, config.intermediate_size)):
         size = next(iter(sizes))
-    weight = f"weight {{bits: 8, granularity: group, group_size: {size}, symmetric: true}}"
-    inputs = f"input {{bits: 8, granularity: group, group_size: {size}, symmetric: true, dynamic: true}}"
-    nearest = f"{weight} and {inputs if runtime.int8_inputs else 'input null'} for every Linear"
+    tensors = ("weight", "input") if runtime.int8_inputs else ("weight",)
+    sized = "" if size == SHIPPED_SIZE else "".join(f" scheme.{tensor}.group_size={size}" for tensor in tensors)
+    groups = f"bits: 8, granularity: group, group_size: {size}"
+    inputs = f"{groups}, dynamic: true" if runtime.int8_inputs else None
+    nearest = advice(f"scheme={'w8a8_g64' if runtime.int8_inputs else 'w8a16_g64'}{sized}", groups, inputs)
+    refuse_attention(scheme, runtime.name, nearest)
+    nearest += " for every Linear"
     allowed = {"format": ("int",), "bits": (8,), "granularity": ("group",), "group_size": (size,), "symmetric": (True,)}
     for name, spec in specs.items():
         for tensor, found, wanted in (("weight", spec.weight, True), ("input", spec.input, runtime.int8_inputs)):

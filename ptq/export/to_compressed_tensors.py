@@ -19,7 +19,15 @@ from torch import nn
 from ptq.config.schema import Override, SchemeConfig
 from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
-from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
+from ptq.export.base import (
+    Exported,
+    advice,
+    most_weight_bits,
+    quantizes_inputs,
+    refuse_attention,
+    require,
+    specs_by_linear,
+)
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_folder_atomic, write_text
 from ptq.network.network import Network
@@ -31,9 +39,6 @@ SHARD_BYTES = 25_000_000
 PIECE = 1 << 20
 """Values that are tried in 16 bits at once."""
 NAME = "compressed-tensors"
-NEAREST = (
-    "weight {granularity: channel or group} and input {granularity: token, dynamic: true} or {granularity: tensor}"
-)
 
 
 @dataclass(frozen=True)
@@ -60,12 +65,13 @@ class Exporter:
     def check(self, scheme: SchemeConfig, network: Network) -> None:
         """Refuses what no `QuantizationArgs` describes."""
         _package()
-        refuse_attention(scheme, NAME)
+        nearest = _nearest(scheme)
+        refuse_attention(scheme, NAME, nearest)
         weight = {"format": ("int",), "granularity": ("tensor", "channel", "group")}
         dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group")}
         specs = specs_by_linear(scheme, network)
         if not any(s.any for s in specs.values()):
-            raise UserError(f"scheme: nothing is quantized, so {NAME} has nothing to hold: use {NEAREST}")
+            raise UserError(f"scheme: nothing is quantized, so {NAME} has nothing to hold: use {nearest}")
         for name, spec in specs.items():
             if spec.any and not isinstance(network.linears[name], nn.Linear):
                 kind = type(network.linears[name]).__name__
@@ -77,12 +83,12 @@ class Exporter:
                     "quantize its input too, or exclude it"
                 )
             if spec.weight is not None:
-                require(spec.weight, "scheme.weight", name, NAME, NEAREST, **weight)
+                require(spec.weight, "scheme.weight", name, NAME, nearest, **weight)
             if spec.input is not None:
                 if spec.weight is None:
-                    raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {NEAREST}")
+                    raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
                 allowed = dynamic if spec.input.dynamic else {**dynamic, "granularity": ("tensor",)}
-                require(spec.input, "scheme.input", name, NAME, NEAREST, **allowed)
+                require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
@@ -130,6 +136,16 @@ def _package() -> Any:
             f"export.format: {NAME!r} needs a package that is not there ({error.name}): pip install 'ptq-framework[export]'"
         ) from None
     return compressed_tensors
+
+
+def _nearest(scheme: SchemeConfig) -> str:
+    """Returns the nearest shipped scheme: one with about as many bits, and inputs quantized or not."""
+    weights, inputs = 4 if most_weight_bits(scheme) <= 4 else 8, quantizes_inputs(scheme)
+    return advice(
+        f"scheme=w{weights}a{8 if inputs else 16}",
+        f"bits: {weights}, granularity: channel",
+        "bits: 8, granularity: token, dynamic: true" if inputs else None,
+    )
 
 
 def _full(spec: QuantSpec | None) -> QuantSpec | None:
@@ -211,7 +227,8 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
         shifted = _shifted(zero_point, tensors.spec)
         state["weight_zero_point"] = shifted.reshape(-1) if _one(tensors) else shifted
     if tensors.input_scale is not None and tensors.input_spec is not None:
-        state["input_scale"] = tensors.input_scale.reshape(1)
+        # Linears that read one tensor share its range, and a shard takes no two names for one storage.
+        state["input_scale"] = tensors.input_scale.reshape(1).clone()
         if tensors.input_zero_point is not None:
             state["input_zero_point"] = _shifted(tensors.input_zero_point, tensors.input_spec).reshape(1)
     registry = _package().compressors.BaseCompressor

@@ -18,7 +18,7 @@ import torch
 
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
-from ptq.export.base import Exported, refuse_attention, require, specs_by_linear
+from ptq.export.base import Exported, advice, most_weight_bits, refuse_attention, require, specs_by_linear
 from ptq.export.gguf_blocks import BLOCK, blocks_of, type_of
 from ptq.export.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
 from ptq.export.llama_family import unpermuted
@@ -27,7 +27,6 @@ from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
 from quantize.spec.quant_spec import QuantSpec
 
-NEAREST = "weight {bits: 8 or 4, granularity: group, group_size: 32, symmetric: true} (symmetric: false with 4 bits) and input null"
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32, "F32": 0}
 
 
@@ -78,12 +77,13 @@ class Exporter:
     def check(self, scheme: SchemeConfig, network: Network) -> None:
         """Refuses other models than llama.cpp computes from this file, and weights that no block format holds."""
         _check_model(network)
-        refuse_attention(scheme, "gguf")
+        nearest = _nearest(scheme)
+        refuse_attention(scheme, "gguf", nearest)
         for name, specs in specs_by_linear(scheme, network).items():
             if specs.input is not None:
-                raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {NEAREST}")
+                raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {nearest}")
             if specs.weight is not None:
-                _check_weight(specs.weight, name, network.shapes[name][1])
+                _check_weight(specs.weight, name, network.shapes[name][1], nearest)
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the file, a tensor in memory at a time."""
@@ -123,22 +123,28 @@ class Exporter:
 
 
 def _half(spec: QuantSpec | None) -> QuantSpec | None:
-    if spec is None or (not spec.symmetric and spec.bits > 6):
+    if spec is None or not spec.affine or (not spec.symmetric and spec.bits > 6):
         return spec
     return replace(spec, scales="float16" if spec.symmetric else "float16_min")
 
 
-def _check_weight(spec: QuantSpec, name: str, columns: int) -> None:
+def _nearest(scheme: SchemeConfig) -> str:
+    """Returns the nearest shipped scheme: Q4_0 or Q8_0."""
+    bits = 4 if most_weight_bits(scheme) <= 4 else 8
+    return advice(f"scheme=w{bits}a16_g{BLOCK}", f"bits: {bits}, granularity: group, group_size: {BLOCK}", None)
+
+
+def _check_weight(spec: QuantSpec, name: str, columns: int, nearest: str) -> None:
     bits = tuple(range(2, 9)) if spec.symmetric else (2, 3, 4)
     granularity = ("tensor", "channel", "group")
-    require(spec, "scheme.weight", name, "gguf", NEAREST, format=("int",), bits=bits, granularity=granularity)
+    require(spec, "scheme.weight", name, "gguf", nearest, format=("int",), bits=bits, granularity=granularity)
     if columns % BLOCK:
         raise UserError(
             f"scheme.weight: {name} has rows of {columns} values, and gguf's blocks hold {BLOCK}: exclude it (scheme.exclude)"
         )
     if spec.group_size is not None and spec.group_size % BLOCK:
         raise UserError(
-            f"scheme.weight.group_size: {spec.group_size} of {name} is no multiple of gguf's {BLOCK}: use {NEAREST}"
+            f"scheme.weight.group_size: {spec.group_size} of {name} is no multiple of gguf's {BLOCK}: use {nearest}"
         )
 
 

@@ -47,11 +47,12 @@ def inspect(path: pathlib.Path) -> Report:
         UserError: one line, for a file that is missing, foreign, truncated or damaged. Nothing is allocated from a
             length in the file that the file itself does not bear out.
     """
-    if path.is_dir():
-        return _folder(path)
-    if not path.is_file():
-        raise UserError(f"{path}: no such file: give a model file, or a folder with model.safetensors")
     try:
+        if path.is_dir():
+            return _folder(path)
+        if not path.is_file():
+            what = "neither a file nor a folder" if path.exists() else "no such file"
+            raise UserError(f"{path}: {what}: give a model file, or a folder with model.safetensors")
         with path.open("rb") as file:
             head = file.read(16)
         if readers.is_llama2c(head):
@@ -110,6 +111,9 @@ def _folder(path: pathlib.Path) -> Report:
     shards = sorted(path.glob("*.safetensors"))
     if not shards:
         raise UserError(f"{path}: a folder without safetensors: give a model file, or a folder with model.safetensors")
+    for shard in shards:
+        if not shard.is_file():  # a pipe would be waited for
+            raise UserError(f"{shard}: no file, though it has the name of one: take it out of the folder")
     header: dict[str, Any] = {}
     config = path / "config.json"
     if config.is_file():
@@ -119,6 +123,8 @@ def _folder(path: pathlib.Path) -> Report:
             header = {"model_type": content.get("model_type"), **quantization}
         except (ValueError, AttributeError, TypeError, RecursionError):
             raise UserError(f"{config}: no JSON object: export it again") from None
+    elif config.exists() or config.is_symlink():
+        raise UserError(f"{config}: no file, though it has the name of one: take it out of the folder")
     return _safetensors(shards, header)
 
 

@@ -1,6 +1,8 @@
 """`ptq inspect`: what it says of good files, and one line without an allocation for hostile ones."""
 
 import json
+import os
+import pathlib
 import struct
 import tracemalloc
 
@@ -191,3 +193,19 @@ def test_a_scale_that_is_no_number_is_refused(tmp_path, files):
     (tmp_path / "m.bin").write_bytes(data)
     with pytest.raises(UserError, match=r"damaged: layers.0.wq holds a scale"):
         inspect(tmp_path / "m.bin")
+
+
+@pytest.mark.parametrize("name", ["x.safetensors", "model.safetensors", "config.json"])
+@pytest.mark.parametrize("make", [os.mkfifo, pathlib.Path.mkdir, lambda path: path.symlink_to("nowhere")])
+def test_what_is_no_file_inside_a_folder_is_named_and_not_waited_for(tmp_path, files, name, make):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "real.safetensors").write_bytes(files["s.safetensors"])
+    assert inspect(folder).tensors
+    make(folder / name)
+    assert f"{name}: no file, though it has the name of one" in refused(folder)
+
+
+def test_a_pipe_is_refused_at_once(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    assert "neither a file nor a folder" in refused(tmp_path / "pipe")

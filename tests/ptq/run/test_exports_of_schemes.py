@@ -1,0 +1,129 @@
+"""Every shipped scheme in every export: refused before the work with advice that works, or written and reloaded."""
+
+import json
+import re
+import warnings
+
+import pytest
+import torch
+import transformers
+import yaml
+from torch.nn.functional import cross_entropy
+
+from ptq.cli import catalog
+from ptq.cli.hydra_edge import compose_jobs
+from ptq.config.schema import ExportConfig, TextConfig, recipe_from
+from ptq.data.sampling import sample_tokens
+from ptq.errors import UserError
+from ptq.export.registry import build_exporter, shipped
+from ptq.inspect.q8_readers import open_kuiper, open_llama2c
+from ptq.inspect.q8_reference import Reference
+from ptq.network.skeleton import skeleton
+from ptq.run.experiment import dry_run, run
+from ptq.testing import byte_tokenizer
+
+pytest.importorskip("compressed_tensors")
+
+SCHEMES = catalog.groups()["scheme"]
+EXPRESSED = {
+    "compressed-tensors": {
+        "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a8", "w4a8_g64", "w8a16", "w8a16_g32", "w8a16_g64",
+        "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
+    },
+    "gguf": {"w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w8a16", "w8a16_g32", "w8a16_g64"},
+    "llama2c": {"w8a8_g64"},
+    "kuiper": {"w8a16_g32", "w8a16_g64"},
+}  # fmt: skip
+"""What each format holds; all else it refuses. Written out, so that neither changes unseen."""
+PAIRS = [(scheme, export) for export in sorted(EXPRESSED) for scheme in SCHEMES]
+WINDOWS, LENGTH = 2, 64
+
+
+@pytest.fixture(scope="module")
+def compose(tmp_path_factory, tiny_llama_eps):
+    """The function from a scheme's name, an export and further overrides to a recipe of the tiny model."""
+    folder = tmp_path_factory.mktemp("schemes")
+
+    def make(scheme, export, *overrides):
+        content = {
+            "defaults": [{"scheme": scheme}, {"export": export}, "_self_"], "name": f"{scheme}-{export}",
+            "model": {"path": str(tiny_llama_eps)}, "steps": {"rtn": {}},
+            "calibration": {"samples": 1, "length": LENGTH}, "evaluation": {"windows": WINDOWS, "length": LENGTH},
+            "outputs": str(folder / "outputs"), "store": str(folder / "store"),
+        }  # fmt: skip
+        if "cluster" in (catalog.config_folder() / "scheme" / f"{scheme}.yaml").read_text():
+            content["steps"] = {"cluster": {"clusters": {"mlp": 4}}, "rtn": {}}
+        path = folder / f"{scheme}-{export}.yaml"
+        path.write_text(yaml.safe_dump(content))
+        [job] = compose_jobs(path, list(overrides))
+        return job.recipe
+
+    return make
+
+
+def test_the_table_names_every_format_and_only_schemes_that_there_are():
+    assert set(EXPRESSED) == set(shipped()) == set(catalog.groups()["export"])
+    assert set().union(*EXPRESSED.values()) <= set(SCHEMES)
+
+
+@pytest.mark.parametrize(("scheme", "export"), [p for p in PAIRS if p[0] not in EXPRESSED[p[1]]])
+def test_what_a_format_cannot_hold_is_refused_before_the_work_with_advice_that_works(compose, scheme, export):
+    with pytest.raises(UserError) as error:
+        dry_run(compose(scheme, export))
+    message = str(error.value)
+    assert message.startswith("scheme.") and "\n" not in message
+    # As overrides of the recipe that was refused.
+    overrides = re.findall(r"\bscheme\S*=\S+", message)
+    assert overrides
+    dry_run(compose(scheme, export, *overrides))
+    # As the whole scheme of a recipe that names no shipped one.
+    [fields] = re.findall(r"\((weight .*)\)", message)
+    own = yaml.safe_load("{" + re.sub(r"\b(weight|input) ", r"\1: ", fields) + "}")
+    recipe = recipe_from({**compose(scheme, export).as_dict(), "scheme": own, "steps": {"rtn": {}}})
+    exporter = build_exporter(ExportConfig(export))
+    exporter.check(exporter.adapt(recipe.scheme), skeleton(recipe.model))
+
+
+@pytest.mark.parametrize(("scheme", "export"), [p for p in PAIRS if p[0] in EXPRESSED[p[1]]])
+def test_what_a_format_can_hold_is_written_and_computes_the_same_when_it_is_reloaded(compose, scheme, export):
+    folder = run(compose(scheme, export))
+    simulated = torch.tensor(json.loads((folder / "metrics.json").read_text())["window_losses"]["quantized"])
+    ids = sample_tokens(
+        byte_tokenizer(), TextConfig(split="test"), WINDOWS, LENGTH, "contiguous", 0, False, None, "data"
+    ).ids
+    logits = RELOADED[export](folder / "export" / export, ids)
+    losses = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
+    # llama2.c and KuiperLLama round the head too, llama2.c the embedding and the head's input: never simulated.
+    tolerance = 1e-5 if export in ("compressed-tensors", "gguf") else 5e-3
+    assert (losses - simulated).abs().max() < tolerance
+
+
+def compressed_tensors(folder, ids):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        config = transformers.CompressedTensorsConfig(dequantize=True)
+        packed = json.loads((folder / "config.json").read_text())["quantization_config"]["format"] == "pack-quantized"
+        options = {"quantization_config": config} if packed else {}
+        model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
+    assert not any(info.values())
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def gguf(folder, ids):
+    model = transformers.AutoModelForCausalLM.from_pretrained(folder, gguf_file="model.gguf", dtype=torch.float32)
+    with torch.no_grad():
+        return model(ids).logits
+
+
+def llama2c(folder, ids):
+    reference = Reference(open_llama2c(folder / "model.bin"), 1e4, 1e-5, interleaved=True, int8_inputs=True)
+    return torch.stack([reference.logits(window) for window in ids])
+
+
+def kuiper(folder, ids):
+    reference = Reference(open_kuiper(folder / "model.bin"), 1e4, 1e-5, interleaved=True, int8_inputs=False)
+    return torch.stack([reference.logits(window) for window in ids])
+
+
+RELOADED = {"compressed-tensors": compressed_tensors, "gguf": gguf, "llama2c": llama2c, "kuiper": kuiper}
