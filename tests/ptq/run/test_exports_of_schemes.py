@@ -36,6 +36,8 @@ EXPRESSED = {
 }  # fmt: skip
 """What each format holds; all else it refuses. Written out, so that neither changes unseen."""
 PAIRS = [(scheme, export) for export in sorted(EXPRESSED) for scheme in SCHEMES]
+FITTED = {"rptq_w4a4": ["scheme.overrides=[]"]}
+"""What makes a scheme fit the tiny LLaMA: OPT's names of Linears are not there."""
 WINDOWS, LENGTH = 2, 64
 
 
@@ -55,7 +57,7 @@ def compose(tmp_path_factory, tiny_llama_eps):
             content["steps"] = {"cluster": {"clusters": {"mlp": 4}}, "rtn": {}}
         path = folder / f"{scheme}-{export}.yaml"
         path.write_text(yaml.safe_dump(content))
-        [job] = compose_jobs(path, list(overrides))
+        [job] = compose_jobs(path, [*FITTED.get(scheme, []), *overrides])
         return job.recipe
 
     return make
@@ -107,7 +109,8 @@ def compressed_tensors(folder, ids):
         model, info = transformers.AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True, **options)
     assert not any(info.values())
     with torch.no_grad():
-        return model(ids).logits
+        # One by one: a range over a whole tensor is one over a sample, and transformers takes it over the batch.
+        return torch.cat([model(window[None]).logits for window in ids])
 
 
 def gguf(folder, ids):
