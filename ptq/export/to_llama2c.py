@@ -40,10 +40,11 @@ class Exporter:
         """Returns `scheme`: the format stores float32 scales, as the simulation does."""
         return scheme
 
-    def check(self, scheme: SchemeConfig, network: Network) -> None:
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other models than runq.c computes, and other schemes than Q8_0 throughout."""
         family.check_model(network, RUNTIME)
         family.check_scheme(scheme, network, RUNTIME)
+        return ()
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model, tensor by tensor, then the tokenizer."""

@@ -15,9 +15,9 @@ from ptq.config.schema import Recipe, SchemeConfig
 from ptq.config.scheme import attention_specs, attention_tensors, check_attention, check_scheme, linear_specs
 from ptq.errors import UserError
 from ptq.files.store import store_of
-from ptq.footprint.passes import CacheLayer, NotTraceable, Pass, attentions_by_structure, head_name, trace_shapes
+from ptq.footprint.passes import CacheLayer, Pass, attentions_by_structure, head_name, trace_shapes
 from ptq.network.network import Network, is_linear
-from ptq.network.skeleton import skeleton
+from ptq.network.skeleton import NotTraceable, skeleton
 from quantize.codecs.base import Layout
 from quantize.codecs.registry import codec_of
 from quantize.grid.storage import weight_storage

@@ -1,19 +1,15 @@
 """A forward pass on the meta device: FLOPs by part and the KV cache's shape, from a model that has no weights."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AttentionInterface, AttentionMaskInterface
 
-from ptq.models.locations import quiet
 from ptq.network.network import Network, is_linear
+from ptq.network.skeleton import NotTraceable, without_values
 
-NAME = "ptq_counted"
 SHORT = 16
 """Tokens of the first of two passes that tell attention by its growth; the second has twice as many."""
 
@@ -79,10 +75,6 @@ class Pass:
     cache: tuple[CacheLayer, ...]
 
 
-class NotTraceable(Exception):
-    """The model's forward pass needs values, so that it does not run on the meta device. The text is the reason."""
-
-
 def trace_shapes(network: Network, context: int) -> Pass:
     """Runs a network that is on the meta device on `context` tokens and one more, and counts.
 
@@ -93,7 +85,7 @@ def trace_shapes(network: Network, context: int) -> Pass:
         NotTraceable: when the forward pass does not run without values, or hands no KV cache back.
     """
     seen: set[nn.Module] = set()
-    with _counted(network, seen):
+    with without_values(network, seen):
         try:
             short, _ = _count(network.model, SHORT)
             double, _ = _count(network.model, 2 * SHORT)
@@ -101,7 +93,7 @@ def trace_shapes(network: Network, context: int) -> Pass:
             layers = _layers(cache)  # before the next token enters the cache
             decode, _ = _count(network.model, 1, cache)
         except Exception as error:  # remote code may raise anything; the caller says that nothing was counted
-            raise NotTraceable(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}") from error
+            raise NotTraceable.because(error) from error
     attentions = _attentions(network, short, double)
     return Pass(
         context,
@@ -124,38 +116,6 @@ def attentions_by_structure(network: Network) -> tuple[str, ...]:
         if name and hasattr(module, "layer_idx") and any(is_linear(m) for m in module.modules())
     ]
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
-
-
-def _counted_attention(
-    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
-) -> tuple[torch.Tensor, None]:
-    """The two products of an attention and nothing else; (batch, heads, tokens, channels) as in transformers' interface."""
-    repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    return (query @ key.transpose(2, 3) @ value).transpose(1, 2).contiguous(), None
-
-
-@contextmanager
-def _counted(network: Network, seen: set[nn.Module]) -> Iterator[None]:
-    """Inside, attentions that use transformers' interface run `_counted_attention` and are added to `seen`."""
-
-    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
-        seen.add(module)
-        return _counted_attention(module, *args, **kwargs)
-
-    model = network.model
-    before = model.config._attn_implementation
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    with quiet():
-        try:
-            model.set_attn_implementation(NAME)
-            if network.uncovered and hasattr(model, "set_experts_implementation"):
-                # The other ways to run experts look up which tokens go where, and there are no values to look up.
-                model.set_experts_implementation("batched_mm")
-            yield
-        finally:
-            model.set_attn_implementation(before)
 
 
 def _count(model: Any, tokens: int, cache: Any = None) -> tuple[dict[str, int], Any]:

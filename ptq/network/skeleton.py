@@ -1,13 +1,31 @@
-"""A model without its weights, as a network: enough for every check of shapes."""
+"""A model without its weights, as a network: enough for every check of shapes, and for passes of shapes through it."""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from transformers import AutoModelForCausalLM
+from torch import nn
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
 from ptq.files.store import Store
 from ptq.models.loading import check
+from ptq.models.locations import quiet
 from ptq.network.network import Network, build_network
+
+NAME = "ptq_shapes"
+
+
+class NotTraceable(Exception):
+    """The model's forward pass needs values, so that it does not run on the meta device. The text is the reason."""
+
+    @classmethod
+    def because(cls, error: Exception) -> "NotTraceable":
+        """Returns one whose text is `error` on one line."""
+        return cls(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
 def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = True) -> Network:
@@ -36,3 +54,61 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
             ) from None
         built.tie_weights()
     return build_network(built)
+
+
+@contextmanager
+def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
+    """Inside, a network on the meta device can be called: where values would be looked at, its parts do without them.
+
+    Attentions that use transformers' interface multiply tokens with tokens and nothing else, and are added to `seen`.
+    """
+
+    def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
+        seen.add(module)
+        return _attention_of_shapes(module, *args, **kwargs)
+
+    model = network.model
+    before = model.config._attn_implementation
+    AttentionInterface.register(NAME, attention)
+    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    with quiet():
+        try:
+            model.set_attn_implementation(NAME)
+            if network.uncovered and hasattr(model, "set_experts_implementation"):
+                # The other ways to run experts look up which tokens go where, and there are no values to look up.
+                model.set_experts_implementation("batched_mm")
+            yield
+        finally:
+            model.set_attn_implementation(before)
+
+
+def _attention_of_shapes(
+    module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
+) -> tuple[torch.Tensor, None]:
+    """The two products of an attention and nothing else; (batch, heads, tokens, channels) as in transformers' interface."""
+    repeat = query.shape[1] // key.shape[1]
+    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
+    return (query @ key.transpose(2, 3) @ value).transpose(1, 2).contiguous(), None
+
+
+def flat_inputs(network: Network) -> frozenset[str]:
+    """Returns the Linears that the model hands two dimensions, (tokens, channels), where others get (batch, tokens, channels).
+
+    Calls a copy of the model on the meta device: the network itself may be anywhere.
+
+    Raises:
+        NotTraceable: when the forward pass does not run without values.
+    """
+    model = network.model
+    try:
+        with torch.device("meta"):
+            twin = build_network(type(model)(copy.deepcopy(model.config)).eval())
+        found: set[str] = set()
+        for name, module in twin.linears.items():
+            module.register_forward_pre_hook(lambda _, args, name=name: found.add(name) if args[0].dim() == 2 else None)
+        tokens = torch.ones(1, 2, dtype=torch.long, device="meta")
+        with without_values(twin, set()), torch.no_grad():
+            twin.model(input_ids=tokens, attention_mask=tokens)
+    except Exception as error:  # remote code may raise anything
+        raise NotTraceable.because(error) from error
+    return frozenset(found)

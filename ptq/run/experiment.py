@@ -93,7 +93,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> Result
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     with open_session(recipe, journal, folder) as session:
-        check_export(recipe, session.network)
+        for note in check_export(recipe, session.network):
+            journal.say(f"export: {note}")
         tokens = session.evaluation_tokens()
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)

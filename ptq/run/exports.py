@@ -31,10 +31,13 @@ def adapted(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, scheme=build_exporter(recipe.export).adapt(recipe.scheme))
 
 
-def check_export(recipe: Recipe, network: Network) -> None:
-    """Raises `UserError` when the recipe's export cannot express its scheme or its model. Needs no weights."""
-    if recipe.export is not None:
-        build_exporter(recipe.export).check(recipe.scheme, network)
+def check_export(recipe: Recipe, network: Network) -> tuple[str, ...]:
+    """Raises `UserError` when the recipe's export cannot express its scheme or its model. Needs no weights.
+
+    Returns:
+        Sentences on what a runtime will compute otherwise.
+    """
+    return () if recipe.export is None else build_exporter(recipe.export).check(recipe.scheme, network)
 
 
 def check_places(recipe: Recipe, steps: Mapping[str, Step]) -> None:
@@ -90,7 +93,8 @@ def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path 
     with open_session(recipe, journal) as session:
         if session.loaded.fingerprint != fingerprint:
             raise UserError(f"--run: {recipe.model.path} holds other weights than when {folder} was run: run it again")
-        exporter.check(recipe.scheme, session.network)
+        for note in exporter.check(recipe.scheme, session.network):
+            journal.say(f"export: {note}")
         return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
 
 

@@ -44,9 +44,10 @@ def check_before(recipe: Recipe) -> list[str]:
     network = skeleton(recipe.model, store_of(recipe))
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
-    check_export(recipe, network)
+    notes = check_export(recipe, network)
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
+        lines += (f"export: {note}" for note in notes)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     _check_statistics_file(recipe)
     return lines

@@ -110,6 +110,24 @@ def test_other_architectures_reload_too(tmp_path, quantized, architecture):
     assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
 
 
+def test_where_transformers_will_not_see_the_tokens_a_line_says_so_before_the_work(tmp_path, quantized):
+    [note] = Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("opt")))
+    assert "hands fc1, fc2 (tokens, channels)" in note and "\n" not in note
+    simulated, _ = export(random_tiny("opt"), SCHEMES["w8a8"], tmp_path / "out", quantized)
+    # The line is true: a range over all tokens is another one. Where this fails transformers has changed, and the line goes.
+    assert (load(tmp_path / "out") - simulated).abs().max() > 1e-3
+    assert Exporter(Options()).check(SCHEMES["w8a8 static"], build_network(random_tiny("opt"))) == ()
+    for architecture in ("llama", "bloom", "mixtral", "gemma3"):
+        assert Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny(architecture))) == ()
+
+
+def test_a_model_that_cannot_be_traced_is_said_to_be_untold(monkeypatch):
+    network = build_network(random_tiny("opt"))
+    monkeypatch.setattr(type(network.model), "forward", lambda *a, **k: torch.ones(1, device="meta").item())
+    [note] = Exporter(Options()).check(SCHEMES["w8a8"], network)
+    assert "could not be told (RuntimeError: " in note
+
+
 def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     scheme = {"weight": {"bits": 8}, "input": {"granularity": "token", "dynamic": True}}
     recipe = recipe_from(

@@ -78,6 +78,18 @@ def test_what_cannot_be_exported_is_refused_before_the_work(recipe, tmp_path, mo
     assert not list(tmp_path.rglob("recipe.yaml"))
 
 
+def test_what_a_runtime_computes_otherwise_is_said_before_the_work(recipe, tiny_opt, monkeypatch, capsys):
+    pytest.importorskip("compressed_tensors")
+    scheme = {"weight": {"bits": 8}, "input": {"granularity": "token", "dynamic": True}}
+    opt = recipe(model={"path": str(tiny_opt)}, scheme=scheme, export={"format": "compressed-tensors"})
+    dry_run(opt)
+    assert "export: this model hands fc1, fc2 (tokens, channels)" in capsys.readouterr().out
+    monkeypatch.setattr(BlockStream, "run", lambda *a, **k: pytest.fail("work was begun"))
+    with pytest.raises(pytest.fail.Exception, match="work was begun"):
+        run(opt)
+    assert "export: this model hands fc1, fc2 (tokens, channels)" in capsys.readouterr().out
+
+
 def test_a_finished_run_that_cannot_be_exported_says_why(recipe, tmp_path, tiny_llama_outliers):
     config = ExportConfig("llama2c")
     with pytest.raises(UserError, match="holds no finished run"):
