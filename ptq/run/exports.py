@@ -93,7 +93,16 @@ def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path 
     with open_session(recipe, journal) as session:
         if session.loaded.fingerprint != fingerprint:
             raise UserError(f"--run: {recipe.model.path} holds other weights than when {folder} was run: run it again")
-        for note in exporter.check(recipe.scheme, session.network):
+        try:
+            notes = exporter.check(recipe.scheme, session.network)
+        except UserError as error:
+            again = (
+                ": a finished run keeps its scheme, so run it again with that"
+                if str(error).startswith("scheme")
+                else ""
+            )
+            raise UserError(f"{error}{again}") from None
+        for note in notes:
             journal.say(f"export: {note}")
         return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
 
