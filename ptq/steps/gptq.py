@@ -228,15 +228,19 @@ class _Moments:
     _latest: list[torch.Tensor] = field(default_factory=list)
 
     def see(self, x: torch.Tensor, tokens: slice) -> None:
-        """Adds a batch of the tensor; a `Watcher`."""
+        """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
         # Rounded before samples lie one after another: a range is a sample's own.
         y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
+        samples = _samples_of(x)
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
-        self.hessian.update(y)
+        for rows in samples:
+            self.hessian.update(y[rows])
         if self.place is not None:
             self._latest[:] = [x, y]
         elif self.error is not None and self.original is not None:
-            self.error.update(self.original[tokens].to(y.device) - y, y)
+            error = self.original[tokens].to(y.device) - y
+            for rows in samples:
+                self.error.update(error[rows], y[rows])
 
     def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
         """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
@@ -245,13 +249,20 @@ class _Moments:
             missing = self.original[tokens].to(total.device) - total.reshape(-1, total.shape[-1])
             if self.quantizer is not None:
                 missing = missing + product(x - y, self.weight.t())
-            self.error.update(missing, y)
+            for rows in _samples_of(total):
+                self.error.update(missing[rows], y[rows])
 
     def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
         if self.error is None:
             return torch.zeros_like(weight)
         return self.error.matrix if self.place is not None else weight.double() @ self.error.matrix.double()
+
+
+def _samples_of(x: torch.Tensor) -> list[slice]:
+    """Returns which rows of ``x.reshape(-1, channels)`` are each sample's; those of a tensor (tokens, channels) are one's."""
+    length = x.shape[1:-1].numel() if x.dim() > 2 else len(x)
+    return [slice(start, start + length) for start in range(0, x.shape[:-1].numel(), max(1, length))]
 
 
 def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:
