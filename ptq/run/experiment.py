@@ -35,6 +35,7 @@ from ptq.run.journal import Journal
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.state import LOCK, alone
+from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
@@ -63,7 +64,7 @@ def run_recipe(recipe: Recipe, force: bool = False) -> Result:
     recipe = adapted(recipe)
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
-    check_before(recipe)
+    check_before(recipe, steps)
     folder = _folder(recipe)
     if not force and (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps))):
         _show_finished(folder)
@@ -95,6 +96,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> Result
     with open_session(recipe, journal, folder) as session:
         for note in check_export(recipe, session.network):
             journal.say(f"export: {note}")
+        journal.note(check_memory(recipe, session.network, steps))
         tokens = session.evaluation_tokens()
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
@@ -195,7 +197,7 @@ def dry_run(recipe: Recipe) -> None:
     recipe = adapted(recipe)
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
-    for line in check_before(recipe):
+    for line in check_before(recipe, steps):
         print(line)
     print(f"ok: {recipe.name} would write to {_folder(recipe)}")
 

@@ -1,6 +1,7 @@
 """What can be checked before the work: files, shapes, positions, folders. Takes no weights into memory."""
 
 import pathlib
+from collections.abc import Mapping
 
 import torch
 
@@ -14,9 +15,11 @@ from ptq.files.store import store_of
 from ptq.models.locations import locate
 from ptq.network.skeleton import skeleton
 from ptq.run.exports import check_export
+from ptq.run.memory_estimate import check_memory
+from ptq.steps._step import Step
 
 
-def check_before(recipe: Recipe) -> list[str]:
+def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list[str]:
     """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
 
     Returns:
@@ -49,6 +52,7 @@ def check_before(recipe: Recipe) -> list[str]:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
         lines += (f"export: {note}" for note in notes)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
+    lines.append(check_memory(recipe, network, steps or {}))
     _check_statistics_file(recipe)
     return lines
 

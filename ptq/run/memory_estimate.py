@@ -1,0 +1,172 @@
+"""How much memory a run takes at its peak, estimated from shapes before the work, beside what the machine has."""
+
+import pathlib
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from ptq.config.schema import Recipe
+from ptq.config.scheme import linear_specs
+from ptq.errors import UserError
+from ptq.network.network import Block, Network, weight_of
+from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step
+
+PROCESS = 700 << 20
+"""What Python, torch and transformers hold before any model."""
+_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """Bytes at the peak of each phase, by its name, those of the process itself not counted."""
+
+    phases: Mapping[str, int]
+
+    @property
+    def worst(self) -> tuple[str, int]:
+        """The phase with the greatest peak, and its bytes."""
+        return max(self.phases.items(), key=lambda item: item[1])
+
+
+def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> Estimate:
+    """Returns what the phases of a run hold at once: weights, hidden states, moments, logits.
+
+    Args:
+        recipe: for the samples, the windows, and how weights and hidden states are held.
+        network: the model, which may be on the meta device.
+        steps: built from the recipe.
+    """
+    value = _arithmetic_bytes(recipe)
+    config = network.model.config.get_text_config()
+    width, vocabulary = int(config.hidden_size), int(config.vocab_size)
+    blocks = [_bytes_of(block, value) for block in network.blocks]
+    whole = network.parameters * value
+    outside = whole - sum(blocks)
+    resident = recipe.execution.weights == "resident"
+    weights = whole if resident else max([outside, *(2 * b for b in blocks)])
+    in_memory = recipe.execution.hidden_states == "memory"
+    c, e = recipe.calibration, recipe.evaluation
+    windows = e.windows if e.windows is not None else 256
+    calibration, evaluation = c.samples * c.length, windows * e.length
+    hidden = value * width if in_memory else 0
+    wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
+    transforms = any(step.kind == TRANSFORM for step in steps.values())
+    carried = calibration if wanted & {SAMPLES, REFERENCE} else c.batch_size * c.length if transforms else 0
+    flows = hidden * (evaluation + carried * (2 if REFERENCE in wanted else 1))
+    logits = 4 * 3 * e.chunk * vocabulary
+    baseline = 4 * width * evaluation
+    quantize = weights + flows + baseline + max(blocks, default=0)
+    if SAMPLES in wanted or REFERENCE in wanted:
+        quantize += max(
+            (_solving(b, recipe, carried, value, REFERENCE in wanted, in_memory) for b in network.blocks), default=0
+        )
+    return Estimate(
+        {
+            "load": int(1.25 * whole) if resident else weights,
+            "calibration": weights + hidden * calibration + _pass(network, c.batch_size * c.length, value),
+            "baseline": weights + hidden * evaluation + max(logits, _pass(network, e.batch_size * e.length, value)),
+            "quantize": quantize,
+            "evaluate": weights + flows + baseline + logits,
+        }
+    )
+
+
+def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], total: int | None = None) -> str:
+    """Returns the estimate beside what there is, in one line.
+
+    Args:
+        recipe: the run's.
+        network: the model, which may be on the meta device.
+        steps: built from the recipe.
+        total: bytes of memory; None asks the machine.
+
+    Raises:
+        UserError: when the run cannot fit, with the setting that would make it fit.
+    """
+    there = memory_of(recipe) if total is None else total
+    phase, need = estimate(recipe, network, steps).worst
+    need += PROCESS
+    line = f"memory: some {_gib(need)} at its peak ({phase}), {_gib(there)} there"
+    if need <= there:
+        return line
+    changed = next((words for words, other in _savings(recipe) if _needs(other, network, steps) <= there), None)
+    advice = (
+        f"use {changed}" if changed else "no setting makes it fit: take a machine with more memory, or a smaller model"
+    )
+    raise UserError(f"execution.weights: {recipe.execution.weights!r}: {line.removeprefix('memory: ')}: {advice}")
+
+
+def memory_of(recipe: Recipe) -> int:
+    """Returns the bytes of memory that the run may use: of its CUDA device, else of the machine or of this process's cgroup."""
+    name = recipe.execution.device
+    cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
+    if cuda and torch.cuda.is_available():
+        return int(torch.cuda.get_device_properties(torch.device("cuda" if name == "auto" else name)).total_memory)
+    limits = [int(psutil.virtual_memory().total)]
+    for path in map(pathlib.Path, _CGROUPS):
+        try:
+            limits.append(int(path.read_text(encoding="ascii")))
+        except (OSError, ValueError):
+            continue
+    return min(limits)
+
+
+def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> int:
+    return estimate(recipe, network, steps).worst[1] + PROCESS
+
+
+def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
+    """Returns settings that take less memory, those that cost least first, and all together last."""
+    x, c = recipe.execution, recipe.calibration
+    changes: dict[str, Callable[[Recipe], Recipe]] = {
+        "calibration.batch_size=1": lambda r: replace(r, calibration=replace(r.calibration, batch_size=1)),
+        "execution.hidden_states=disk": lambda r: replace(r, execution=replace(r.execution, hidden_states="disk")),
+        "execution.weights=offloaded": lambda r: replace(r, execution=replace(r.execution, weights="offloaded")),
+    }
+    if c.batch_size == 1:
+        del changes["calibration.batch_size=1"]
+    if x.hidden_states == "disk":
+        del changes["execution.hidden_states=disk"]
+    if x.weights == "offloaded":
+        del changes["execution.weights=offloaded"]
+    found = [(words, change(recipe)) for words, change in changes.items()]
+    everything = recipe
+    for change in changes.values():
+        everything = change(everything)
+    fewer = replace(everything, calibration=replace(everything.calibration, samples=max(1, c.samples // 4)))
+    together = " ".join(changes)
+    return [*found, (together, everything), (f"{together} calibration.samples={fewer.calibration.samples}", fewer)]
+
+
+def _arithmetic_bytes(recipe: Recipe) -> int:
+    if recipe.model.dtype != "auto":
+        return int(getattr(torch, recipe.model.dtype).itemsize)
+    return 4 if recipe.execution.device == "cpu" or not torch.cuda.is_available() else 2
+
+
+def _bytes_of(block: Block, value: int) -> int:
+    return value * sum(p.numel() for p in block.module.parameters())
+
+
+def _pass(network: Network, tokens: int, value: int) -> int:
+    """Returns what one batch holds inside a block: some tensors of the widest Linears' inputs and outputs."""
+    widest = max((max(shape) for shape in network.shapes.values()), default=0)
+    return 4 * value * tokens * widest
+
+
+def _solving(block: Block, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:
+    """Returns what a solver holds beside weights and samples: what batches wait with, references, moments, their factors."""
+    weights = {name: weight_of(module) for name, module in block.linears.items()}
+    widths = [w.shape[1] for name, w in weights.items() if linear_specs(recipe.scheme, name).weight is not None]
+    widest = max(widths, default=0)
+    waiting = 3 * value * tokens * widest if in_memory else 0
+    held = value * tokens * sum(sorted(set(widths), reverse=True)[:2]) if reference and in_memory else 0
+    # The Hessian, its inverse and its factor, and the cross moment of a target; in float64 while they are factorised.
+    moments = widest * widest * (4 * 3 + 8)
+    return waiting + held + moments + 2 * value * max((w.numel() for w in weights.values()), default=0)
+
+
+def _gib(size: int) -> str:
+    return f"{size / 2**30:.1f} GiB"

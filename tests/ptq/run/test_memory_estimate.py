@@ -1,0 +1,79 @@
+"""The estimate of a run's memory: near what is held, and a run that cannot fit is refused with what would make it fit."""
+
+import pytest
+import transformers
+
+from ptq.config.schema import recipe_from
+from ptq.errors import UserError
+from ptq.network.network import build_network
+from ptq.network.skeleton import skeleton
+from ptq.run.memory_estimate import PROCESS, check_memory, estimate, memory_of
+from ptq.steps._registry import build_steps
+
+
+def prepared(tmp_path, steps, **changes):
+    folder = tmp_path / "model"
+    config = transformers.LlamaConfig(
+        vocab_size=32000, hidden_size=1024, intermediate_size=2816, num_hidden_layers=8, num_attention_heads=16
+    )
+    config.save_pretrained(folder)
+    recipe = recipe_from(
+        {
+            "name": "memory",
+            "model": {"path": str(folder)},
+            "execution": {"device": "cpu"},
+            "scheme": {"weight": {"bits": 4}},
+            "steps": steps,
+            **changes,
+        }
+    )
+    return recipe, skeleton(recipe.model, weights=False), build_steps(recipe.steps)
+
+
+def test_the_greatest_phase_holds_weights_hidden_states_and_moments(tmp_path):
+    recipe, network, steps = prepared(tmp_path, {"gptq": {"target": "residual"}})
+    found = estimate(recipe, network, steps)
+    weights = 4 * network.parameters
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    flows = 4 * 1024 * (2 * tokens + 2 * recipe.evaluation.windows * recipe.evaluation.length)
+    assert found.worst[0] == "quantize"
+    assert weights + flows < found.worst[1] < 3 * (weights + flows)
+    assert set(found.phases) == {"load", "calibration", "baseline", "quantize", "evaluate"}
+
+
+def test_rounding_to_nearest_takes_less_than_solving_and_offloaded_less_than_resident(tmp_path):
+    (recipe, network, rtn), (_, _, gptq) = prepared(tmp_path, {"rtn": {}}), prepared(tmp_path, {"gptq": {}})
+    assert estimate(recipe, network, rtn).worst[1] < estimate(recipe, network, gptq).worst[1]
+    offloaded, *_ = prepared(tmp_path, {"rtn": {}}, execution={"device": "cpu", "weights": "offloaded"})
+    assert estimate(offloaded, network, rtn).worst[1] < 0.7 * estimate(recipe, network, rtn).worst[1]
+
+
+@pytest.mark.parametrize("share", [0.9, 0.6, 0.4])
+def test_a_run_that_cannot_fit_is_refused_with_settings_that_make_it_fit(tmp_path, share):
+    recipe, network, steps = prepared(tmp_path, {"gptq": {"target": "original"}})
+    need = estimate(recipe, network, steps).worst[1]
+    there = PROCESS + int(share * need)
+    with pytest.raises(UserError, match=r"GiB at its peak \(quantize\), .* GiB there: use (\S.*)") as error:
+        check_memory(recipe, network, steps, there)
+    advice = str(error.value).rpartition(": use ")[2]
+    fields = {}
+    for word in advice.split():
+        key, value = word.split("=")
+        section, name = key.split(".")
+        fields.setdefault(section, {})[name] = int(value) if value.isdigit() else value
+    fields.setdefault("execution", {})["device"] = "cpu"
+    mended, network, steps = prepared(tmp_path, {"gptq": {"target": "original"}}, **fields)
+    assert check_memory(mended, network, steps, there).startswith("memory: some")
+
+
+def test_where_nothing_helps_the_line_says_so(tmp_path):
+    recipe, network, steps = prepared(tmp_path, {"gptq": {}})
+    with pytest.raises(UserError, match="no setting makes it fit"):
+        check_memory(recipe, network, steps, PROCESS)
+
+
+def test_a_run_that_fits_is_told_what_it_takes_and_what_is_there(tmp_path):
+    recipe, network, steps = prepared(tmp_path, {"rtn": {}})
+    assert check_memory(recipe, network, steps, 64 << 30).endswith("64.0 GiB there")
+    assert memory_of(recipe) > 1 << 28
+    assert build_network(network.model).parameters == network.parameters
