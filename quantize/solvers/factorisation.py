@@ -32,6 +32,13 @@ class Factor:
     damping: float
     failures: int
 
+    def damped(self, hessian: torch.Tensor) -> torch.Tensor:
+        """Returns the matrix that was factorised, in the columns' own order: its diagonal had a mean of 1 before damping."""
+        mean = _mean(hessian.diagonal())
+        damped = hessian / mean
+        damped.diagonal().add_(self.damping)
+        return damped
+
 
 @dataclass(frozen=True)
 class Failure:
@@ -44,8 +51,8 @@ class Failure:
 def factorise(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor | Failure:
     """Returns the factor with the least damping of `damping` times 1, 10, 100, 1000 with which Cholesky succeeds.
 
-    From H = R^T... reversed: with H = R R^T, R upper triangular (Cholesky of the reversed matrix), H^-1 = U^T U for U = R^-1:
-    neither H^-1 nor a second Cholesky is needed.
+    From H = R R^T with R upper triangular (Cholesky of the reversed matrix) follows H^-1 = U^T U with U = R^-1: neither H^-1
+    nor a second Cholesky is needed.
 
     Args:
         hessian: float32 (in, in), symmetric; a column with 0 on the diagonal is not used, and has 1 there.
@@ -79,10 +86,16 @@ def _ordered(hessian: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, 
     """Returns the Hessian in `order` with a mean of 1 on the diagonal of its used columns, and which columns are used."""
     diagonal = hessian.diagonal()[order]
     used = diagonal > 0
-    mean = diagonal[used].mean() if used.any() else torch.ones((), device=diagonal.device)
+    mean = _mean(diagonal)
     ordered = hessian[order][:, order].div_(mean)
     ordered.diagonal().copy_(torch.where(used, diagonal / mean, torch.ones_like(diagonal)))
     return ordered, used
+
+
+def _mean(diagonal: torch.Tensor) -> torch.Tensor:
+    """Returns the mean of what is above 0, 1 where nothing is."""
+    used = diagonal > 0
+    return diagonal[used].mean() if used.any() else torch.ones((), device=diagonal.device)
 
 
 def _inverse(unit: torch.Tensor) -> torch.Tensor:
