@@ -29,7 +29,8 @@ class Levels:
     """
 
     def __init__(self, scale: torch.Tensor, shared: bool):
-        self.scale, self.shared = scale.contiguous(), shared
+        # A copy: a transpose that is contiguous as it is would be the caller's own tensor.
+        self.scale, self.shared = scale.clone(memory_format=torch.contiguous_format), shared
 
     def round(self, label: int, column: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """Writes the level nearest to `column` (out,) over its scale into `out`, and returns the scale (out,)."""
@@ -59,7 +60,7 @@ class IntegerLevels(Levels):
         self._grid, self._scales = grid, scales
         # Without a zero point, rows of zeros: every column is then clamped by the same operation.
         zero = torch.zeros_like(grid.scale) if grid.zero_point is None else grid.zero_point
-        self.zero = zero.t().expand(-1, rows).contiguous()
+        self.zero = zero.t().expand(-1, rows).clone(memory_format=torch.contiguous_format)
         self._low, self._high = grid.low - self.zero, grid.high - self.zero
         # Views: what changes is written into the tensors that they look at.
         self._views = list(zip(self.scale.unbind(), self._low.unbind(), self._high.unbind(), strict=True))
@@ -184,7 +185,7 @@ class FormatLevels(Levels):
         self._parts = form.stored_scales(scale)
         scale = form.scales(self._parts)
         super().__init__(scale.reshape(-1, scale.shape[-1]).t().expand(-1, rows), scale.numel() == 1 and rows > 1)
-        self._divisor = _divisors(self.scale)
+        self._divisor, self._changed = _divisors(self.scale), False
 
     def round(self, label: int, column: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
         """As the codec rounds values over their scale; 0 where the scale is 0."""
@@ -199,13 +200,17 @@ class FormatLevels(Levels):
         """Changes the scales of a label, and what is stored of them."""
         super().set_scale(label, scale)
         self._divisor[label] = _divisors(scale)
-        rows = self.scale[:, :1] if self.shared else self.scale
-        self._parts = self._form.stored_scales(rows.t().reshape(self._shape))
+        self._changed = True
 
     def encoded(self, steps: torch.Tensor) -> Encoded:
         """Returns what the codec stores of levels (out, in) on these scales: ``codec.decode`` gives level times scale."""
         codes, width = self._form.codes(steps.contiguous()), codec_of(self._spec).width
-        return {**self._parts, "codes": pack(codes, width) if width < 8 else codes}
+        parts = self._parts
+        if self._changed:
+            rows = self.scale[:, :1] if self.shared else self.scale
+            parts = self._form.stored_scales(rows.t().reshape(self._shape))
+        parts = {name: part.contiguous() for name, part in parts.items()}
+        return {**parts, "codes": pack(codes, width) if width < 8 else codes}
 
 
 def absmax_scale(weight: torch.Tensor, spec: QuantSpec, form: LevelForm) -> torch.Tensor:
