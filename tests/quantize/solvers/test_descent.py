@@ -94,7 +94,9 @@ def test_a_scale_is_the_least_squares_fit_to_its_levels():
     slope = hessian @ (weight.t() - plain * levels.scale[labels])
     _rescale(hessian, slope, plain, levels, 0, torch.arange(16))
     np.testing.assert_allclose(levels.scale[0].numpy(), fits, rtol=1e-4)
-    np.testing.assert_allclose(slope.numpy(), (hessian @ (weight.t() - plain * levels.scale[labels])).numpy(), atol=1e-4)
+    np.testing.assert_allclose(
+        slope.numpy(), (hessian @ (weight.t() - plain * levels.scale[labels])).numpy(), atol=1e-4
+    )
 
 
 def test_where_it_ends_no_single_code_can_be_changed_for_the_better():
