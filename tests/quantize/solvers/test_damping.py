@@ -76,7 +76,7 @@ def test_the_damping_with_the_least_loss_on_the_held_out_tokens_is_chosen():
 
 
 def test_what_does_not_fit_is_refused():
-    weight, seen, held = two_halves()
+    weight, _, held = two_halves()
     with pytest.raises(ValueError, match=r"held: shape \(5, 5\) does not fit"):
         held_out_damping(weight, held[:5, :5], lambda o: weight, GptqOptions())
     with pytest.raises(ValueError, match="dampings: expected"):

@@ -1,5 +1,7 @@
 """Low-rank correction: against the whitened SVD in float64, against random corrections, and alternation that keeps the best."""
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -59,7 +61,7 @@ def test_a_residual_of_that_rank_is_given_back_and_more_rank_never_costs():
     torch.testing.assert_close(low_rank_factors(residual, hessian, 3).product(), residual, rtol=1e-3, atol=1e-3)
     weight, _ = problem(seed=5)
     found = [losses(weight, low_rank_factors(weight, hessian, r, 1e-6).product(), hessian).sum() for r in range(1, 13)]
-    assert all(b <= a * (1 + 1e-6) for a, b in zip(found, found[1:], strict=False)) and found[-1] < 1e-4 * found[0]
+    assert all(b <= a * (1 + 1e-6) for a, b in itertools.pairwise(found)) and found[-1] < 1e-4 * found[0]
 
 
 def test_both_factors_are_alike_in_size_and_their_bits_are_counted():
