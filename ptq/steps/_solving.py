@@ -164,14 +164,9 @@ def captures_of(scheme: SchemeConfig) -> frozenset[str]:
     return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
 
 
-def check_integers(scheme: SchemeConfig, step: str) -> None:
-    """Raises `UserError` for a weight whose format is no integer grid, which is what the solver `step` chooses codes on."""
-    for spec in _specs(scheme, "weight"):
-        if not spec.affine:
-            raise UserError(
-                f"scheme.weight.format: {spec.format!r} has no integer grid for steps.{step} to choose codes on: "
-                f"use int, or steps.rtn"
-            )
+def weight_specs(scheme: SchemeConfig) -> list[QuantSpec]:
+    """Returns every spec that the scheme has for weights."""
+    return _specs(scheme, "weight")
 
 
 def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:

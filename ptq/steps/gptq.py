@@ -9,14 +9,13 @@ from ptq.calibration.samples import Samples, Watcher
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.network import Block, weight_of
-from ptq.steps._solving import BlockInputs, captures_of, check_integers, labels_of, quantize_linear, specs_of
+from ptq.steps._solving import BlockInputs, Solved, captures_of, labels_of, quantize_linear, specs_of, weight_specs
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
-from quantize.grid.affine import Grid
 from quantize.kernels.matmul import product
 from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment, corrected_weight
-from quantize.solvers.gptq import GptqOptions, Hessian, Solution, solve
+from quantize.solvers.gptq import FormatSolution, GptqOptions, Hessian, Solution, solve, solve_format
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -36,6 +35,10 @@ class Options:
             original, and a Linear whose output is added to the residual stream takes back what it can of the error that
             the stream carries there (only with `sequential`: otherwise two Linears take back the same error). The last two
             carry the samples through the unquantized network too, and keep what they need of one block.
+        scales: how scales are fitted before the rounding: ``range``, as the scheme says, or by a search for the least error
+            weighed by the Hessian's ``diagonal``, by its ``pivots`` (what an error costs once later columns have made up
+            for it), or by the ``block`` of the Hessian that belongs to the columns of one scale.
+        descent: sweeps of coordinate descent on scales and codes after the rounding.
     """
 
     damping: float = 0.01
@@ -44,8 +47,12 @@ class Options:
     static_groups: bool = True
     sequential: bool = True
     target: str = "present"
+    scales: str = "range"
+    descent: int = 0
 
 
+WITHOUT_LEVELS = ("q8_0", "q8_0_gguf", "llm_int8")
+"""Formats that are rounded by a rule of their own."""
 STACKED = ("channel", "group")
 """Granularities whose grids belong to one row."""
 TARGETS = ("present", "original", "residual")
@@ -56,7 +63,14 @@ class Step(Solver):
 
     def __init__(self, options: Options):
         try:
-            solving = GptqOptions(options.damping, options.block, options.act_order, options.static_groups)
+            solving = GptqOptions(
+                options.damping,
+                options.block,
+                options.act_order,
+                options.static_groups,
+                options.scales,
+                options.descent,
+            )
         except ValueError as error:
             raise UserError(f"steps.gptq.{error}") from None
         if options.target not in TARGETS:
@@ -73,8 +87,13 @@ class Step(Solver):
         self.solving, self.sequential, self.target = solving, options.sequential, options.target
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
-        """Needs the calibration samples, and what static input ranges need. `UserError` for weights that are not integers."""
-        check_integers(scheme, "gptq")
+        """Needs the calibration samples, and what static input ranges need. `UserError` for formats without levels."""
+        for spec in weight_specs(scheme):
+            if spec.format in WITHOUT_LEVELS:
+                raise UserError(
+                    f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.gptq to choose among: "
+                    f"use int with granularity group, or steps.rtn"
+                )
         return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
@@ -162,8 +181,8 @@ class _Solving:
         if watchers:
             self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()})
 
-    def _solved(self, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
-        """Returns codes and grid of the Linears that share these moments, by name.
+    def _solved(self, moments: "_Moments") -> dict[str, Solved]:
+        """Returns what was chosen for the Linears that share these moments, by name.
 
         Rows do not see one another, so the Linears whose rows have grids of their own are solved as one tall weight: one
         factorisation, and one pass over the columns.
@@ -172,33 +191,49 @@ class _Solving:
         for name in moments.names:
             spec = specs_of(self.context, name).weight
             if spec is not None:
-                together.setdefault((spec, "" if spec.granularity in STACKED else name), []).append(name)
-        solved: dict[str, tuple[torch.Tensor, Grid]] = {}
+                stacked = spec.affine and spec.granularity in STACKED
+                together.setdefault((spec, "" if stacked else name), []).append(name)
+        solved: dict[str, Solved] = {}
         for (spec, _), names in together.items():
             solved.update(self._codes(names, spec, moments))
         return solved
 
-    def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, tuple[torch.Tensor, Grid]]:
+    def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, Solved]:
         weights = [_weight(self.context, name) for name in names]
         weight, hessian = torch.cat([w.float() for w in weights]), moments.hessian.matrix
         labels = labels_of(self.context, names[0], spec, "weight")
         try:
             if moments.error is not None:
                 weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
+            if not spec.affine:
+                of_format = solve_format(weight, hessian, spec, self.options)
+                self._note(names, of_format)
+                return {names[0]: of_format.stored}
             solution: Solution = solve(weight, hessian, spec, self.options, labels)
         except ValueError as error:
             raise UserError(f"{', '.join(names)}: {error}") from None
-        for name in names:
-            if solution.fallback:
-                self.context.note(f"gptq: {name}: its Hessian could not be factorised: rounded to nearest instead")
-            elif solution.damping > self.options.damping:
-                self.context.note(f"gptq: {name}: damping raised to {solution.damping:g}")
+        self._note(names, solution)
         rows = [len(w) for w in weights]
         grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
         return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
 
+    def _note(self, names: list[str], solution: Solution | FormatSolution) -> None:
+        """Says where a Hessian could not be factorised as it was."""
+        for name in names:
+            if solution.fallback:
+                why = (
+                    f"its Hessian could not be factorised in {solution.failures} tries"
+                    if solution.failures
+                    else "no token reached it"
+                )
+                self.context.note(f"gptq: {name}: {why}: rounded to nearest instead")
+            elif solution.damping > self.options.damping:
+                self.context.note(
+                    f"gptq: {name}: damping raised to {solution.damping:g} after {solution.failures} failures"
+                )
 
-def _chosen(solved: tuple[torch.Tensor, Grid], weight: torch.Tensor) -> tuple[torch.Tensor, Grid]:
+
+def _chosen(solved: Solved, weight: torch.Tensor) -> Solved:
     return solved
 
 

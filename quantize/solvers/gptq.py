@@ -13,13 +13,13 @@ from quantize.checks import all_finite
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, quantize
+from quantize.grid.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.grid.ranges import weight_grid
 from quantize.kernels.matmul import add_gram, row_squares
 from quantize.solvers.clip import clipped_grid, clipped_levels
 from quantize.solvers.descent import descend
 from quantize.solvers.factorisation import Factor, Failure, factorise
 from quantize.solvers.feedback import round_with_feedback
-from quantize.solvers.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.solvers.levels import IntegerLevels, Levels
 from quantize.spec.quant_spec import QuantSpec
 

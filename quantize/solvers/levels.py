@@ -15,8 +15,8 @@ from quantize.codecs.nvfp4 import SCALE_MAX, SCALE_TYPE, Nvfp4
 from quantize.codecs.packing import pack
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
+from quantize.grid.labelled_grid import LabelledGrid
 from quantize.grid.scales import rounded_scales
-from quantize.solvers.labelled_grid import LabelledGrid
 from quantize.spec.quant_spec import QuantSpec
 
 

@@ -4,6 +4,8 @@ Rows x become (x / d) (P1 x P2) with a diagonal d, columns of the weight W diag(
 invertible factors, so they are learned freely on the error that quantization makes.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -96,7 +98,7 @@ def affine_from_scale(
     if start not in STARTS:
         raise ValueError(f"start: {start!r} is not valid: expected one of {', '.join(STARTS)}")
     a, b = balanced_factors(len(scale)) if factors is None else factors
-    kind = {"dtype": scale.dtype, "device": scale.device}
+    kind: dict[str, Any] = {"dtype": scale.dtype, "device": scale.device}
     if start == "identity":
         left, right = torch.eye(a, **kind), torch.eye(b, **kind)
     elif start == "orthogonal":

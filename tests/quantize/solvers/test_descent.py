@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.grid.affine import dequantize, quantize
+from quantize.grid.labelled_grid import column_labels, fitted_grid
 from quantize.solvers.descent import descend
 from quantize.solvers.gptq import GptqOptions, solve
-from quantize.solvers.labelled_grid import column_labels, fitted_grid
 from quantize.solvers.levels import IntegerLevels
 from quantize.spec.quant_spec import QuantSpec
 from tests.quantize.solvers.problems import best_of_all, losses, problem
