@@ -29,9 +29,7 @@ from ptq.report.results import (
     write_results,
 )
 from ptq.run.baseline import Baseline, baseline_of
-from ptq.run.environment import environment
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
-from ptq.run.journal import Journal
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.state import LOCK, alone
@@ -39,6 +37,8 @@ from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
+from ptq.run.record.environment import environment
+from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of

@@ -19,7 +19,7 @@ from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.network.network import Block, Network
-from ptq.run.journal import Journal
+from ptq.run.record.journal import Journal
 from ptq.run.session import Session, open_session
 from ptq.steps._step import WEIGHT_INPUT, WEIGHT_OUTPUT, Step
 

@@ -18,9 +18,9 @@ from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
-from ptq.run.journal import Journal
 from ptq.run.kept.identity import digest_of, machine
 from ptq.run.kept.kept_pass import RESUME, KeptPass
+from ptq.run.record.journal import Journal
 
 
 @dataclass

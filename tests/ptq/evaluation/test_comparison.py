@@ -38,7 +38,7 @@ def test_window_losses_equal_the_cross_entropy_of_the_whole_window_for_any_chunk
 def test_kl_and_agreement_match_torch_on_full_logits():
     head, hidden, ids = _case()
     other = hidden + 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))
-    result = compare_tokens(head, hidden, other, ids, chunk=5)
+    result = compare_tokens((head, head), hidden, other, ids, chunk=5)
     p, q = (head(h)[:, :-1].double().log_softmax(-1) for h in (hidden, other))
     expected = torch.nn.functional.kl_div(q, p, log_target=True, reduction="none").sum(-1).flatten()
     torch.testing.assert_close(result.kl, expected, rtol=1e-4, atol=1e-6)
@@ -49,7 +49,7 @@ def test_kl_and_agreement_match_torch_on_full_logits():
 @torch.no_grad()
 def test_a_model_compared_with_itself_shows_no_difference():
     head, hidden, ids = _case()
-    result = compare_tokens(head, hidden, hidden, ids, chunk=6)
+    result = compare_tokens((head, head), hidden, hidden, ids, chunk=6)
     comparison = compare(window_losses(head, hidden, ids, 6), result, 17, 500, 0.95, 0)
     assert comparison.kl_mean == 0 and comparison.top1_agreement == 1
     assert comparison.difference_low <= 0 <= comparison.difference_high
