@@ -21,7 +21,7 @@ def work(monkeypatch):
     """Stands in for ptq.run.experiment and notes what it is asked to do."""
     calls = []
     module = types.ModuleType("ptq.run.experiment")
-    module.run = lambda recipe: calls.append(("run", recipe))
+    module.run = lambda recipe, force: calls.append(("run", recipe))
     module.dry_run = lambda recipe: calls.append(("dry_run", recipe))
     module.collect_statistics = lambda recipe, output: calls.append(("stats", recipe, output))
     monkeypatch.setitem(sys.modules, "ptq.run.experiment", module)
@@ -202,7 +202,7 @@ def test_an_export_is_added_changed_or_left_out_whether_or_not_the_recipe_names_
     ],
 )
 def test_what_ends_a_run_gets_one_line_and_its_status(raised, status, said, work, capsys):
-    def fail(recipe):
+    def fail(recipe, force):
         raise raised
 
     work.module.run = fail
@@ -213,7 +213,7 @@ def test_what_ends_a_run_gets_one_line_and_its_status(raised, status, said, work
 
 
 def test_a_defect_of_ours_is_not_dressed_up_as_a_mistake_of_the_user(work):
-    def fail(recipe):
+    def fail(recipe, force):
         raise ZeroDivisionError
 
     work.module.run = fail
