@@ -13,8 +13,7 @@ from ptq.steps._step import SOLVER, TRANSFORM, Step
 
 def shipped() -> dict[str, str]:
     """Returns the steps that come with this package, one module each: by name, where that module is."""
-    folders = {ptq.steps.__name__: ptq.steps.__path__}
-    folders |= {m.__name__: m.__path__ for m in (ptq.steps.transforms, ptq.steps.solvers)}
+    folders = {m.__name__: list(m.__path__) for m in (ptq.steps, ptq.steps.transforms, ptq.steps.solvers)}
     found = [
         (m.name, f"{at}.{m.name}") for at, path in folders.items() for m in pkgutil.iter_modules(path) if not m.ispkg
     ]
