@@ -33,7 +33,7 @@ def scratch_path(parent: pathlib.Path, stem: str) -> pathlib.Path:
     """Returns a path in `parent` that nothing has and that names this process as its owner. Creates nothing."""
     pid = os.getpid()
     short = os.fsdecode(os.fsencode(stem)[:_LONGEST_STEM])
-    return parent / f".{short}.ptq-{_host()}-{pid}-{_start_of(pid) or 0}-{secrets.token_hex(4)}"
+    return parent / f".{short}.ptq-{this_host()}-{pid}-{start_of(pid) or 0}-{secrets.token_hex(4)}"
 
 
 class ScratchFolder:
@@ -143,11 +143,11 @@ def _is_mine(entry: os.DirEntry[str]) -> bool:
 
 
 def _in_use(path: pathlib.Path, match: re.Match[str]) -> bool:
-    if match["host"] != _host():
+    if match["host"] != this_host():
         return time.time() - _last_written(path) < STALE_SECONDS
     pid, start = int(match["pid"]), int(match["start"])
     if start:
-        return _start_of(pid) == start
+        return start_of(pid) == start
     try:
         os.kill(pid, 0)
     except (ProcessLookupError, OverflowError):
@@ -166,7 +166,7 @@ def _last_written(path: pathlib.Path) -> float:
         return time.time()
 
 
-def _host() -> str:
+def this_host() -> str:
     """Returns 8 hex digits of the machine and its table of processes: containers of one machine have their own."""
     parts = [socket.gethostname()]
     with contextlib.suppress(OSError):
@@ -176,7 +176,7 @@ def _host() -> str:
     return hashlib.sha256("\n".join(parts).encode(errors="surrogateescape")).hexdigest()[:8]
 
 
-def _start_of(pid: int) -> int | None:
+def start_of(pid: int) -> int | None:
     """Returns when process `pid` began, in clock ticks since the machine did; None when there is none, or no /proc."""
     try:
         text = pathlib.Path(f"/proc/{pid}/stat").read_bytes()

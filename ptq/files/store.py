@@ -12,6 +12,7 @@ from safetensors import SafetensorError
 
 from ptq.config.schema import Recipe
 from ptq.files.atomic import put_in_place, sync, sync_tree, writing_failed
+from ptq.files.lease import lease
 from ptq.files.manifest import MANIFEST, DamagedEntry, check_entry, key_digest, write_manifest
 from ptq.files.scratch import remove, remove_stale, scratch_path
 
@@ -65,8 +66,27 @@ class Store:
         Raises:
             UserError: when it cannot be written or the disk is full.
         """
+        with self.found_or_mine(kind, key) as found:
+            return self._fill(kind, key, fill, about, replace=False) if found is None else found.parent
+
+    @contextlib.contextmanager
+    def found_or_mine(
+        self, kind: str, key: Mapping[str, object], told: Callable[[str], None] | None = None
+    ) -> Iterator[pathlib.Path | None]:
+        """Gives the entry's file, or None when it is this process's to compute for as long as the context lasts.
+
+        Other processes that want the same entry wait meanwhile, as this one does for them; `told` hears of it.
+        """
+        if (found := self.find(kind, key)) is not None:
+            yield found
+            return
         entry = self._entry(kind, key)
-        return entry if self._whole(entry) else self._fill(kind, key, fill, about, replace=False)
+        with contextlib.ExitStack() as stack:
+            try:
+                waited = stack.enter_context(lease(entry.with_name(f"{entry.name}.lease"), told or (lambda line: None)))
+            except OSError as error:
+                raise writing_failed(entry, error) from None
+            yield self.find(kind, key) if waited else None
 
     def made_again(self, kind: str, reason: str) -> None:
         """Says that an entry of `kind` is of no use for `reason`, and that its work is done again."""

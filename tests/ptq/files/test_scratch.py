@@ -53,7 +53,7 @@ def test_a_process_that_ends_by_itself_takes_its_scratch_along(tmp_path, other):
 
 def test_another_process_that_has_got_the_number_of_a_dead_one_is_not_taken_for_it(tmp_path):
     mine = scratch_path(tmp_path, "x")
-    start = scratch._start_of(os.getpid())
+    start = scratch.start_of(os.getpid())
     earlier = mine.with_name(mine.name.replace(f"-{start}-", f"-{start - 1}-"))
     for path in (mine, earlier):
         path.write_text("")
@@ -62,7 +62,7 @@ def test_another_process_that_has_got_the_number_of_a_dead_one_is_not_taken_for_
 
 def test_scratch_of_another_machine_goes_when_nothing_in_it_was_written_for_a_day(tmp_path):
     mine = scratch_path(tmp_path, "x").name
-    fresh, old, used = (tmp_path / mine.replace(scratch._host(), f"{n:08x}") for n in (1, 2, 3))
+    fresh, old, used = (tmp_path / mine.replace(scratch.this_host(), f"{n:08x}") for n in (1, 2, 3))
     long_ago = time.time() - STALE_SECONDS - 10
     for folder in (fresh, old, used):
         folder.mkdir()

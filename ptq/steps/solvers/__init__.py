@@ -1,1 +1,0 @@
-"""Solvers, one file each: they pick a block's quantized weights. A recipe has one at most, after its transforms."""
