@@ -26,15 +26,21 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
     """Returns the baseline on `tokens`: no forward pass runs when the store holds it."""
     evaluation = session.recipe.evaluation
     key = {**session.key(tokens), "batch_size": evaluation.batch_size, "chunk": evaluation.chunk}
-    found = session.store.find("baseline", key)
-    if found is not None:
-        try:
-            baseline = _read(found, tokens)
-        except ValueError as error:
-            session.store.made_again("baseline", str(error))
-        else:
-            session.journal.say("baseline: evaluated before, read from the store")
-            return baseline
+    with session.store.found_or_mine("baseline", key, lambda line: session.journal.say(f"baseline: {line}")) as found:
+        if found is not None:
+            try:
+                baseline = _read(found, tokens)
+            except ValueError as error:
+                session.store.made_again("baseline", str(error))
+            else:
+                session.journal.say("baseline: evaluated before, read from the store")
+                return baseline
+        return _evaluated(session, tokens, key)
+
+
+def _evaluated(session: Session, tokens: Tokens, key: dict[str, object]) -> Baseline:
+    """Evaluates the baseline, and keeps it in the store."""
+    evaluation = session.recipe.evaluation
     with session.journal.phase("baseline"):
         flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
         kept = session.kept("baseline", key, [flow], Nothing())

@@ -18,6 +18,7 @@ from ptq.errors import UserError
 from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.source_digest import PACKAGES, module_digest
+from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.results import (
@@ -54,23 +55,55 @@ def run(recipe: Recipe, force: bool = False) -> pathlib.Path:
     return run_recipe(recipe, force).folder
 
 
-def run_recipe(recipe: Recipe, force: bool = False) -> Result:
+def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None) -> Result:
     """Runs `recipe` from calibration to the report; a run that is finished is not run again, unless by `force`.
+
+    `shared` has what earlier runs of this process have loaded, and keeps what this one loads.
 
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
+    recipe, steps = _checked(recipe)
+    check_before(recipe, steps)
+    if not force and (folder := finished_before(recipe, shared)) is not None:
+        _show_finished(folder)
+        return Result(folder, None, "the run was finished before")
+    with _folder_of_a_run(recipe) as folder, alone(folder):
+        return _run(recipe, steps, folder, shared)
+
+
+def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Path | None:
+    """Returns the folder where this very run has ended before, None where it has not.
+
+    Raises:
+        UserError: for steps that cannot be built, a model or a text that cannot be had.
+    """
+    recipe, steps = _checked(recipe)
+    folder = _folder(recipe)
+    there = (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps), shared))
+    return folder if there else None
+
+
+def check_recipe(recipe: Recipe) -> list[str]:
+    """Checks everything that can be checked without running.
+
+    Returns:
+        Lines that say what was checked, what could not be, and where a run would write to.
+
+    Raises:
+        UserError: for the first thing that would stop the run.
+    """
+    recipe, steps = _checked(recipe)
+    return [*check_before(recipe, steps), f"ok: {recipe.name} would write to {_folder(recipe)}"]
+
+
+def _checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
+    """Returns the recipe with what its export fixes, and its steps, which fit its scheme and its export."""
     steps = build_steps(recipe.steps)
     recipe = adapted(recipe)
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
-    check_before(recipe, steps)
-    folder = _folder(recipe)
-    if not force and (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps))):
-        _show_finished(folder)
-        return Result(folder, None, "the run was finished before")
-    with _folder_of_a_run(recipe) as folder, alone(folder):
-        return _run(recipe, steps, folder)
+    return recipe, steps
 
 
 def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
@@ -89,11 +122,11 @@ def _show_finished(folder: pathlib.Path) -> None:
     print(f"results: {folder}")
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path) -> Result:
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared | None) -> Result:
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    with open_session(recipe, journal, folder) as session:
+    with open_session(recipe, journal, folder, shared) as session:
         for note in check_export(recipe, session.network):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
@@ -193,13 +226,8 @@ def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path
 
 def dry_run(recipe: Recipe) -> None:
     """Checks everything that can be checked without running, and says what a run would do."""
-    steps = build_steps(recipe.steps)
-    recipe = adapted(recipe)
-    check_steps(recipe.scheme, steps)
-    check_places(recipe, steps)
-    for line in check_before(recipe, steps):
+    for line in check_recipe(recipe):
         print(line)
-    print(f"ok: {recipe.name} would write to {_folder(recipe)}")
 
 
 def output_folder(recipe: Recipe) -> pathlib.Path:

@@ -111,22 +111,23 @@ class _Plans:
         self._chain.append(
             {"step": f"{kind.__module__}.{kind.__qualname__}", "options": _plain(step.options), "source": source}
         )
-        key, store, device = {**self._key, "steps": list(self._chain)}, self._session.store, self._context.stream.device
-        found = store.find("plan", key) if self._kept else None
-        if found is not None:
-            try:
-                plan = self._named(StepPlan.load(found, device))
-            except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
-                store.made_again("plan", " ".join(str(error).split()))
-            else:
-                self._session.journal.say(
-                    f"plan of {kind.__module__.rpartition('.')[2]}: made before, read from the store"
-                )
-                return plan
-        plan = step.plan(self._context)
-        if self._kept and (plan.tensors or plan.statistics is not None):
-            store.add("plan", key, plan.save, f"{kind.__module__}, {self._session.recipe.model.path}")
-        return plan
+        if not self._kept:
+            return step.plan(self._context)
+        key, store, journal = {**self._key, "steps": list(self._chain)}, self._session.store, self._session.journal
+        words = f"plan of {kind.__module__.rpartition('.')[2]}"
+        with store.found_or_mine("plan", key, lambda line: journal.say(f"{words}: {line}")) as found:
+            if found is not None:
+                try:
+                    plan = self._named(StepPlan.load(found, self._context.stream.device))
+                except (KeyError, TypeError, ValueError, OSError, SafetensorError) as error:
+                    store.made_again("plan", " ".join(str(error).split()))
+                else:
+                    journal.say(f"{words}: made before, read from the store")
+                    return plan
+            plan = step.plan(self._context)
+            if plan.tensors or plan.statistics is not None:
+                store.add("plan", key, plan.save, f"{kind.__module__}, {self._session.recipe.model.path}")
+            return plan
 
     def _named(self, plan: StepPlan) -> StepPlan:
         """Gives the statistics of a plan the names of this run's model and text."""

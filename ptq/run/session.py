@@ -2,9 +2,9 @@
 
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -14,7 +14,8 @@ from ptq.config.scheme import check_scheme
 from ptq.data.sampling import Tokens, sample_tokens
 from ptq.files.scratch import remove_stale
 from ptq.files.store import Store, store_of
-from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
+from ptq.models.loading import LoadedModel, load
+from ptq.models.shared import Shared
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
@@ -34,20 +35,15 @@ class Session:
     stream: BlockStream
     store: Store
     folder: pathlib.Path | None = None
-    _calibration: Tokens | None = None
-    _evaluation: Tokens | None = None
+    shared: Shared = field(default_factory=Shared)
 
     def calibration_tokens(self) -> Tokens:
         """Draws the calibration samples of the recipe, once."""
-        if self._calibration is None:
-            self._calibration = calibration_tokens(self.recipe, self.loaded.tokenizer, self.network.max_positions)
-        return self._calibration
+        return _drawn(calibration_tokens, self.recipe, self.loaded.tokenizer, self.network.max_positions, self.shared)
 
     def evaluation_tokens(self) -> Tokens:
         """Draws the evaluation windows of the recipe, once."""
-        if self._evaluation is None:
-            self._evaluation = evaluation_tokens(self.recipe, self.loaded.tokenizer, self.network.max_positions)
-        return self._evaluation
+        return _drawn(evaluation_tokens, self.recipe, self.loaded.tokenizer, self.network.max_positions, self.shared)
 
     def kept(self, what: str, key: Mapping[str, object] | str, flows: list[Flow], visitor: Any) -> KeptPass | None:
         """Returns what the pass `what` keeps of its finished blocks in the run's folder, None for a session without one."""
@@ -60,17 +56,25 @@ class Session:
         """Returns the links of every block, and the `sums` where asked, out of the store where they were found before."""
         known: dict[str, object] = {"weights": self.loaded.fingerprint, "arithmetic": self.loaded.arithmetic_dtype}
         known |= machine(self.stream.device)
-        for with_sums in {True, sums}:
-            found = self.store.find("links", {**known, "sums": with_sums})
-            if found is not None:
-                try:
-                    return load_traces(found)
-                except ValueError as error:
-                    self.store.made_again("links", str(error))
-        traces = trace_links(self.network, self.stream, sums)
         key = {**known, "sums": sums}
-        self.store.add("links", key, lambda path: save_traces(traces, path), self.recipe.model.path)
+        found = None if sums else self.store.find("links", {**known, "sums": True})
+        if (traces := self._read_traces(found)) is not None:
+            return traces
+        with self.store.found_or_mine("links", key, lambda line: self.journal.say(f"links: {line}")) as found:
+            if (traces := self._read_traces(found)) is None:
+                traces = trace_links(self.network, self.stream, sums)
+                made = traces
+                self.store.add("links", key, lambda path: save_traces(made, path), self.recipe.model.path)
         return traces
+
+    def _read_traces(self, path: pathlib.Path | None) -> dict[int, Trace] | None:
+        if path is None:
+            return None
+        try:
+            return load_traces(path)
+        except ValueError as error:
+            self.store.made_again("links", str(error))
+            return None
 
     def identity(self, sources: Mapping[str, str]) -> str:
         """Returns `identity_of` this run; `sources` are digests of what comes from outside, by step's name."""
@@ -125,6 +129,21 @@ def evaluation_tokens(recipe: Recipe, tokenizer: Any, positions: int | None = No
     )
 
 
+def _drawn(
+    draw: Callable[[Recipe, Any, int | None], Tokens],
+    recipe: Recipe,
+    tokenizer: Any,
+    positions: int | None,
+    shared: Shared,
+) -> Tokens:
+    """Returns what `draw` draws for a recipe, drawn once for all recipes of `shared` that ask for the same."""
+    c = replace(recipe.calibration, statistics=None, batch_size=1)
+    e = replace(recipe.evaluation, batch_size=1)
+    return shared.tokens(
+        (draw.__name__, recipe.model, recipe.data, c, e, positions), lambda: draw(recipe, tokenizer, positions)
+    )
+
+
 def identity_of(
     recipe: Recipe, sources: Mapping[str, str], weights: str, tokens: Sequence[Tokens], device: torch.device
 ) -> str:
@@ -144,23 +163,26 @@ def identity_of(
     )
 
 
-def known_identity(recipe: Recipe, sources: Mapping[str, str]) -> str:
-    """Returns `identity_of` a run before its model is loaded: the tokenizer is enough.
+def known_identity(recipe: Recipe, sources: Mapping[str, str], shared: Shared | None = None) -> str:
+    """Returns `identity_of` a run before its model is loaded: the tokenizer is enough, and `shared` may have it.
 
     Raises:
         UserError: for a model or a text that cannot be had.
     """
-    store = store_of(recipe)
-    tokenizer = load_tokenizer(recipe.model, store)
-    tokens = (calibration_tokens(recipe, tokenizer), evaluation_tokens(recipe, tokenizer))
-    return identity_of(recipe, sources, fingerprint_of(recipe.model, store), tokens, device_of(recipe))
+    store, shared = store_of(recipe), shared or Shared()
+    tokenizer = shared.tokenizer(recipe.model, store)
+    tokens = [_drawn(draw, recipe, tokenizer, None, shared) for draw in (calibration_tokens, evaluation_tokens)]
+    return identity_of(recipe, sources, shared.fingerprint(recipe.model, store), tokens, device_of(recipe))
 
 
 @contextmanager
-def open_session(recipe: Recipe, journal: Journal, folder: pathlib.Path | None = None) -> Iterator[Session]:
+def open_session(
+    recipe: Recipe, journal: Journal, folder: pathlib.Path | None = None, shared: Shared | None = None
+) -> Iterator[Session]:
     """Loads the model of `recipe` and gives a `Session`; its memory-mapped files go when the context ends.
 
-    `folder` is the run's, where passes keep what an interrupted one is taken up from.
+    `folder` is the run's, where passes keep what an interrupted one is taken up from; `shared` has what earlier runs of this
+    process have loaded.
 
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
@@ -169,7 +191,8 @@ def open_session(recipe: Recipe, journal: Journal, folder: pathlib.Path | None =
     store.sweep()
     remove_stale(pathlib.Path(tempfile.gettempdir()))
     with journal.phase("load"):
-        loaded = load(recipe.model, recipe.execution, store)
+        # A run by itself changes the model that it loads; runs that share one get copies.
+        loaded = (load if shared is None else shared.load)(recipe.model, recipe.execution, store)
         network = build_network(loaded.model)
     if coverage := network.coverage():
         journal.say(coverage)
@@ -181,7 +204,7 @@ def open_session(recipe: Recipe, journal: Journal, folder: pathlib.Path | None =
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
     )
     try:
-        yield Session(recipe, journal, loaded, network, stream, store, folder)
+        yield Session(recipe, journal, loaded, network, stream, store, folder, shared or Shared())
     finally:
         stream.close()
 

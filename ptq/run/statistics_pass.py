@@ -22,17 +22,17 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         return statistics, path
     tokens = session.calibration_tokens()
     key = {**session.key(tokens), "batch_size": recipe.calibration.batch_size}
-    found = session.store.find("statistics", key)
-    if found is not None:
-        try:
-            statistics = _read(found, session, tokens)
-        except ValueError as error:
-            session.store.made_again("statistics", str(error))
-        else:
-            journal.say("statistics: taken before, read from the store")
-            return statistics, found
-    statistics = take_statistics(session, tokens, key)
-    return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
+    with session.store.found_or_mine("statistics", key, lambda line: journal.say(f"statistics: {line}")) as found:
+        if found is not None:
+            try:
+                statistics = _read(found, session, tokens)
+            except ValueError as error:
+                session.store.made_again("statistics", str(error))
+            else:
+                journal.say("statistics: taken before, read from the store")
+                return statistics, found
+        statistics = take_statistics(session, tokens, key)
+        return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
 
 def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object]) -> Statistics:

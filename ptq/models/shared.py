@@ -1,0 +1,69 @@
+"""What runs of one process share: the loaded model, its tokenizer, the windows drawn with it."""
+
+import copy
+import dataclasses
+from collections.abc import Callable, Hashable
+from typing import Any
+
+import psutil
+import torch
+
+from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.data.sampling import Tokens
+from ptq.files.store import Store
+from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
+
+SPARE = 1.25
+"""A model is kept for later runs where this many times its bytes are free beside it: for the copy that a run changes."""
+
+
+class Shared:
+    """Loads each model once and gives every run a copy of its own, which the run may change as it likes.
+
+    One model is kept at a time, the last: runs of one model should follow each other. Nothing is kept of a model whose
+    weights are offloaded, which is read block by block anyway, nor of one that fits only once.
+    """
+
+    def __init__(self) -> None:
+        self.loads = 0
+        self._model: tuple[Hashable, LoadedModel] | None = None
+        self._known: dict[Hashable, Any] = {}
+
+    def load(self, config: ModelConfig, execution: ExecutionConfig, store: Store) -> LoadedModel:
+        """Returns what `ptq.models.loading.load` does: a copy of the kept model, or the model itself where none can be kept."""
+        key = (config, execution.device, execution.weights)
+        if self._model is None or self._model[0] != key:
+            self._model = None  # the old one goes before the new one comes
+            loaded = load(config, execution, store)
+            self.loads += 1
+            if not loaded.weights.resident or not _fits_twice(loaded.model):
+                return loaded
+            self._model = key, loaded
+        loaded = self._model[1]
+        return dataclasses.replace(loaded, model=copy.deepcopy(loaded.model))
+
+    def tokenizer(self, config: ModelConfig, store: Store) -> Any:
+        """Returns the model's tokenizer, read once."""
+        return self.once(("tokenizer", config), lambda: load_tokenizer(config, store))
+
+    def fingerprint(self, config: ModelConfig, store: Store) -> str:
+        """Returns the fingerprint of the model's files, taken once: what was loaded is what counts, whatever they become."""
+        return str(self.once(("fingerprint", config), lambda: fingerprint_of(config, store)))
+
+    def tokens(self, key: Hashable, draw: Callable[[], Tokens]) -> Tokens:
+        """Returns the windows that `draw` draws, drawn once for each `key`."""
+        found: Tokens = self.once(("tokens", key), draw)
+        return found
+
+    def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
+        """Returns what `make` made when it was first asked for under this key."""
+        if key not in self._known:
+            self._known[key] = make()
+        return self._known[key]
+
+
+def _fits_twice(model: torch.nn.Module) -> bool:
+    held = sum(p.nbytes for p in model.parameters())
+    device = next(model.parameters()).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
+    return int(free) > SPARE * held

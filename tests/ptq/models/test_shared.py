@@ -1,0 +1,71 @@
+"""Runs that share a load: each gets the model as it was read, whatever the runs before it did to theirs."""
+
+import pytest
+import torch
+
+from ptq.config.schema import recipe_from
+from ptq.files.store import Store
+from ptq.models.shared import Shared
+from ptq.run.experiment import finished_before, run_recipe
+
+STATIC = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
+ATTENTION = {**STATIC, "key": {"bits": 8, "granularity": "token", "dynamic": True}}
+POINTS = (
+    (STATIC, {"smooth": {"alpha": 0.5}, "rtn": {}}),
+    (ATTENTION, {"rotate": {}, "rtn": {}}),
+    ({"weight": {"bits": 4}}, {"gptq": {}}),
+)
+
+
+def make(folder, model, scheme, steps):
+    return recipe_from(
+        {
+            "name": "shared",
+            "model": {"path": str(model)},
+            "calibration": {"samples": 4, "length": 64},
+            "evaluation": {"windows": 4, "length": 64},
+            "scheme": scheme,
+            "steps": steps,
+            "outputs": str(folder / "outputs"),
+            "store": str(folder / "store"),
+        }
+    )
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt"])
+def test_runs_that_share_a_load_give_the_bits_of_runs_by_themselves(tmp_path, request, kind):
+    model = request.getfixturevalue(f"tiny_{kind}")
+    shared = Shared()
+    together = [run_recipe(make(tmp_path / "a", model, *point), shared=shared).metrics for point in POINTS]
+    alone = [run_recipe(make(tmp_path / "b", model, *point)).metrics for point in POINTS]
+    assert shared.loads == 1
+    for one, other in zip(together, alone, strict=True):
+        assert one["window_losses"] == other["window_losses"]
+        assert one["kl_mean"] == other["kl_mean"]
+        assert one["identity"] == other["identity"]
+    copies = [
+        shared.load(
+            make(tmp_path, model, *POINTS[0]).model, make(tmp_path, model, *POINTS[0]).execution, Store(tmp_path)
+        )
+        for _ in "ab"
+    ]
+    states = [copy.model.state_dict() for copy in copies]
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[1])
+    assert all(states[0][name].data_ptr() != states[1][name].data_ptr() for name in states[1])
+
+
+def test_a_model_of_which_there_is_no_room_for_a_copy_is_loaded_for_every_run(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr("ptq.models.shared.SPARE", 1e12)
+    shared, recipe = Shared(), make(tmp_path, tiny_llama, *POINTS[0])
+    for _ in range(2):
+        shared.load(recipe.model, recipe.execution, Store(tmp_path))
+    assert shared.loads == 2
+
+
+def test_a_finished_run_is_known_without_reading_the_texts_again(tmp_path, tiny_llama, monkeypatch):
+    shared, recipe = Shared(), make(tmp_path, tiny_llama, *POINTS[0])
+    assert finished_before(recipe, shared) is None
+    folder = run_recipe(recipe, shared=shared).folder
+    assert finished_before(recipe, shared) == folder
+    monkeypatch.setattr("ptq.run.session.sample_tokens", lambda *args: pytest.fail("drawn again"))
+    assert finished_before(recipe, shared) == folder
