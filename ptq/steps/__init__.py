@@ -1,4 +1,4 @@
-"""Methods, one file each: transforms that keep a block's function and solvers that pick its quantized weights.
+"""Methods, one file each: `transforms` that keep a block's function and `solvers` that pick its quantized weights.
 
 Modules that begin with an underscore are what methods share; what a method outside of this repository needs of them is
 imported from here. Arithmetic on tensors alone is in `quantize` and `group_methods`.

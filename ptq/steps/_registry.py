@@ -4,15 +4,20 @@ import importlib
 import pkgutil
 from typing import Any
 
-import ptq.steps
+import ptq.steps.solvers
+import ptq.steps.transforms
 from ptq.config.schema import build
 from ptq.errors import UserError, nearest
 from ptq.steps._step import SOLVER, TRANSFORM, Step
 
 
-def shipped() -> list[str]:
-    """Returns the names of the steps that come with this package: one module each."""
-    return sorted(m.name for m in pkgutil.iter_modules(ptq.steps.__path__) if not m.name.startswith("_"))
+def shipped() -> dict[str, str]:
+    """Returns the steps that come with this package, one module each: by name, where that module is."""
+    folders = {m.__name__: list(m.__path__) for m in (ptq.steps, ptq.steps.transforms, ptq.steps.solvers)}
+    found = [
+        (m.name, f"{at}.{m.name}") for at, path in folders.items() for m in pkgutil.iter_modules(path) if not m.ispkg
+    ]
+    return dict(sorted((name, module) for name, module in found if not name.startswith("_")))
 
 
 def build_steps(steps: dict[str, dict[str, Any]]) -> dict[str, Step]:
@@ -50,7 +55,7 @@ def _build(name: str, options: dict[str, Any]) -> Step:
     target = options.pop("_target_", None)
     if target is None and name not in shipped():
         raise UserError(f"steps.{name}: no such step{nearest(name, shipped())}")
-    module_name, _, class_name = (target or f"ptq.steps.{name}.Step").rpartition(".")
+    module_name, _, class_name = (target or f"{shipped()[name]}.Step").rpartition(".")
     try:
         module = importlib.import_module(module_name)
         step, schema = getattr(module, class_name), module.Options

@@ -1,6 +1,7 @@
 """What every solver does: input quantizers shared by the Linears of a stage, and the quantized Linear in the old one's place."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import nn
@@ -19,6 +20,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 Solved = tuple[torch.Tensor, Grid] | Encoded
 """What a solver chose for a weight: codes (out, in) on an integer grid, or what `Codec.encode` would give for its format."""
+WITHOUT_LEVELS = ("q8_0", "q8_0_gguf", "llm_int8")
+"""Formats that are rounded by a rule of their own."""
 OBSERVED_VALUES = 1 << 21
 """Numbers of one tensor that the percentile and mse estimators look at: evenly spaced tokens of all samples."""
 
@@ -102,8 +105,11 @@ class Rows:
 
 
 def specs_of(context: Context, name: str) -> LinearSpecs:
-    """Returns what the scheme says of the Linear `name`."""
-    return linear_specs(context.scheme, name)
+    """Returns what the scheme says of the Linear `name`, its input's range clipped as the plans say."""
+    specs, share = linear_specs(context.scheme, name), context.clips.get(name)
+    if specs.input is None or share is None:
+        return specs
+    return replace(specs, input=replace(specs.input, clip=share))
 
 
 def quantize_linear(
@@ -167,6 +173,16 @@ def captures_of(scheme: SchemeConfig) -> frozenset[str]:
 def weight_specs(scheme: SchemeConfig) -> list[QuantSpec]:
     """Returns every spec that the scheme has for weights."""
     return _specs(scheme, "weight")
+
+
+def refuse_without_levels(scheme: SchemeConfig, option: str) -> None:
+    """Raises `UserError` when a weight's format is rounded by a rule of its own, and the step's `option` needs levels."""
+    for spec in weight_specs(scheme):
+        if spec.format in WITHOUT_LEVELS:
+            raise UserError(
+                f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.{option} to choose among: "
+                f"use int with granularity group, or steps.rtn={{}}"
+            )
 
 
 def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:

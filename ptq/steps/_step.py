@@ -51,6 +51,7 @@ class StepPlan:
         figures: plain figures and lists, as JSON holds them.
         labels: by full name of a Linear, which cluster each of its input channels is in, int64 (in,).
         head_clusters: clusters of each head's query, key and value, or 0.
+        clips: by full name of a Linear, the share of its input's range that is kept (`QuantSpec.clip`).
         basis: the residual stream's new basis, or None where it stays as it is.
         statistics: of every Linear once the step has been applied, or None where it leaves them as they are.
         stale: the statistics do not hold any more and cannot be rewritten: they are taken again for who needs them.
@@ -60,6 +61,7 @@ class StepPlan:
     figures: Mapping[str, Any] = field(default_factory=dict)
     labels: Mapping[str, torch.Tensor] = field(default_factory=dict)
     head_clusters: int = 0
+    clips: Mapping[str, float] = field(default_factory=dict)
     basis: Basis | None = None
     statistics: Statistics | None = None
     stale: bool = False
@@ -68,7 +70,8 @@ class StepPlan:
         """Writes the plan as one safetensors file."""
         tensors = {f"tensors|{name}": tensor for name, tensor in self.tensors.items()}
         tensors |= {f"labels|{name}": tensor for name, tensor in self.labels.items()}
-        facts: dict[str, Any] = {"figures": self.figures, "head_clusters": self.head_clusters, "stale": self.stale}
+        names = ("figures", "head_clusters", "clips", "stale")
+        facts: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.basis is not None:
             tensors |= {"basis|matrix": self.basis.matrix, "basis|inverse": self.basis.inverse}
             facts["centred"] = self.basis.centred
@@ -99,6 +102,7 @@ class StepPlan:
             facts["figures"],
             parts["labels"],
             facts["head_clusters"],
+            facts["clips"],
             basis,
             statistics,
             facts["stale"],
@@ -155,6 +159,11 @@ class Context:
     def head_clusters(self) -> int:
         """Clusters of each head's query, key and value, or 0."""
         return max((plan.head_clusters for plan in self.plans.values()), default=0)
+
+    @property
+    def clips(self) -> dict[str, float]:
+        """Shares of the inputs' ranges that are kept, by full name of a Linear, as the plans so far say."""
+        return {name: share for plan in self.plans.values() for name, share in plan.clips.items()}
 
     def links(self, block: Block) -> list[Link]:
         """Returns the proved links of a block."""

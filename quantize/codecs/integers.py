@@ -60,7 +60,7 @@ class Integer(Codec):
 
     def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns an activation rounded to a grid fitted to its own values."""
-        plain = spec.symmetric and not spec.full_range and spec.scales == "float32"
+        plain = spec.symmetric and not spec.full_range and spec.scales == "float32" and spec.clip == 1
         if plain and spec.range == "minmax" and spec.granularity in {"token", "group"}:
             return fake_quantize_absmax(grouped(x, spec), spec.bits).reshape(x.shape)
         return fake_quantize(grouped(x, spec), dynamic_grid(x, spec)).reshape(x.shape)

@@ -1,4 +1,4 @@
-"""Search of ranges by what an error of rounding to nearest weighs: clipping of weights, and of a Linear's dynamic input.
+"""Search of ranges by what an error of rounding to nearest weighs: clipping of weights, and of a Linear's input.
 
 Every search tries the plain range first and keeps it unless another is strictly better: its own measure is never worse.
 """
@@ -8,7 +8,8 @@ from dataclasses import replace
 
 import torch
 
-from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped
+from quantize.codecs.base import Encoded
+from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped, quantize
 from quantize.grid.ranges import weight_grid
 from quantize.grid.scales import rounded_scales
 from quantize.kernels.matmul import product
@@ -86,20 +87,42 @@ def clipped_levels(weight: torch.Tensor, spec: QuantSpec, weighing: torch.Tensor
 
 
 @torch.no_grad()
+def nearest_clipped(
+    weight: torch.Tensor, spec: QuantSpec, weighing: torch.Tensor, labels: torch.Tensor | None
+) -> tuple[torch.Tensor, Grid] | Encoded:
+    """Returns what is stored of a weight (out, in) rounded to nearest on the ranges that lose least under `weighing`.
+
+    Codes (out, in) and their grid, or what the codec of another format stores. Arguments and errors are those of
+    `clipped_grid`.
+    """
+    if spec.affine:
+        grid = clipped_grid(weight, spec, weighing, labels)
+        spread = grid if labels is None else grid.of_channels(labels)
+        return quantize(grouped(weight, spec), spread).reshape(weight.shape), grid
+    wide = weight.float()
+    levels = clipped_levels(wide, spec, weighing)
+    size = wide.shape[1] // len(levels.scale)
+    steps = torch.empty_like(wide.t(), memory_format=torch.contiguous_format)
+    for j, column in enumerate(wide.t()):
+        levels.round(j // size, column, steps[j])
+    return levels.encoded(steps.t())
+
+
+@torch.no_grad()
 def input_clip_ratio(
     weights: Sequence[torch.Tensor],
     x: torch.Tensor,
     fake: Callable[[torch.Tensor, float], torch.Tensor],
     ratios: Sequence[float] = INPUT_RATIOS,
 ) -> tuple[float, list[float]]:
-    """Returns the clip ratio of the dynamic ranges of a tensor that gives the Linears that read it the least output error.
+    """Returns the clip ratio of the ranges of a tensor that gives the Linears that read it the least output error.
 
     The error is the sum of squares of X W^T - X' W^T over all tokens and rows, from the moments of X - X': one product a ratio.
 
     Args:
         weights: of all Linears that read the input, each (out, in).
         x: tokens of the input, (tokens, in).
-        fake: gives the input rounded with its ranges multiplied by a ratio, such as `fake_quantize_clipped`.
+        fake: gives the input rounded with its ranges multiplied by a ratio, such as by `QuantSpec.clip`.
         ratios: to try; the first is kept unless another is strictly better.
 
     Returns:
@@ -113,19 +136,6 @@ def input_clip_ratio(
     errors = torch.stack([_energy(fake(x, ratio) - x, gram) / energy for ratio in ratios])
     best = int(errors.argmin())
     return ratios[best], errors.tolist()
-
-
-def fake_quantize_clipped(x: torch.Tensor, spec: QuantSpec, ratio: float) -> torch.Tensor:
-    """Returns tokens (..., channels) rounded to dynamic ranges that are multiplied by `ratio`; granularity token, group, tensor.
-
-    With ratio 1 what `quantize.grid.ranges.dynamic_grid` gives for range minmax.
-    """
-    values = grouped(x, spec)
-    if spec.granularity == "tensor":
-        values = values.flatten()
-    low, high = values.amin(-1, keepdim=True) * ratio, values.amax(-1, keepdim=True) * ratio
-    grid = grid_from_range(low, high, spec.bits, spec.symmetric, spec.full_range)
-    return fake_quantize(values, grid).reshape(x.shape)
 
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]

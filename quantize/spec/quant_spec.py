@@ -35,6 +35,8 @@ class QuantSpec:
         range: how a range is chosen: ``minmax``, ``percentile``, ``mse`` (search for the least squared error), or ``ema``
             (running mean of the samples' minima and maxima: static activations only).
         percentile: share in percent of the values inside the range, with range ``percentile``.
+        clip: share of the range from minimum to maximum that is kept, above 0, up to 1: what lies beyond saturates, and all
+            else gets a finer grid. Activations only; the solver of a weight fits its own.
         scales: type of the scales: ``float32``, ``float16`` (GGUF's Q8_0 and Q4_0), or ``float16_min`` (the least value,
             scale x zero point, is exact in fp16 too: GGUF's Q4_1). Weights only.
         full_range: a symmetric format that uses the code -2^(bits-1) too, with a step of 2 absmax / (2^bits - 1), as
@@ -51,6 +53,7 @@ class QuantSpec:
     dynamic: bool = False
     range: str = "minmax"
     percentile: float = 99.99
+    clip: float = 1.0
     scales: str = "float32"
     full_range: bool = False
     double_quant: bool = False
@@ -77,6 +80,10 @@ class QuantSpec:
             raise SpecError("full_range", self.full_range, "false without symmetric: every code is used already")
         if not 50 < self.percentile <= 100:
             raise SpecError("percentile", self.percentile, "a number above 50, up to 100")
+        if not 0 < self.clip <= 1:
+            raise SpecError("clip", self.clip, "a number above 0, up to 1 (nearest: 1.0)")
+        if self.clip != 1 and self.range in {"percentile", "mse"}:
+            raise SpecError("clip", self.clip, f"1.0 with range {self.range}, which chooses itself how much is kept")
         self._check_format()
 
     def _check_format(self) -> None:
@@ -106,6 +113,8 @@ class QuantSpec:
             raise SpecError("scales", self.scales, f"float32 {name}: it has its own type of scales")
         if self.full_range:
             raise SpecError("full_range", self.full_range, f"false {name}: only int has it")
+        if self.clip != 1:
+            raise SpecError("clip", self.clip, f"1.0 {name}: only int has it")
 
     @property
     def affine(self) -> bool:

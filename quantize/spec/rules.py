@@ -47,6 +47,12 @@ def _check_weight(spec: QuantSpec) -> None:
         _refuse("granularity", "token", f"'token': {why}")
     if spec.full_range:
         _refuse("full_range", True, "true, but it is for activations: use false")
+    if spec.clip != 1:
+        _refuse(
+            "clip",
+            spec.clip,
+            f"{spec.clip}, but it is for activations: use 1.0, and steps.rtn.scales or steps.gptq.scales",
+        )
     if spec.range == "ema":
         _refuse("range", "ema", "'ema' is a mean over samples, and a weight has none: use minmax or mse")
 

@@ -51,8 +51,11 @@ class Desk:
         self.recipe.write_text(yaml.safe_dump(content))
 
     def files(self) -> set[pathlib.Path]:
-        """Everything below the folder."""
-        return set(self.folder.rglob("*"))
+        """Everything below the folder but finished work: whole entries of the store, and runs that the same command takes up."""
+        finished = {path.parent for path in (self.folder / "store").rglob("manifest.json")}
+        finished |= {path.parent for path in (self.folder / "outputs").rglob("resume")}
+        inside = {path for folder in finished for path in (folder, folder.parent, *folder.rglob("*"))}
+        return set(self.folder.rglob("*")) - inside - {self.folder / "store"}
 
     def line(self, capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "run", config: str = "") -> str:
         """Returns the one line that a command is refused with; checks that it leaves nothing."""
@@ -190,27 +193,27 @@ import pathlib
 import time
 from dataclasses import dataclass
 
+from ptq.steps import StepPlan, Transform
+
 
 @dataclass(frozen=True)
 class Options:
+    """Attributes:
+    go: the file to wait for.
+    """
+
     go: str
 
 
-class Step:
-    kind = "transform"
-
-    def __init__(self, options):
-        self.go = pathlib.Path(options.go)
-
-    def captures(self, scheme):
-        return frozenset()
-
-    def plan(self, plan):
-        self.go.with_name("waiting").touch()
-        while not self.go.exists():
+class Step(Transform):
+    def plan(self, context):
+        go = pathlib.Path(self.options.go)
+        go.with_name("waiting").touch()
+        while not go.exists():
             time.sleep(0.01)
+        return StepPlan()
 
-    def apply(self, block):
+    def apply(self, block, plan, context):
         pass
 '''
 

@@ -62,7 +62,7 @@ def test_the_frameworks_digest_covers_its_three_packages_and_is_quick(fresh):
     whole = package_digest()
     assert time.perf_counter() - start < 1
     assert whole == package_digest("ptq", "quantize", "group_methods") != package_digest("ptq")
-    assert module_digest(importlib.import_module("ptq.steps.rtn")) == whole
+    assert module_digest(importlib.import_module("ptq.steps.solvers.rtn")) == whole
 
 
 @pytest.fixture

@@ -10,8 +10,8 @@ from ptq.network.block_stream import BlockStream
 from ptq.network.links import trace_links
 from ptq.network.network import build_network
 from ptq.network.staged_pass import StagedPass
-from ptq.steps import gptq
 from ptq.steps._step import Context, StepPlan
+from ptq.steps.solvers import gptq
 from ptq.testing import ARCHITECTURES, random_tiny
 from quantize.spec.quant_spec import QuantSpec
 

@@ -9,7 +9,7 @@ from ptq.config.schema import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.steps._step import STATISTICS
-from ptq.steps.rotate import Options, Step
+from ptq.steps.transforms.rotate import Options, Step
 from ptq.testing import ARCHITECTURES, byte_tokenizer, random_tiny
 
 TOKEN4 = {"bits": 4, "granularity": "token", "dynamic": True}

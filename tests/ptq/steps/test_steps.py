@@ -12,10 +12,11 @@ from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
 from ptq.network.links import trace_links
 from ptq.network.network import build_network, weight_of
-from ptq.steps import cluster, rtn, smooth
 from ptq.steps._proof import prove
 from ptq.steps._registry import build_steps
 from ptq.steps._step import Context, StepPlan, Transform
+from ptq.steps.solvers import rtn
+from ptq.steps.transforms import cluster, smooth
 from ptq.testing import ARCHITECTURES, random_tiny
 from quantize.spec.quant_spec import QuantSpec
 

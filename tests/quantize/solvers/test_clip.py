@@ -1,5 +1,7 @@
 """Range search: never worse than minmax on its own measure, and against a search in numpy that tries every range."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -8,11 +10,11 @@ from hypothesis import strategies as st
 
 from quantize.grid.affine import fake_quantize, grouped
 from quantize.grid.ranges import weight_grid
+from quantize.modules.simulated import fake_quantize_dynamic
 from quantize.solvers.clip import (
     SHRINKS,
     clipped_grid,
     clipped_levels,
-    fake_quantize_clipped,
     input_clip_ratio,
 )
 from quantize.spec.quant_spec import QuantSpec, spec_of
@@ -165,26 +167,16 @@ def test_an_input_clip_ratio_has_the_least_output_error_of_all(symmetric, granul
     x = torch.randn(100, 64, generator=generator)
     weights = [torch.randn(n, 64, generator=generator) for n in (5, 9)]
     spec = QuantSpec(bits=3, symmetric=symmetric, dynamic=True, **granularity)
-    ratio, errors = input_clip_ratio(weights, x, lambda t, r: fake_quantize_clipped(t, spec, r))
+    ratio, errors = input_clip_ratio(weights, x, lambda t, r: fake_quantize_dynamic(t, replace(spec, clip=r)))
     both = torch.cat(weights).double()
     ratios = [1 - 0.05 * i for i in range(11)]
     expected = [
-        float(((x - fake_quantize_clipped(x, spec, r)).double() @ both.t()).square().sum() / (x.double() @ both.t()).square().sum())
+        float(((x - fake_quantize_dynamic(x, replace(spec, clip=r))).double() @ both.t()).square().sum() / (x.double() @ both.t()).square().sum())
         for r in ratios
     ]  # fmt: skip
     np.testing.assert_allclose(errors, expected, rtol=1e-3)
     assert ratio == pytest.approx(ratios[int(np.argmin(expected))]) and min(errors) <= errors[0]
     assert ratio < 1 or spec.granularity == "group"
-
-
-def test_a_ratio_of_one_is_the_plain_dynamic_range():
-    from quantize.modules.simulated import InputQuantizer
-
-    x = torch.randn(7, 24, generator=torch.Generator().manual_seed(1))
-    for granularity in ("token", "tensor"):
-        for symmetric in (True, False):
-            spec = QuantSpec(bits=4, granularity=granularity, symmetric=symmetric, dynamic=True)
-            assert torch.equal(fake_quantize_clipped(x, spec, 1.0), InputQuantizer(spec)(x))
 
 
 def test_an_input_without_readers_is_refused():

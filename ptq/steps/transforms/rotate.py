@@ -24,7 +24,7 @@ from ptq.steps._step import (
     StepPlan,
     Transform,
 )
-from ptq.steps.smooth import kind_of
+from ptq.steps.transforms.smooth import kind_of
 from quantize.modules.hadamard import OnlineHadamard
 from quantize.modules.online import Shared, attach_input, attach_output
 from quantize.transforms.hadamard import factorise, hadamard_matrix, hadamard_transform, random_signs

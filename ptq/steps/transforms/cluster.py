@@ -23,7 +23,7 @@ from ptq.errors import UserError, nearest
 from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
-from ptq.steps.smooth import key_of, kind_of
+from ptq.steps.transforms.smooth import key_of, kind_of
 from quantize.modules.reordered import Reordered
 
 METHODS = ("max_std_kmeans", "max_min_kmeans")

@@ -9,7 +9,16 @@ from ptq.calibration.samples import Samples, Watcher
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.network import Block, weight_of
-from ptq.steps._solving import BlockInputs, Solved, captures_of, labels_of, quantize_linear, specs_of, weight_specs
+from ptq.steps._moments import samples_of
+from ptq.steps._solving import (
+    BlockInputs,
+    Solved,
+    captures_of,
+    labels_of,
+    quantize_linear,
+    refuse_without_levels,
+    specs_of,
+)
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
 from quantize.kernels.matmul import product
@@ -51,8 +60,6 @@ class Options:
     descent: int = 0
 
 
-WITHOUT_LEVELS = ("q8_0", "q8_0_gguf", "llm_int8")
-"""Formats that are rounded by a rule of their own."""
 STACKED = ("channel", "group")
 """Granularities whose grids belong to one row."""
 TARGETS = ("present", "original", "residual")
@@ -88,12 +95,7 @@ class Step(Solver):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the calibration samples, and what static input ranges need. `UserError` for formats without levels."""
-        for spec in weight_specs(scheme):
-            if spec.format in WITHOUT_LEVELS:
-                raise UserError(
-                    f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.gptq to choose among: "
-                    f"use int with granularity group, or steps.rtn"
-                )
+        refuse_without_levels(scheme, "gptq")
         return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
@@ -266,7 +268,7 @@ class _Moments:
         """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
         # Rounded before samples lie one after another: a range is a sample's own.
         y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
-        samples = _samples_of(x)
+        samples = samples_of(x)
         x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
         for rows in samples:
             self.hessian.update(y[rows])
@@ -284,7 +286,7 @@ class _Moments:
             missing = self.original[tokens].to(total.device) - total.reshape(-1, total.shape[-1])
             if self.quantizer is not None:
                 missing = missing + product(x - y, self.weight.t())
-            for rows in _samples_of(total):
+            for rows in samples_of(total):
                 self.error.update(missing[rows], y[rows])
 
     def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
@@ -292,12 +294,6 @@ class _Moments:
         if self.error is None:
             return torch.zeros_like(weight)
         return self.error.matrix if self.place is not None else weight.double() @ self.error.matrix.double()
-
-
-def _samples_of(x: torch.Tensor) -> list[slice]:
-    """Returns which rows of ``x.reshape(-1, channels)`` are each sample's; those of a tensor (tokens, channels) are one's."""
-    length = x.shape[1:-1].numel() if x.dim() > 2 else len(x)
-    return [slice(start, start + length) for start in range(0, x.shape[:-1].numel(), max(1, length))]
 
 
 def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:

@@ -1,0 +1,91 @@
+"""RTN: every weight is rounded to the nearest point of its grid; its ranges may be searched by what an error weighs."""
+
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+
+from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError, nearest
+from ptq.network.network import Block
+from ptq.steps._moments import stage_hessians
+from ptq.steps._solving import (
+    BlockInputs,
+    Solved,
+    captures_of,
+    labels_of,
+    quantize_linear,
+    refuse_without_levels,
+    specs_of,
+)
+from ptq.steps._step import SAMPLES, Context, Solver, StepPlan
+from quantize.solvers.clip import nearest_clipped
+from quantize.spec.quant_spec import QuantSpec
+
+SCALES = ("range", "diagonal", "block")
+"""How scales are fitted: see `Options`."""
+
+
+@dataclass(frozen=True)
+class Options:
+    """How scales are fitted.
+
+    Attributes:
+        scales: ``range``, as the scheme says, which needs no data; or by a search of clipped ranges for the least error of
+            rounding, weighed by the Hessian's ``diagonal``, or by the ``block`` of the Hessian that belongs to the columns of
+            one scale (with one scale a row: the error of the Linear's output).
+    """
+
+    scales: str = "range"
+
+    def __post_init__(self) -> None:
+        if self.scales not in SCALES:
+            raise UserError(
+                f"steps.rtn.scales: {self.scales!r} is not valid: expected one of {', '.join(SCALES)}"
+                f"{nearest(self.scales, SCALES)}"
+            )
+
+
+class Step(Solver):
+    """Replaces the block's Linears by `QuantLinear` with weights rounded to nearest."""
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """What the static input ranges of the scheme need, and the samples where scales are searched.
+
+        Raises:
+            UserError: for a search of scales that a format of the scheme does not have.
+        """
+        if self.options.scales == "range":
+            return captures_of(scheme)
+        refuse_without_levels(scheme, "rtn.scales")
+        return captures_of(scheme) | {SAMPLES}
+
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Quantizes the block's Linears in place, as the scheme says."""
+        inputs, stages = BlockInputs(context, block), context.stages(block)
+        if self.options.scales == "range" or context.samples is None:
+            for stage in stages:
+                self._quantize(stage, inputs, {}, context)
+            return
+        with context.samples.stage_by_stage(block, stages) as present:
+            for stage in present:
+                self._quantize(stage, inputs, stage_hessians(context, block, stage, inputs), context)
+
+    def _quantize(
+        self, stage: tuple[str, ...], inputs: BlockInputs, hessians: dict[str, torch.Tensor], context: Context
+    ) -> None:
+        for name in stage:
+            specs = specs_of(context, name)
+            if not specs.any:
+                continue
+            solve = None
+            if specs.weight is not None and name in hessians and bool(hessians[name].any()):
+                labels = labels_of(context, name, specs.weight, "weight")
+                solve = partial(self._clipped, hessians[name], specs.weight, labels)
+            quantize_linear(context, name, specs, inputs.of(name, specs), solve)
+
+    def _clipped(
+        self, hessian: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None, weight: torch.Tensor
+    ) -> Solved:
+        weighing = hessian.diagonal() if self.options.scales == "diagonal" else hessian
+        return nearest_clipped(weight, spec, weighing, labels)
