@@ -12,8 +12,8 @@ import torch
 
 from quantize.transforms.hadamard import hadamard_matrix
 
-ESCALATIONS = 8
-"""Dampings tried, each 10 times the one before, until a factorisation succeeds."""
+MOST_DAMPING = 1.0
+"""Greatest share of the mean diagonal that is added: dampings are tried, each 10 times the one before, up to this one."""
 
 
 @dataclass(frozen=True)
@@ -122,7 +122,7 @@ def _cholesky(name: str, blocks: torch.Tensor, damping: float) -> tuple[torch.Te
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     floor = blocks.shape[-1] * torch.finfo(blocks.dtype).eps
     share = damping
-    for _ in range(ESCALATIONS + 1):
+    while share <= MOST_DAMPING:
         factor, failed = torch.linalg.cholesky_ex(blocks + (share * mean)[:, None, None] * identity)
         pivots = factor.diagonal(dim1=1, dim2=2).square() / mean[:, None]
         if not bool(failed.any()) and bool((pivots > floor).all()):

@@ -142,7 +142,10 @@ def main() -> None:
         for mutation in chosen:
             found = run(mutation, tree)
             caught += found
-            print(f"{'caught  ' if found else 'SURVIVED'} {mutation.file}: {mutation.old!r} -> {mutation.new!r}", flush=True)
+            print(
+                f"{'caught  ' if found else 'SURVIVED'} {mutation.file}: {mutation.old!r} -> {mutation.new!r}",
+                flush=True,
+            )
     print(f"{caught} of {len(chosen)} mutations caught")
 
 

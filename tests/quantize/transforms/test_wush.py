@@ -1,0 +1,103 @@
+"""WUSH's closed form: the pair is exactly inverse, both moments become one, and rounding loses less."""
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from quantize.grid.affine import fake_quantize_absmax
+from quantize.transforms.hadamard import hadamard_transform
+from quantize.transforms.wush import block_apply, diagonal_blocks, wush
+
+
+def problem(width=16, rows=24, tokens=200, seed=0):
+    """Inputs (tokens, width) with outlying and correlated channels, and a weight (rows, width)."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(width, width, dtype=torch.float64, generator=generator)
+    x = torch.randn(tokens, width, dtype=torch.float64, generator=generator) @ mixing
+    x[:, 1] *= 30
+    return x, torch.randn(rows, width, dtype=torch.float64, generator=generator)
+
+
+@pytest.mark.parametrize("block", [None, 4, 8])
+@pytest.mark.parametrize("hadamard", [True, False])
+def test_the_product_of_input_and_weight_is_kept(block, hadamard):
+    x, w = problem()
+    found = wush(x.t() @ x / len(x), w.t() @ w, block, hadamard)
+    torch.testing.assert_close(block_apply(x, found.activation) @ block_apply(w, found.weight).t(), x @ w.t())
+    identity = torch.eye(found.activation.shape[-1], dtype=torch.float64).expand_as(found.activation)
+    torch.testing.assert_close(found.activation @ found.weight.mT, identity, atol=1e-7, rtol=0)
+
+
+@given(st.integers(0, 20))
+@settings(max_examples=15, deadline=None)
+def test_both_second_moments_become_the_same_and_their_diagonal_constant(seed):
+    x, w = problem(seed=seed)
+    h, g = x.t() @ x / len(x), w.t() @ w
+    found = wush(h, g, damping=0.0)
+    a, b = found.activation[0], found.weight[0]
+    moments = a.t() @ h @ a, b.t() @ g @ b
+    torch.testing.assert_close(moments[0], moments[1], rtol=1e-6, atol=1e-6 * float(h.diagonal().max()) ** 0.5)
+    diagonal = moments[0].diagonal()
+    torch.testing.assert_close(diagonal, diagonal.mean().expand_as(diagonal), rtol=1e-6, atol=0)
+
+
+def test_without_a_hadamard_the_moments_are_the_singular_values():
+    x, w = problem()
+    found = wush(x.t() @ x / len(x), w.t() @ w, hadamard=False, damping=0.0)
+    moments = found.activation[0].t() @ (x.t() @ x / len(x)) @ found.activation[0]
+    torch.testing.assert_close(
+        moments, torch.diag(found.singular[0]), rtol=1e-6, atol=1e-6 * float(found.singular.max())
+    )
+    assert bool((found.singular[0].diff() <= 1e-9).all())
+
+
+def test_four_bit_rounding_loses_less_than_behind_a_plain_hadamard():
+    x, w = (t.float() for t in problem(width=64, rows=96, tokens=600, seed=3))
+    exact = x.double() @ w.double().t()
+
+    def error(inputs, weight):
+        rounded = fake_quantize_absmax(inputs, 4).double() @ fake_quantize_absmax(weight, 4).double().t()
+        return float((rounded - exact).square().mean())
+
+    found = wush((x.t() @ x / len(x)).double(), (w.t() @ w).double())
+    mine = error(block_apply(x, found.activation).float(), block_apply(w, found.weight).float())
+    assert mine < 0.9 * error(hadamard_transform(x), hadamard_transform(w)) < error(x, w)
+
+
+def test_channels_that_nothing_used_and_singular_moments_are_damped_and_said():
+    x, w = problem()
+    x[:, 3] = 0
+    x[:, 5] = x[:, 4]
+    found = wush(x.t() @ x / len(x), w.t() @ w, damping=0.0)
+    assert found.damping_activation > 0 == found.damping_weight
+    torch.testing.assert_close(
+        block_apply(x, found.activation) @ block_apply(w, found.weight).t(), x @ w.t(), rtol=1e-4, atol=1e-4
+    )
+    assert f"damped by {found.damping_activation:g}" in found.describe()
+
+
+def test_diagonal_blocks_are_copies_of_the_blocks_on_the_diagonal():
+    matrix = torch.arange(36.0).view(6, 6)
+    blocks = diagonal_blocks(matrix, 2)
+    assert torch.equal(blocks[1], matrix[2:4, 2:4].double()) and blocks.shape == (3, 2, 2)
+    blocks.zero_()
+    assert matrix[0, 1] == 1
+
+
+def test_what_has_no_closed_form_is_refused():
+    eye = torch.eye(4)
+    with pytest.raises(ValueError, match="gram: shape"):
+        wush(eye, torch.eye(3))
+    with pytest.raises(ValueError, match="damping: -1"):
+        wush(eye, eye, damping=-1)
+    with pytest.raises(ValueError, match="block: 3 is not valid: expected a divisor of 4"):
+        wush(eye, eye, block=3)
+    with pytest.raises(ValueError, match="hessian: holds NaN or inf"):
+        wush(eye * torch.nan, eye)
+    with pytest.raises(ValueError, match="gram: not positive definite"):
+        wush(eye, -1000 * eye)
+    with pytest.raises(ValueError, match="x: 5 channels, expected 2 blocks of 2"):
+        block_apply(torch.ones(5), torch.ones(2, 2, 2))
+    with pytest.raises(ValueError, match="size: 3"):
+        diagonal_blocks(eye, 3)
