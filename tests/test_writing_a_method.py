@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
 PAGE = pathlib.Path(__file__).parents[1] / "docs" / "writing-a-method.md"

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
 INPUTS: dict[str, Any] = {

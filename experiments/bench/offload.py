@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 SHARD_TENSORS = 64

@@ -26,7 +26,9 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from ptq.cli.catalog import config_folder, groups
-from ptq.config.schema import Recipe, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.checking import named
+from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
 
 OPTIONAL_GROUPS = ("export",)
@@ -140,7 +142,7 @@ def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[s
 def _job(config: pathlib.Path, point: list[tuple[str, bool]]) -> Job:
     composed = compose(config_name=config.stem, overrides=[line for line, _ in point])
     plain = _plain(composed)
-    plain.setdefault("name", config.stem)
+    plain.setdefault("name", named(config.stem))
     return Job(recipe_from(plain), tuple(line.lstrip("+") for line, swept in point if swept), plain)
 
 

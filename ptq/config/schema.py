@@ -1,19 +1,13 @@
-"""The only schema: a recipe as plain dataclasses, checked before any work. Nothing here knows Hydra."""
+"""The only schema: a recipe as plain dataclasses. `ptq.config.building` builds one, `ptq.config.checking` checks it."""
 
 import dataclasses
 import hashlib
 import json
-import math
-import types
-import typing
 from dataclasses import dataclass, field
 from typing import Any
 
-from ptq.errors import UserError, nearest
-from quantize.spec.quant_spec import QuantSpec, SpecError
-from quantize.spec.rules import TENSORS, TensorRuleError, check_tensor
-
-SOURCES = ("docs", "file", "wikitext2", "c4", "ptb", "pile", "mix")
+from ptq.config.options import option, seed_option
+from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -29,7 +23,7 @@ class ModelConfig:
 
     path: str
     revision: str | None = None
-    dtype: str = "auto"
+    dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
     trust_remote_code: bool = False
 
 
@@ -46,12 +40,12 @@ class TextConfig:
         mix: the texts to draw from in equal parts, with source ``mix``.
     """
 
-    source: str = "docs"
-    variant: str | None = None
-    split: str = "train"
-    path: str | None = None
-    text_column: str = "text"
-    mix: tuple["TextConfig", ...] = ()
+    source: str = option("docs", choices=("docs", "file", "wikitext2", "c4", "ptb", "pile", "mix"))
+    variant: str | None = option(None, choices=("old", "new"), only_with={"source": ("c4", "ptb")})
+    split: str = option("train", choices=("train", "validation", "test"))
+    path: str | None = option(None, only_with={"source": ("file",)})
+    text_column: str = option("text", only_with={"source": ("file",)})
+    mix: tuple["TextConfig", ...] = option((), only_with={"source": ("mix",)})
 
 
 @dataclass(frozen=True)
@@ -69,12 +63,12 @@ class CalibrationConfig:
     `statistics` names a file written by gen_act_stat.py to read instead of calibrating again.
     """
 
-    samples: int = 64
-    length: int = 512
-    sampling: str = "contiguous"
-    seed: int = 0
+    samples: int = option(64, least=1)
+    length: int = option(512, least=2)
+    sampling: str = option("contiguous", choices=("contiguous", "random"))
+    seed: int = seed_option()
     bos: bool = False
-    batch_size: int = 4
+    batch_size: int = option(4, least=1)
     statistics: str | None = None
 
 
@@ -86,14 +80,14 @@ class EvaluationConfig:
     with `resamples` draws, seeded by `seed`, at `confidence`. `chunk` is the number of tokens whose logits exist at once.
     """
 
-    windows: int | None = 16
-    length: int = 1024
+    windows: int | None = option(16, least=1)
+    length: int = option(1024, least=2)
     bos: bool = False
-    batch_size: int = 1
-    chunk: int = 128
-    resamples: int = 10000
+    batch_size: int = option(1, least=1)
+    chunk: int = option(128, least=1)
+    resamples: int = option(10000, least=100, most=1_000_000)
     confidence: float = 0.95
-    seed: int = 0
+    seed: int = seed_option()
 
 
 @dataclass(frozen=True)
@@ -133,8 +127,8 @@ class ExecutionConfig:
     """
 
     device: str = "auto"
-    weights: str = "resident"
-    hidden_states: str = "memory"
+    weights: str = option("resident", choices=("resident", "offloaded"))
+    hidden_states: str = option("memory", choices=("memory", "disk"))
     save: bool = False
 
 
@@ -170,144 +164,3 @@ class Recipe:
         """Returns 12 hex digits over everything that describes the experiment (not where its files go)."""
         content = {key: value for key, value in self.as_dict().items() if key not in {"outputs", "store"}}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]
-
-
-def build(cls: type, value: Any, path: str = "") -> Any:
-    """Builds dataclass `cls` out of the mapping `value`; unknown keys, wrong types and missing keys raise `UserError`.
-
-    Args:
-        cls: a dataclass of this module.
-        value: plain containers, as read from YAML.
-        path: the dotted name of `value` in the recipe, for messages.
-    """
-    if not isinstance(value, dict):
-        raise UserError(f"{path or 'recipe'}: {value!r} is not a mapping: expected the keys {', '.join(_names(cls))}")
-    hints = typing.get_type_hints(cls)
-    for key in value:
-        if key not in hints:
-            raise UserError(f"{_join(path, str(key))}: no such key (value {value[key]!r}){nearest(str(key), hints)}")
-    for f in dataclasses.fields(cls):
-        if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
-            raise UserError(f"{_join(path, f.name)}: missing: give it a value")
-    arguments = {key: _convert(hints[key], item, _join(path, key)) for key, item in value.items()}
-    try:
-        return cls(**arguments)
-    except SpecError as error:
-        raise _refused(path, error) from None
-
-
-def _refused(path: str, error: SpecError) -> UserError:
-    if isinstance(error, TensorRuleError):
-        return UserError(f"{_join(path, error.field)}: {error.sentence}")
-    close = nearest(str(error.value), error.choices) if error.choices else ""
-    return UserError(f"{_join(path, error.field)}: {error.value!r} is not valid: expected {error.expected}{close}")
-
-
-def recipe_from(value: dict[str, Any]) -> Recipe:
-    """Builds and checks a `Recipe` out of plain containers. Raises `UserError` with one line for the first mistake."""
-    recipe = build(Recipe, value)
-    check(recipe)
-    return recipe
-
-
-def check(recipe: Recipe) -> None:
-    """Raises `UserError` for values that no part of a recipe can use together; needs no model and no data."""
-    _choice("model.dtype", recipe.model.dtype, ("auto", "float32", "float16", "bfloat16"))
-    _choice("execution.weights", recipe.execution.weights, ("resident", "offloaded"))
-    _choice("execution.hidden_states", recipe.execution.hidden_states, ("memory", "disk"))
-    _choice("calibration.sampling", recipe.calibration.sampling, ("contiguous", "random"))
-    for name, least in (("samples", 1), ("length", 2), ("batch_size", 1)):
-        _at_least(f"calibration.{name}", getattr(recipe.calibration, name), least)
-    for name, least in (("windows", 1), ("length", 2), ("batch_size", 1), ("chunk", 1), ("resamples", 100)):
-        _at_least(f"evaluation.{name}", getattr(recipe.evaluation, name), least)
-    if not 0 < recipe.evaluation.confidence < 1:
-        raise UserError(f"evaluation.confidence: {recipe.evaluation.confidence} is not between 0 and 1: use 0.95")
-    _check_text("data.calibration", recipe.data.calibration)
-    _check_text("data.evaluation", recipe.data.evaluation)
-    check_specs(recipe.scheme)
-
-
-def check_specs(scheme: SchemeConfig) -> None:
-    """Raises `UserError` for a spec that its tensor cannot have; needs no model."""
-    for tensor in TENSORS:
-        _check_tensor(f"scheme.{tensor}", tensor, getattr(scheme, tensor))
-    for i, override in enumerate(scheme.overrides):
-        for tensor, spec in override.tensors.items():
-            _choice(f"scheme.overrides[{i}].tensors", tensor, TENSORS)
-            _check_tensor(f"scheme.overrides[{i}].tensors.{tensor}", tensor, spec)
-
-
-def _check_text(path: str, text: TextConfig) -> None:
-    _choice(f"{path}.source", text.source, SOURCES)
-    if text.source == "file" and not text.path:
-        raise UserError(f"{path}.path: null, but source is file: name a .txt, .jsonl or .parquet file")
-    if text.source == "mix" and not text.mix:
-        raise UserError(f"{path}.mix: empty, but source is mix: list the texts to mix")
-    if text.source in {"c4", "ptb"}:
-        _choice(f"{path}.variant", text.variant or "null", ("old", "new"))
-    elif text.variant is not None:
-        raise UserError(f"{path}.variant: {text.variant!r}, but {text.source} has no variants: use null")
-    _choice(f"{path}.split", text.split, ("train", "validation", "test"))
-    for i, part in enumerate(text.mix):
-        if part.source == "mix":
-            raise UserError(f"{path}.mix[{i}].source: 'mix' inside a mix: list the texts in one mix")
-        _check_text(f"{path}.mix[{i}]", part)
-
-
-def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
-    if spec is None:
-        return
-    try:
-        check_tensor(tensor, spec)
-    except SpecError as error:
-        raise _refused(path, error) from None
-
-
-def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise UserError(
-            f"{path}: {value!r} is not valid: expected one of {', '.join(choices)}{nearest(value, choices)}"
-        )
-
-
-def _at_least(path: str, value: int | None, least: int) -> None:
-    if value is not None and value < least:
-        raise UserError(f"{path}: {value} is too small: use {least} or more")
-
-
-def _names(cls: type) -> list[str]:
-    return [f.name for f in dataclasses.fields(cls)]
-
-
-def _join(path: str, key: str) -> str:
-    return f"{path}.{key}" if path else key
-
-
-def _convert(hint: Any, value: Any, path: str) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin in (types.UnionType, typing.Union):
-        if value is None and type(None) in arguments:
-            return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
-    if dataclasses.is_dataclass(hint):
-        return build(typing.cast(type, hint), value, path)
-    if origin is tuple:
-        if not isinstance(value, list | tuple):
-            raise UserError(f"{path}: {value!r} is not a list")
-        return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
-    if origin is dict:
-        if not isinstance(value, dict):
-            raise UserError(f"{path}: {value!r} is not a mapping")
-        return {str(key): _convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
-    if hint is Any:
-        return value
-    return _scalar(hint, value, path)
-
-
-def _scalar(hint: type, value: Any, path: str) -> Any:
-    if hint is float and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
-    if type(value) is not hint or (isinstance(value, float) and not math.isfinite(value)):
-        words = {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}
-        raise UserError(f"{path}: {value!r} is not {words[hint]}")
-    return value

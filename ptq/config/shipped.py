@@ -5,7 +5,9 @@ import pathlib
 import yaml
 
 import ptq
-from ptq.config.schema import SchemeConfig, build, check_specs
+from ptq.config.building import build
+from ptq.config.checking import check_specs
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 
 DEMO = "demo"

@@ -4,7 +4,8 @@ import importlib
 import pkgutil
 
 import ptq.export
-from ptq.config.schema import ExportConfig, build
+from ptq.config.building import build
+from ptq.config.schema import ExportConfig
 from ptq.errors import UserError, nearest
 from ptq.export.base import Exporter
 

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.config.schema import SchemeConfig, check_specs
+from ptq.config.checking import check_specs
+from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import LinearSpecs, attention_tensors, check_scheme, linear_specs
 from ptq.config.shipped import scheme_named
 from ptq.errors import UserError, nearest

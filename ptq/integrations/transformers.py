@@ -16,7 +16,8 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.quantizers_utils import get_module_from_name
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ptq.config.schema import SchemeConfig, build
+from ptq.config.building import build
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.integrations.replace import (
     HEAD,

@@ -10,7 +10,8 @@ import torch
 import yaml
 from transformers.pytorch_utils import Conv1D
 
-from ptq.config.schema import ExportConfig, Recipe, SchemeConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.export.base import Exported, Exporter, refuse_existing

@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from ptq.calibration.statistics import Provenance, StatisticsVisitor
-from ptq.config.schema import SchemeConfig, check_specs
+from ptq.config.checking import check_specs
+from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import check_scheme
 from ptq.config.shipped import scheme_named
 from ptq.errors import UserError

@@ -6,7 +6,7 @@ from typing import Any
 
 import ptq.steps.solvers
 import ptq.steps.transforms
-from ptq.config.schema import build
+from ptq.config.building import build
 from ptq.errors import UserError, nearest
 from ptq.steps._step import SOLVER, TRANSFORM, Step
 

@@ -84,6 +84,8 @@ class QuantSpec:
             raise SpecError("clip", self.clip, "a number above 0, up to 1 (nearest: 1.0)")
         if self.clip != 1 and self.range in {"percentile", "mse"}:
             raise SpecError("clip", self.clip, f"1.0 with range {self.range}, which chooses itself how much is kept")
+        if self.percentile != 99.99 and self.range != "percentile":
+            raise SpecError("percentile", self.percentile, f"99.99 with range {self.range}: only percentile reads it")
         self._check_format()
 
     def _check_format(self) -> None:

@@ -10,7 +10,8 @@ import sys
 import pytest
 import torch
 
-from ptq.config.schema import TextConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.run.experiment import run
 from ptq.testing import byte_tokenizer

@@ -10,7 +10,8 @@ import subprocess
 import pytest
 import torch
 
-from ptq.config.schema import TextConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.run.experiment import run
 

@@ -9,7 +9,8 @@ import transformers
 
 from group_methods.reorder import permute_columns
 from ptq.calibration.statistics import Statistics
-from ptq.config.schema import ExportConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import ExportConfig
 from ptq.integrations.replace import quantize_
 from ptq.run.experiment import run
 from ptq.run.exports import export_run

@@ -18,6 +18,7 @@ from group_methods.kmeans import (
 )
 from group_methods.reorder import order_of, permute_columns, permute_rows, repeat_heads
 from ptq.calibration.statistics import Statistics
+from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.links import Link
@@ -64,11 +65,11 @@ class Options:
 
     method: str = "max_std_kmeans"
     clusters: Counts = field(default_factory=Counts)
-    features: tuple[str, ...] = FEATURES
-    sources: tuple[str, ...] = SOURCES
+    features: tuple[str, ...] = option(FEATURES, only_with={"method": ("max_std_kmeans",)})
+    sources: tuple[str, ...] = option(SOURCES, only_with={"method": ("max_std_kmeans",)})
     standardise: bool = False
     reorder: bool = True
-    seed: int = 0
+    seed: int = seed_option()
 
     def __post_init__(self) -> None:
         _check("method", (self.method,), METHODS)

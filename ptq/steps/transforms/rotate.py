@@ -6,6 +6,7 @@ from typing import Any, ClassVar
 import torch
 from torch import nn
 
+from ptq.config.options import MOST_SEED, option
 from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
@@ -49,7 +50,7 @@ class Options:
     residual: bool = True
     values: bool = True
     online: tuple[str, ...] = ("down",)
-    seed: int = 0
+    seed: int = option(0, least=0, most=MOST_SEED, only_with={"residual": (True,)})
 
     def __post_init__(self) -> None:
         for place in self.online:

@@ -9,8 +9,9 @@ import torch
 
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import ChannelStatistics, Statistics, WeightStatistics
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.links import Link
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
@@ -43,11 +44,11 @@ class Options:
             that the model has and that are exact.
     """
 
-    alpha: float = 0.5
+    alpha: float = option(0.5, only_with={"search": (False,)})
     beta: float | None = None
     search: bool = False
-    candidates: tuple[float, ...] = (0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9)
-    links: tuple[str, ...] | None = None
+    candidates: tuple[float, ...] = option((0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9), only_with={"search": (True,)})
+    links: tuple[str, ...] | None = option(None, choices=KINDS)
 
     def __post_init__(self) -> None:
         exponents = [("alpha", self.alpha), *(("candidates", alpha) for alpha in self.candidates)]
@@ -55,9 +56,6 @@ class Options:
             if not 0 <= exponent <= 1:
                 close = min(max(exponent, 0.0), 1.0)
                 raise UserError(f"steps.smooth.{name}: {exponent} is not between 0 and 1 (nearest: {close})")
-        for kind in self.links or ():
-            if kind not in KINDS:
-                raise UserError(f"steps.smooth.links: {kind!r} is no kind of link{nearest(kind, KINDS)}")
         if self.search and not self.candidates:
             raise UserError("steps.smooth.candidates: empty, but search is true: list alphas such as [0.3, 0.5, 0.7]")
 

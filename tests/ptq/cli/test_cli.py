@@ -85,7 +85,7 @@ def test_a_file_outside_finds_the_shipped_groups_and_its_own(tmp_path, work):
     (tmp_path / "my recipe.yaml").write_text(recipe)
     assert main(["run", "--config", str(tmp_path / "my recipe.yaml")]) == 0
     made = work.calls[0][1]
-    assert (made.name, made.model.path, made.scheme.weight.bits) == ("my recipe", "facebook/opt-125m", 3)
+    assert (made.name, made.model.path, made.scheme.weight.bits) == ("my-recipe", "facebook/opt-125m", 3)
     assert main(["run", "--config", str(tmp_path / "my recipe.yaml"), "-m", "scheme=mine,w4a4", "~method"]) == 0
     assert [call[1].scheme.weight.bits for call in work.calls[1:]] == [3, 4]
 

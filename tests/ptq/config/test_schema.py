@@ -1,10 +1,14 @@
 """The schema: what is refused, with which line."""
 
+import pathlib
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq.config.schema import Recipe, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.checking import named
+from ptq.config.schema import Recipe
 from ptq.errors import UserError
 
 GOOD = {"name": "x", "model": {"path": "somewhere"}, "scheme": {"weight": {"bits": 4}}, "steps": {"rtn": {}}}
@@ -39,6 +43,22 @@ def _with(**changes):
         ({"name": "x", "model": {}}, ["model.path", "missing"]),
         (_with(scheme={"overrides": [{"modules": "*", "tensors": {"inputt": None}}]}), ["overrides[0]", "'input'"]),
         (_with(scheme=3), ["scheme", "not a mapping"]),
+        (_with(calibration={"seed": 1}), ["calibration.seed: 1 changes nothing", "calibration.sampling=random"]),
+        (_with(calibration={"seed": 2**70, "sampling": "random"}), ["calibration.seed", "use 4294967295 or less"]),
+        (_with(evaluation={"seed": -1}), ["evaluation.seed", "use 0 or more"]),
+        (_with(evaluation={"resamples": 10**9}), ["evaluation.resamples", "use 1000000 or less"]),
+        (_with(evaluation={"confidence": 10**400}), ["evaluation.confidence", "floating point"]),
+        (_with(data={"evaluation": {"path": "x.txt"}}), ["data.evaluation.path", "source=docs", "source=file"]),
+        (_with(data={"evaluation": {"source": "file", "path": "x.txt", "text_column": "body"}}), ["text_column"]),
+        (_with(data={"evaluation": {"source": "docs", "mix": [{}]}}), ["data.evaluation.mix", "source=mix"]),
+        (_with(scheme={"weight": {"percentile": 99.0}}), ["scheme.weight.percentile", "range minmax"]),
+        (_with(name="../up"), ["name", "letters, digits", "such as up"]),
+        (_with(name=".."), ["name"]),
+        (_with(name=""), ["name", "such as recipe"]),
+        (_with(name="a" * 101), ["name", "1 to 100"]),
+        (_with(name="\u00e9t\u00e9"), ["name", "such as t"]),
+        (_with(model={"path": "x" * 10_000, "rev": 1}), ["model.rev"]),
+        (_with(model={"path": ["x" * 10_000]}), ["model.path", "..."]),
     ],
 )
 def test_a_mistake_gets_one_line_with_the_field_the_value_and_the_nearest_choice(recipe, words):
@@ -47,6 +67,7 @@ def test_a_mistake_gets_one_line_with_the_field_the_value_and_the_nearest_choice
     line = str(error.value)
     assert "\n" not in line
     assert all(word in line for word in words), line
+    assert len(line) < 600
 
 
 def test_the_digest_depends_on_the_experiment_and_not_on_where_files_go():
@@ -60,6 +81,17 @@ def test_a_resolved_recipe_builds_the_same_recipe_again():
         _with(scheme={"weight": {"bits": 3}, "overrides": [{"modules": "*.fc2", "tensors": {"input": None}}]})
     )
     assert recipe_from(recipe.as_dict()) == recipe
+
+
+@given(st.text(max_size=130))
+def test_every_name_is_refused_with_one_that_is_valid_or_is_a_folder_below_the_outputs(name):
+    try:
+        recipe_from(_with(name=name))
+    except UserError as error:
+        recipe_from(_with(name=named(name)))
+        assert named(name) in str(error)
+    else:
+        assert (pathlib.Path("/outputs") / name).resolve().parent == pathlib.Path("/outputs")
 
 
 @given(

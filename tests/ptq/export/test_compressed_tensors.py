@@ -12,7 +12,8 @@ import pytest
 import torch
 import transformers
 
-from ptq.config.schema import Override, SchemeConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.to_compressed_tensors import Exporter, Options, lossless
 from ptq.inspect.inspection import inspect

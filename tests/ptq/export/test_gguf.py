@@ -8,7 +8,8 @@ import pytest
 import torch
 import transformers
 
-from ptq.config.schema import Override, SchemeConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.to_gguf import Exporter, Options
 from ptq.inspect.inspection import inspect

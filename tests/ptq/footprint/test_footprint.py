@@ -8,7 +8,7 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.footprint.footprint import (
     BIAS,

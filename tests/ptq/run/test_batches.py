@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
 TENSOR = {"bits": 4, "granularity": "tensor", "dynamic": True}

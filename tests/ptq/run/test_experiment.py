@@ -10,7 +10,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ptq.calibration.statistics import Statistics
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import collect_statistics, dry_run, run

@@ -8,7 +8,8 @@ import torch
 from safetensors.torch import save_file
 
 from ptq.cli.app import main
-from ptq.config.schema import ExportConfig, SchemeConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import ExportConfig, SchemeConfig
 from ptq.errors import UserError
 from ptq.inspect.q8_readers import open_llama2c
 from ptq.models.weights import ResidentWeights

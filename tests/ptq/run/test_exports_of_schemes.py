@@ -12,7 +12,8 @@ from torch.nn.functional import cross_entropy
 
 from ptq.cli import catalog
 from ptq.cli.hydra_edge import compose_jobs
-from ptq.config.schema import ExportConfig, TextConfig, recipe_from
+from ptq.config.building import recipe_from
+from ptq.config.schema import ExportConfig, TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.errors import UserError
 from ptq.export.registry import build_exporter, shipped

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from ptq.cli import catalog
 from ptq.cli.hydra_edge import compose_jobs
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.report.results import describe_spec
 from ptq.run.experiment import dry_run, run

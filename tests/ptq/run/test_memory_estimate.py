@@ -3,7 +3,7 @@
 import pytest
 import transformers
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.network import build_network
 from ptq.network.skeleton import skeleton

@@ -13,7 +13,7 @@ import yaml
 from safetensors.torch import load_file
 
 from ptq.cli.app import main
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import run

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
 pytestmark = pytest.mark.skipif(

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import ptq.run.session
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}

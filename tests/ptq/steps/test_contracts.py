@@ -8,7 +8,7 @@ import torch
 import transformers
 from safetensors.torch import load_file
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.testing import byte_tokenizer

@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.steps._step import STATISTICS

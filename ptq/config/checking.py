@@ -1,0 +1,97 @@
+"""Values that the fields of a recipe cannot have, alone or together; needs no model and no data."""
+
+import re
+
+from ptq.config.options import check_fields
+from ptq.config.schema import CalibrationConfig, Recipe, SchemeConfig, TextConfig
+from ptq.errors import UserError, nearest
+from quantize.spec.quant_spec import QuantSpec, SpecError
+from quantize.spec.rules import TENSORS, TensorRuleError, check_tensor
+
+NAME = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
+"""What a recipe may be called: the name of a folder on every system, below `outputs` and nowhere else."""
+
+
+def check(recipe: Recipe) -> None:
+    """Raises `UserError` for values that no part of a recipe can use together; needs no model and no data."""
+    check_name(recipe.name)
+    check_fields(recipe, "")
+    if not 0 < recipe.evaluation.confidence < 1:
+        raise UserError(f"evaluation.confidence: {recipe.evaluation.confidence} is not between 0 and 1: use 0.95")
+    _check_text("data.calibration", recipe.data.calibration)
+    _check_text("data.evaluation", recipe.data.evaluation)
+    _check_seed(recipe.calibration, recipe.data.calibration)
+    check_specs(recipe.scheme)
+
+
+def check_name(name: str) -> None:
+    """Raises `UserError` for a name that no folder below `outputs` can have."""
+    if not NAME.fullmatch(name) or not name.strip("."):
+        raise UserError(
+            f"name: {name[:120]!r} is not valid: use 1 to 100 letters, digits, . _ or -, such as {named(name)}"
+        )
+
+
+def named(text: str) -> str:
+    """Returns the valid name that is nearest to `text`."""
+    return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "recipe"
+
+
+def _check_seed(calibration: CalibrationConfig, text: TextConfig) -> None:
+    """A seed draws windows where sampling is random; slices of C4's documents are always drawn."""
+    sliced = any((part.source, part.variant) == ("c4", "old") for part in (text, *text.mix))
+    if calibration.seed and calibration.sampling != "random" and not sliced:
+        raise UserError(
+            f"calibration.seed: {calibration.seed} changes nothing beside calibration.sampling={calibration.sampling}: "
+            "leave it out, or use calibration.sampling=random"
+        )
+
+
+def check_specs(scheme: SchemeConfig) -> None:
+    """Raises `UserError` for a spec that its tensor cannot have; needs no model."""
+    for tensor in TENSORS:
+        _check_tensor(f"scheme.{tensor}", tensor, getattr(scheme, tensor))
+    for i, override in enumerate(scheme.overrides):
+        for tensor, spec in override.tensors.items():
+            _choice(f"scheme.overrides[{i}].tensors", tensor, TENSORS)
+            _check_tensor(f"scheme.overrides[{i}].tensors.{tensor}", tensor, spec)
+
+
+def _check_text(path: str, text: TextConfig) -> None:
+    if text.source == "file" and not text.path:
+        raise UserError(f"{path}.path: null, but source is file: name a .txt, .jsonl or .parquet file")
+    if text.source == "mix" and not text.mix:
+        raise UserError(f"{path}.mix: empty, but source is mix: list the texts to mix")
+    if text.source in {"c4", "ptb"} and text.variant is None:
+        raise UserError(f"{path}.variant: null, but {text.source} has two: use old or new")
+    if text.source == "file" and text.text_column != "text" and str(text.path).lower().endswith(".txt"):
+        raise UserError(f"{path}.text_column: {text.text_column!r}, but a .txt file has no columns: leave it out")
+    for i, part in enumerate(text.mix):
+        if part.source == "mix":
+            raise UserError(f"{path}.mix[{i}].source: 'mix' inside a mix: list the texts in one mix")
+        _check_text(f"{path}.mix[{i}]", part)
+
+
+def _check_tensor(path: str, tensor: str, spec: QuantSpec | None) -> None:
+    if spec is None:
+        return
+    try:
+        check_tensor(tensor, spec)
+    except SpecError as error:
+        raise refused(path, error) from None
+
+
+def refused(path: str, error: SpecError) -> UserError:
+    """Returns the one line for a spec that is refused; `path` is its place in the recipe."""
+    where = f"{path}.{error.field}" if path else error.field
+    if isinstance(error, TensorRuleError):
+        return UserError(f"{where}: {error.sentence}")
+    close = nearest(str(error.value), error.choices) if error.choices else ""
+    return UserError(f"{where}: {error.value!r} is not valid: expected {error.expected}{close}")
+
+
+def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise UserError(
+            f"{path}: {value!r} is not valid: expected one of {', '.join(choices)}{nearest(value, choices)}"
+        )
