@@ -120,11 +120,13 @@ def _command(command: str, arguments: list[str], program: str) -> int:
 
     from ptq.cli.hydra_edge import compose_jobs
 
-    jobs = compose_jobs(path, options.overrides, options.multirun)
+    jobs = compose_jobs(path, options.overrides, options.multirun, options.trust)
     if options.cfg:
         for job in jobs:
             print(_yaml(job.config), end="" if len(jobs) == 1 else "---\n")
         return 0
+    for job in jobs:
+        job.check_paths()
     work = _work(command, options)
     for number, job in enumerate(jobs, 1):
         if len(jobs) > 1:
@@ -182,6 +184,9 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
         parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
     if command == "run":
         parser.add_argument("--force", action="store_true", help="run again what is finished")
+    parser.add_argument(
+        "--trust", action="store_true", help="a recipe file may name code to run and environment variables to read"
+    )
     parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
     if command == "stats":
         parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")

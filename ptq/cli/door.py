@@ -15,13 +15,16 @@ if TYPE_CHECKING:
     from ptq.run.result import Result
 
 
-def run(recipe: str | pathlib.Path | Recipe, overrides: Sequence[str] | str = (), force: bool = False) -> "Result":
+def run(
+    recipe: str | pathlib.Path | Recipe, overrides: Sequence[str] | str = (), force: bool = False, trust: bool = False
+) -> "Result":
     """Runs one experiment and returns its `ptq.run.result.Result`.
 
     Args:
         recipe: a shipped recipe's name, a path to a YAML file, or a `Recipe`.
         overrides: Hydra overrides, such as ``["scheme.weight.bits=3"]`` or ``"scheme.weight.bits=3 data=docs"``.
         force: run it again, although it is finished.
+        trust: a recipe file may name code to run and environment variables to read, as `overrides` may.
 
     Raises:
         UserError: for anything that can be mended, in one line.
@@ -38,7 +41,8 @@ def run(recipe: str | pathlib.Path | Recipe, overrides: Sequence[str] | str = ()
 
     from ptq.cli.hydra_edge import compose_jobs
 
-    jobs = compose_jobs(catalog.locate(str(recipe)), words)
+    jobs = compose_jobs(catalog.locate(str(recipe)), words, trust=trust)
+    jobs[0].check_paths()
     return run_recipe(jobs[0].recipe, force)
 
 

@@ -17,13 +17,16 @@ def export_command(arguments: list[str], program: str) -> int:
     parser.add_argument("--format", metavar="NAME", required=True, help="compressed-tensors, gguf, llama2c or kuiper")
     parser.add_argument("--output", metavar="PATH", help="where to (default: export/NAME in the run's folder)")
     parser.add_argument("--force", action="store_true", help="replace what is there")
+    parser.add_argument("--trust", action="store_true", help="the run's model may run code of its own")
     given = _parse(parser, arguments)
     from ptq.config.schema import ExportConfig
     from ptq.run.exports import export_run
 
     options = dict(_option(text) for text in given.options)
     output = pathlib.Path(given.output).expanduser() if given.output else None
-    export_run(pathlib.Path(given.run).expanduser(), ExportConfig(given.format, options), output, given.force)
+    export_run(
+        pathlib.Path(given.run).expanduser(), ExportConfig(given.format, options), output, given.force, given.trust
+    )
     return 0
 
 

@@ -24,12 +24,17 @@ from hydra.errors import HydraException, MissingConfigException, OverrideParseEx
 from hydra.plugins.search_path_plugin import SearchPathPlugin
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.resolvers import oc
 
 from ptq.cli.catalog import config_folder, groups
+from ptq.cli.override_words import MOST_CHARACTERS, quoted
+from ptq.cli.recipe_files import RecipeFiles, check_trusted, environment, is_shipped, typed_values
+from ptq.cli.recipe_paths import placed
 from ptq.config.building import recipe_from
 from ptq.config.checking import named
 from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
+from ptq.files.bounded_yaml import load_yaml
 
 OPTIONAL_GROUPS = ("export",)
 """Groups that a recipe need not name in its defaults for `group=choice` to add them."""
@@ -37,44 +42,81 @@ OPTIONAL_GROUPS = ("export",)
 
 @dataclass(frozen=True)
 class Job:
-    """One composed experiment: its recipe, the overrides that a sweep chose for it, and its config as plain containers."""
+    """One composed experiment.
+
+    Attributes:
+        recipe: what is to be run.
+        overrides: what a sweep chose for it.
+        config: the composed config, as plain containers.
+        missing: one line for each path of the recipe file that is nowhere.
+    """
 
     recipe: Recipe
     overrides: tuple[str, ...]
     config: dict[str, Any]
+    missing: tuple[str, ...] = ()
+
+    def check_paths(self) -> None:
+        """Raises `UserError` for a path of the recipe file that is neither beside it nor in the working folder."""
+        if self.missing:
+            raise UserError(self.missing[0])
 
 
-def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = False) -> list[Job]:
+def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = False, trust: bool = False) -> list[Job]:
     """Composes the recipe file `config` with Hydra overrides into jobs, all checked: one, or with `multirun` one per point.
 
     The `defaults` of a file outside the shipped configs are looked up beside it first, then in the shipped configs.
     A sweep is the product of its choices in the order of the command line, the last varying fastest, as in Hydra's
     basic sweeper.
 
+    Args:
+        config: the recipe file.
+        overrides: what was typed.
+        multirun: one job for each point of a sweep.
+        trust: the files may name code to run and environment variables to read, as what was typed may.
+
     Raises:
         UserError: one line for the first mistake in the file or in an override.
     """
-    with _hydra(config.parent) as loader, _one_line(config):
-        points = list(_points(_parse(overrides, loader, config), multirun))
-        return [_job(config, list(point)) for point in points]
+    lines = [quoted(_bounded(line)) for line in overrides]
+    with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
+        points = list(_points(_parse(lines, loader, config), multirun))
+        return [_job(config, list(point), trust) for point in points]
 
 
 class ShippedConfigs(SearchPathPlugin):
-    """Appends the shipped configs to Hydra's search path, so that a recipe file anywhere may name their groups."""
+    """Appends the shipped configs to Hydra's search path, so that a recipe file anywhere may name their groups.
+
+    The folder of that file is read as `RecipeFiles`.
+    """
 
     def manipulate_search_path(self, search_path: ConfigSearchPath) -> None:
         """Called by Hydra when it is set up."""
+        for place in search_path.get_path():
+            if place.provider == "main" and not str(place.path).startswith(f"{RecipeFiles.scheme()}://"):
+                place.path = f"{RecipeFiles.scheme()}://{place.path}"
         search_path.append(provider="ptq", path=f"file://{config_folder()}")
 
 
 @contextmanager
-def _hydra(folder: pathlib.Path) -> Iterator[ConfigLoader]:
-    """Hydra set up to search `folder` first and then the shipped configs."""
+def _hydra(folder: pathlib.Path, variables: Any) -> Iterator[ConfigLoader]:
+    """Hydra set up to search `folder` first and then the shipped configs, with `variables` as the resolver ``oc.env``."""
     Plugins.instance().register(ShippedConfigs)
+    Plugins.instance().register(RecipeFiles)
+    OmegaConf.register_new_resolver("oc.env", variables, replace=True)
     # ${shipped:shapes/x} in a recipe is a path below the shipped configs, wherever those are installed.
     OmegaConf.register_new_resolver("shipped", lambda path: str(config_folder() / path), replace=True)
-    with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
-        yield GlobalHydra.instance().config_loader()
+    try:
+        with initialize_config_dir(version_base="1.3", config_dir=str(folder)):
+            yield GlobalHydra.instance().config_loader()
+    finally:
+        OmegaConf.register_new_resolver("oc.env", oc.env, replace=True)
+
+
+def _bounded(line: str) -> str:
+    if len(line) > MOST_CHARACTERS:
+        raise UserError(f"{line[:60]}...: an override of {len(line)} characters: write it into a recipe file")
+    return line
 
 
 def _parse(overrides: list[str], loader: ConfigLoader, config: pathlib.Path) -> list[Override]:
@@ -108,8 +150,8 @@ def _names(config: pathlib.Path, group: str) -> tuple[bool, bool]:
     A broken file has neither: it is told of when it is composed.
     """
     try:
-        content = yaml.safe_load(config.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError):
+        content = load_yaml(config)
+    except (yaml.YAMLError, ValueError):
         return False, False
     if not isinstance(content, dict):
         return False, False
@@ -139,11 +181,18 @@ def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[s
     yield from itertools.product(*axes)
 
 
-def _job(config: pathlib.Path, point: list[tuple[str, bool]]) -> Job:
-    composed = compose(config_name=config.stem, overrides=[line for line, _ in point])
-    plain = _plain(composed)
+def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Job:
+    lines = [line for line, _ in point]
+    plain = _plain(compose(config_name=config.stem, overrides=lines))
     plain.setdefault("name", named(config.stem))
-    return Job(recipe_from(plain), tuple(line.lstrip("+") for line, swept in point if swept), plain)
+    missing: tuple[str, ...] = ()
+    if not is_shipped(config):
+        overrides = OverridesParser.create().parse_overrides(lines)
+        if not trust:
+            check_trusted(plain, overrides)
+        missing = placed(plain, config.parent, {key for key, _ in typed_values(overrides)})
+    chosen = tuple(line.lstrip("+") for line, swept in point if swept)
+    return Job(recipe_from(plain), chosen, plain, missing)
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
@@ -158,10 +207,14 @@ def _one_line(config: pathlib.Path) -> Iterator[None]:
         yield
     except MissingConfigException as error:
         raise UserError(_missing(error)) from None
+    except RecursionError:
+        raise UserError(f"{config.name}: nested too deep, in the file or in an override: make it flat") from None
     except OverrideParseException as error:
         advice = "expected key=value, +key=value or ~key, with values of special characters in quotes: key='\"a, b\"'"
-        raise UserError(f"{error.override}: not an override: {advice}") from None
+        raise UserError(f"{error.override!s:.200}: not an override: {advice}") from None
     except (HydraException, OmegaConfBaseException) as error:
+        if isinstance(error.__cause__, UserError):
+            raise error.__cause__ from None
         raise UserError(_explain(config, error)) from None
     except yaml.YAMLError as error:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)

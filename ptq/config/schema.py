@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -160,7 +161,12 @@ class Recipe:
         """Returns the fully resolved recipe as plain, JSON-able containers."""
         return json.loads(json.dumps(dataclasses.asdict(self)))
 
-    def digest(self) -> str:
-        """Returns 12 hex digits over everything that describes the experiment (not where its files go)."""
+    def digest(self, sources: Mapping[str, str] | None = None) -> str:
+        """Returns 12 hex digits over everything that describes the experiment (not where its files go).
+
+        Args:
+            sources: digests of the source of steps from outside, by the step's name.
+        """
         content = {key: value for key, value in self.as_dict().items() if key not in {"outputs", "store"}}
+        content |= {"sources": dict(sources)} if sources else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -1,7 +1,9 @@
 """From a recipe's export section to an `Exporter`: one module each, by name."""
 
+import dataclasses
 import importlib
 import pkgutil
+from typing import Any
 
 import ptq.export
 from ptq.config.building import build
@@ -24,6 +26,18 @@ def build_exporter(config: ExportConfig) -> Exporter:
     """
     if config.format not in shipped():
         raise UserError(f"export.format: {config.format!r} is no format{nearest(config.format, shipped())}")
-    module = importlib.import_module(f"ptq.export.to_{config.format.replace('-', '_')}")
+    module = module_of(config.format)
     exporter: Exporter = module.Exporter(build(module.Options, config.options, "export.options"))
     return exporter
+
+
+def with_default_options(config: ExportConfig) -> ExportConfig:
+    """Returns `config` with all options of its format, the defaults written out. Raises `UserError` as `build_exporter`."""
+    build_exporter(config)
+    options = build(module_of(config.format).Options, config.options, "export.options")
+    return dataclasses.replace(config, options=dataclasses.asdict(options))
+
+
+def module_of(name: str) -> Any:
+    """Returns the module of the format `name`, which is one of `shipped`."""
+    return importlib.import_module(f"ptq.export.to_{name.replace('-', '_')}")

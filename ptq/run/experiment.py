@@ -12,10 +12,12 @@ from typing import Any
 
 import yaml
 
+from ptq.config.checking import check
 from ptq.config.schema import Recipe
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
+from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.source_digest import PACKAGES, module_digest
 from ptq.models.shared import Shared
@@ -41,9 +43,9 @@ from ptq.run.quantize_visitor import QuantizeVisitor, size_of
 from ptq.run.record.environment import environment
 from ptq.run.record.journal import Journal
 from ptq.run.result import Result
-from ptq.run.session import Session, known_identity, open_session
+from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
-from ptq.steps._registry import build_steps
+from ptq.steps._registry import build_steps, with_defaults
 from ptq.steps._step import Context, Step
 
 _BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log", LOCK}
@@ -68,8 +70,8 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
     if not force and (folder := finished_before(recipe, shared)) is not None:
         _show_finished(folder)
         return Result(folder, None, "the run was finished before")
-    with _folder_of_a_run(recipe) as folder, alone(folder):
-        return _run(recipe, steps, folder, shared)
+    with _folder_of_a_run(recipe, sources_of(steps)) as folder, alone(folder):
+        return _run(recipe, steps, folder, shared, force)
 
 
 def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Path | None:
@@ -79,8 +81,9 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
         UserError: for steps that cannot be built, a model or a text that cannot be had.
     """
     recipe, steps = _checked(recipe)
-    folder = _folder(recipe)
-    there = (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources_of(steps), shared))
+    sources = sources_of(steps)
+    folder = _folder(recipe, sources)
+    there = (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources, shared))
     return folder if there else None
 
 
@@ -94,16 +97,24 @@ def check_recipe(recipe: Recipe) -> list[str]:
         UserError: for the first thing that would stop the run.
     """
     recipe, steps = _checked(recipe)
-    return [*check_before(recipe, steps), f"ok: {recipe.name} would write to {_folder(recipe)}"]
+    return [*check_before(recipe, steps), f"ok: {recipe.name} would write to {_folder(recipe, sources_of(steps))}"]
 
 
 def _checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
-    """Returns the recipe with what its export fixes, and its steps, which fit its scheme and its export."""
+    """Returns the recipe with all its options and what its export fixes, and its steps, which fit its scheme and its export."""
+    check(recipe)
     steps = build_steps(recipe.steps)
-    recipe = adapted(recipe)
+    recipe = _resolved(adapted(recipe))
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
     return recipe, steps
+
+
+def _resolved(recipe: Recipe) -> Recipe:
+    """Returns the recipe with the defaults of its steps and its export written out, and the device that ``auto`` is here."""
+    export = recipe.export and with_default_options(recipe.export)
+    execution = dataclasses.replace(recipe.execution, device=str(device_of(recipe)))
+    return dataclasses.replace(recipe, steps=with_defaults(recipe.steps), export=export, execution=execution)
 
 
 def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
@@ -122,9 +133,11 @@ def _show_finished(folder: pathlib.Path) -> None:
     print(f"results: {folder}")
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared | None) -> Result:
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared | None, force: bool) -> Result:
     journal = Journal(folder / "run.log")
-    journal.note(f"recipe {recipe.name}, hash {recipe.digest()}")
+    journal.note(f"recipe {recipe.name}, hash {folder.name}")
+    if (folder / METRICS).is_file() and not force:
+        journal.say("replaces the result that is here, which was of other code, weights, texts or versions")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     with open_session(recipe, journal, folder, shared) as session:
         for note in check_export(recipe, session.network):
@@ -203,9 +216,11 @@ def _report(
 
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
+    check(recipe)
+    recipe = _resolved(recipe)
     check_before(recipe)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
-    with _folder_of_a_run(recipe) as folder, alone(folder):
+    with _folder_of_a_run(recipe, sources_of(build_steps(recipe.steps))) as folder, alone(folder):
         return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
 
 
@@ -231,16 +246,17 @@ def dry_run(recipe: Recipe) -> None:
 
 
 def output_folder(recipe: Recipe) -> pathlib.Path:
-    """Returns ``<outputs>/<recipe>/<hash of the recipe>``, created and proved writable."""
-    folder = _folder(recipe)
+    """Returns ``<outputs>/<recipe>/<hash of the recipe and of methods from outside>``, created and proved writable."""
+    recipe, steps = _checked(recipe)
+    folder = _folder(recipe, sources_of(steps))
     ensure_folder(folder, "outputs")
     return folder
 
 
 @contextmanager
-def _folder_of_a_run(recipe: Recipe) -> Iterator[pathlib.Path]:
+def _folder_of_a_run(recipe: Recipe, sources: Mapping[str, str]) -> Iterator[pathlib.Path]:
     """Gives the run's folder. A refusal before there is any result leaves no trace of a folder that was not there before."""
-    folder = _folder(recipe)
+    folder = _folder(recipe, sources)
     above = [path for path in (folder, *folder.parents) if not path.exists()]
     ensure_folder(folder, "outputs")
     try:
@@ -255,8 +271,8 @@ def _folder_of_a_run(recipe: Recipe) -> Iterator[pathlib.Path]:
         raise
 
 
-def _folder(recipe: Recipe) -> pathlib.Path:
-    return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest()
+def _folder(recipe: Recipe, sources: Mapping[str, str]) -> pathlib.Path:
+    return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest(sources)
 
 
 def _facts(

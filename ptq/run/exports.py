@@ -18,6 +18,7 @@ from ptq.export.base import Exported, Exporter, refuse_existing
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
 from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
+from ptq.files.bounded_yaml import load_yaml
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.network.network import Block, Network
 from ptq.run.record.journal import Journal
@@ -72,7 +73,9 @@ def export_session(session: Session, folder: pathlib.Path) -> Exported | None:
         return _write(exporter, source, _default_path(folder, recipe.export, exporter), session.journal)
 
 
-def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path | None, force: bool) -> Exported:
+def export_run(
+    folder: pathlib.Path, config: ExportConfig, output: pathlib.Path | None, force: bool, trust: bool = False
+) -> Exported:
     """Exports a finished run whose codes were saved, without quantizing again.
 
     Args:
@@ -80,12 +83,18 @@ def export_run(folder: pathlib.Path, config: ExportConfig, output: pathlib.Path 
         config: format and options.
         output: where to, None for the run's folder.
         force: replace what is there.
+        trust: the run's model may run code of its own, if its recipe says so.
 
     Raises:
         UserError: for a folder that holds no finished run with saved codes, another model than the run's, a scheme that
             the format cannot express, or an output that exists.
     """
     recipe, fingerprint = _finished(folder)
+    if recipe.model.trust_remote_code and not trust:
+        raise UserError(
+            f"--run: model.trust_remote_code is true in {folder}, so that the model's own code would run: "
+            "read that code, then add --trust"
+        )
     exporter = build_exporter(config)
     path = output or _default_path(folder, config, exporter)
     refuse_existing(path, force)
@@ -130,9 +139,9 @@ def _finished(folder: pathlib.Path) -> tuple[Recipe, str]:
     if not (folder / "recipe.yaml").is_file() or not (folder / "metrics.json").is_file():
         raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
     try:
-        recipe = recipe_from(yaml.safe_load((folder / "recipe.yaml").read_text(encoding="utf-8")))
+        recipe = recipe_from(load_yaml(folder / "recipe.yaml"))
         fingerprint = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["weight_fingerprint"]
-    except (ValueError, KeyError, TypeError, yaml.YAMLError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"--run: the files in {folder} are damaged ({str(error).splitlines()[0]}): run it again"
         ) from None

@@ -16,7 +16,7 @@ from ptq.cli.app import main
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
-from ptq.run.experiment import run
+from ptq.run.experiment import output_folder, run
 from ptq.run.kept.kept_pass import RESUME, KeptPass
 from ptq.run.kept.state import alone
 
@@ -181,7 +181,7 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
     path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps)))
     command = [sys.executable, "-m", "ptq", "run", "--config", str(path)]
-    folder = tmp_path / "a" / "outputs" / "kept" / recipe.digest()
+    folder = output_folder(recipe)
     process = subprocess.Popen(
         command, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": str(torch.get_num_threads())}
     )
