@@ -185,6 +185,15 @@ def refuse_without_levels(scheme: SchemeConfig, option: str) -> None:
             )
 
 
+def require_integers(scheme: SchemeConfig, step: str) -> None:
+    """Raises `UserError` when a weight is of another format than int, whose ranges are what `step` finds."""
+    for spec in weight_specs(scheme):
+        if not spec.affine:
+            raise UserError(
+                f"scheme.weight.format: {spec.format!r} has no ranges for steps.{step} to find: use int, or steps.gptq={{}}"
+            )
+
+
 def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:
     found = [getattr(scheme, tensor), *(o.tensors.get(tensor) for o in scheme.overrides)]
     return [spec for spec in found if spec is not None]

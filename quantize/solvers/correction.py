@@ -1,9 +1,14 @@
 """What a quantized Linear should reproduce when its input has changed too: what it gave before anything was quantized."""
 
+from collections.abc import Sequence
+
 import torch
 
 from quantize.checks import all_finite
 from quantize.kernels.matmul import product
+
+STRENGTHS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0)
+"""Dampings of `corrected_weight` to try, as shares of the mean of the Hessian's diagonal."""
 
 
 class ErrorMoment:
@@ -31,6 +36,12 @@ class ErrorMoment:
         e, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (error, present))
         self._sum += product(e.t(), y)
         self.count += len(y)
+
+    def with_tokens_of(self, other: "ErrorMoment") -> "ErrorMoment":
+        """Returns the moment of the tokens of both."""
+        both = ErrorMoment(0, 0)
+        both._sum, both.count = self._sum + other._sum, self.count + other.count
+        return both
 
     @property
     def matrix(self) -> torch.Tensor:
@@ -73,3 +84,46 @@ def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.
     damped.diagonal().add_(damping * mean)
     change = torch.linalg.solve(damped, moment.double().t())
     return (weight.double() + change.t()).to(weight.dtype)
+
+
+@torch.no_grad()
+def held_out_strength(
+    fit: tuple[torch.Tensor, torch.Tensor],
+    held: tuple[torch.Tensor, torch.Tensor],
+    dampings: Sequence[float] = STRENGTHS,
+) -> float | None:
+    """Returns the damping of `corrected_weight` with which a correction fitted to some tokens leaves others the least error.
+
+    With K = V - W the error on other tokens is a constant + tr(K H' K^T) - 2 tr(K M'^T), primes for those tokens. A Hessian of
+    few tokens says more than is true of the text: none of the corrections may be better than W itself.
+
+    Args:
+        fit: M (out, in) and H (in, in) of the tokens that the correction is fitted to.
+        held: the same of other tokens.
+        dampings: to try, above 0.
+
+    Returns:
+        The best damping; None where W itself leaves less error than every correction.
+
+    Raises:
+        ValueError: for shapes that do not fit, or NaN or inf.
+    """
+    if fit[0].shape != held[0].shape or fit[1].shape != held[1].shape or fit[0].shape[1] != len(fit[1]):
+        raise ValueError(
+            f"held: shapes {tuple(held[0].shape)}, {tuple(held[1].shape)} do not fit {tuple(fit[0].shape)}"
+        )
+    if not all(all_finite(t) for t in (*fit, *held)):
+        raise ValueError("fit, held: NaN or inf")
+    mean = float(fit[1].diagonal().mean())
+    if mean == 0:
+        return None
+    values, vectors = torch.linalg.eigh(fit[1].double())
+    moment, theirs = (m.double() @ vectors for m in (fit[0], held[0]))
+    square = vectors.t() @ held[1].double() @ vectors
+    best, least = None, 0.0
+    for damping in sorted(dampings):
+        change = moment / (values.clamp_min(0) + damping * mean)
+        loss = float((change @ square * change).sum() - 2 * (change * theirs).sum())
+        if loss < least:
+            best, least = damping, loss
+    return best

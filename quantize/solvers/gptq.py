@@ -98,6 +98,12 @@ class Hessian:
         add_gram(self._sum, tokens)
         self.count += len(tokens)
 
+    def with_tokens_of(self, other: "Hessian") -> "Hessian":
+        """Returns the Hessian of the tokens of both."""
+        both = Hessian(0)
+        both._sum, both.count = self._sum + other._sum, self.count + other.count
+        return both
+
     @property
     def matrix(self) -> torch.Tensor:
         """H, float32 (channels, channels); zeros before the first token."""

@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from functools import partial
 
@@ -21,9 +22,12 @@ from ptq.steps._solving import (
 )
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
+from quantize.codecs.registry import codec_of
+from quantize.grid.affine import dequantize, grouped
 from quantize.kernels.matmul import product
 from quantize.modules.simulated import InputQuantizer
-from quantize.solvers.correction import ErrorMoment, corrected_weight
+from quantize.solvers.correction import ErrorMoment, corrected_weight, held_out_strength
+from quantize.solvers.damping import held_out_damping
 from quantize.solvers.gptq import FormatSolution, GptqOptions, Hessian, Solution, solve, solve_format
 from quantize.spec.quant_spec import QuantSpec
 
@@ -48,6 +52,14 @@ class Options:
             weighed by the Hessian's ``diagonal``, by its ``pivots`` (what an error costs once later columns have made up
             for it), or by the ``block`` of the Hessian that belongs to the columns of one scale.
         descent: sweeps of coordinate descent on scales and codes after the rounding.
+        relative: an error that a token carries in the residual stream counts relative to the size of that token's stream
+            there, since the norms that read it divide by that; otherwise a few tokens of massive activations outweigh all
+            others. Only with target residual.
+        held_out: one sample in so many is held out while the strength with which ``original`` and ``residual`` make up for
+            errors is chosen, for each Linear, by the error that is left on those samples (with none at all where that is
+            best); then all samples count. 0 takes `damping` for it.
+        search_damping: choose the damping of each weight among 0.01 to 1 by its loss on the held out samples; five solutions
+            for one.
     """
 
     damping: float = 0.01
@@ -58,6 +70,9 @@ class Options:
     target: str = "present"
     scales: str = "range"
     descent: int = 0
+    relative: bool = False
+    held_out: int = 0
+    search_damping: bool = False
 
 
 STACKED = ("channel", "group")
@@ -90,6 +105,18 @@ class Step(Solver):
                 "steps.gptq.sequential: false does not go with target 'residual': two Linears of a block would both take "
                 "back the same error: use sequential true, or target original"
             )
+        if options.relative and options.target != "residual":
+            raise UserError("steps.gptq.relative: true weighs errors of the residual stream: use target residual")
+        if options.held_out < 0 or options.held_out == 1:
+            raise UserError(
+                f"steps.gptq.held_out: {options.held_out} is not valid: expected 0, or 2 or more so that samples are left: use 8"
+            )
+        if options.held_out and options.target == "present" and not options.search_damping:
+            raise UserError(
+                "steps.gptq.held_out: nothing is chosen by held out samples with target present and search_damping false: use 0"
+            )
+        if options.search_damping and not options.held_out:
+            raise UserError("steps.gptq.search_damping: true needs samples to go by: use held_out 8")
         super().__init__(options)
         self.solving, self.sequential, self.target = solving, options.sequential, options.target
 
@@ -164,14 +191,23 @@ class _Solving:
             key = inputs.of(name, specs), name if name in sums else ""
             if key not in made:
                 weight = weight_of(self.context.network.model.get_submodule(name))
-                rows, columns = weight.shape if name in sums else (weight.shape[1], weight.shape[1])
-                error = None if self.step.target == "present" else ErrorMoment(rows, columns, weight.device)
+                parts = tuple(self._part(weight, name in sums) for _ in range(2 if self.step.options.held_out else 1))
                 original = originals.get(sums.get(name, stage[0]))
-                made[key] = _Moments(stage[0], key[0], Hessian(columns, weight.device), error, original)
+                made[key] = _Moments(stage[0], key[0], parts, original, self._held)
                 if name in sums:
-                    made[key] = replace(made[key], place=sums[name], weight=weight)
+                    made[key] = replace(made[key], place=sums[name], weight=weight, relative=self.step.options.relative)
             made[key].names.append(name)
         return list(made.values())
+
+    def _part(self, weight: torch.Tensor, of_sum: bool) -> "_Part":
+        rows, columns = weight.shape if of_sum else (weight.shape[1], weight.shape[1])
+        error = None if self.step.target == "present" else ErrorMoment(rows, columns, weight.device)
+        return _Part(Hessian(columns, weight.device), error, of_sum)
+
+    def _held(self, tokens: slice, sample: int) -> bool:
+        """Whether that sample of a batch is held out."""
+        every, number = self.step.options.held_out, tokens.start // self.samples.flow.ids.shape[1] + sample
+        return every > 0 and number % every == every - 1
 
     def _feed(self, moments: "list[_Moments]") -> None:
         """Lets the samples pass, and every moment see what it needs."""
@@ -202,22 +238,57 @@ class _Solving:
 
     def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, Solved]:
         weights = [_weight(self.context, name) for name in names]
-        weight, hessian = torch.cat([w.float() for w in weights]), moments.hessian.matrix
+        weight, hessian = torch.cat([w.float() for w in weights]), moments.whole.hessian.matrix
         labels = labels_of(self.context, names[0], spec, "weight")
         try:
-            if moments.error is not None:
-                weight = corrected_weight(weight, moments.of_outputs(weight), hessian, self.options.damping)
+            strength = self._strength(names, weight, moments)
+            if strength is not None:
+                weight = corrected_weight(weight, moments.whole.of_outputs(weight), hessian, strength)
+            options = self._damped(names, weight, spec, labels, moments)
             if not spec.affine:
-                of_format = solve_format(weight, hessian, spec, self.options)
+                of_format = solve_format(weight, hessian, spec, options)
                 self._note(names, of_format)
                 return {names[0]: of_format.stored}
-            solution: Solution = solve(weight, hessian, spec, self.options, labels)
+            solution: Solution = solve(weight, hessian, spec, options, labels)
         except ValueError as error:
             raise UserError(f"{', '.join(names)}: {error}") from None
         self._note(names, solution)
         rows = [len(w) for w in weights]
         grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
         return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
+
+    def _strength(self, names: list[str], weight: torch.Tensor, moments: "_Moments") -> float | None:
+        """Returns the damping of the correction of a weight, or None for none."""
+        if self.step.target == "present":
+            return None
+        if len(moments.parts) == 1 or not all(part.hessian.count for part in moments.parts):
+            return self.options.damping
+        fit, held = ((part.of_outputs(weight), part.hessian.matrix) for part in moments.parts)
+        found = held_out_strength(fit, held)
+        if found is None:
+            self.context.note(f"gptq: {', '.join(names)}: held out samples say that no correction is best")
+        return found
+
+    def _damped(
+        self, names: list[str], weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None, moments: "_Moments"
+    ) -> GptqOptions:
+        """Returns the options with the damping that loses least on the held out samples, where it is to be searched."""
+        if not self.step.options.search_damping or not all(part.hessian.count for part in moments.parts):
+            return self.options
+        fit, held = (part.hessian.matrix for part in moments.parts)
+
+        def values(options: GptqOptions) -> torch.Tensor:
+            if not spec.affine:
+                stored = solve_format(weight, fit, spec, options).stored
+                return codec_of(spec).decode(stored, spec, weight.shape)
+            found = solve(weight, fit, spec, options, labels)
+            spread = found.grid if labels is None else found.grid.of_channels(labels)
+            return dequantize(grouped(found.codes, spec), spread).reshape(weight.shape)
+
+        chosen = held_out_damping(weight, held, values, self.options)
+        if chosen.damping != self.options.damping:
+            self.context.note(f"gptq: {', '.join(names)}: damping {chosen.damping:g} by held out samples")
+        return replace(self.options, damping=chosen.damping)
 
     def _note(self, names: list[str], solution: Solution | FormatSolution) -> None:
         """Says where a Hessian could not be factorised as it was."""
@@ -247,53 +318,85 @@ def _weight(context: Context, name: str) -> torch.Tensor:
 
 
 @dataclass(frozen=True)
-class _Moments:
-    """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
+class _Part:
+    """Moments of some of the samples; the error is one of outputs already where it is `of_sum`."""
 
-    `error` is of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
-    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input.
-    """
-
-    first: str
-    quantizer: InputQuantizer | None
     hessian: Hessian
     error: ErrorMoment | None
-    original: torch.Tensor | None
-    place: str | None = None
-    weight: torch.Tensor | None = None
-    names: list[str] = field(default_factory=list)
-    _latest: list[torch.Tensor] = field(default_factory=list)
-
-    def see(self, x: torch.Tensor, tokens: slice) -> None:
-        """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
-        # Rounded before samples lie one after another: a range is a sample's own.
-        y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
-        samples = samples_of(x)
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, x.shape[-1])
-        for rows in samples:
-            self.hessian.update(y[rows])
-        if self.place is not None:
-            self._latest[:] = [x, y]
-        elif self.error is not None and self.original is not None:
-            error = self.original[tokens].to(y.device) - y
-            for rows in samples:
-                self.error.update(error[rows], y[rows])
-
-    def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
-        """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
-        x, y = self._latest
-        if self.error is not None and self.original is not None and self.weight is not None:
-            missing = self.original[tokens].to(total.device) - total.reshape(-1, total.shape[-1])
-            if self.quantizer is not None:
-                missing = missing + product(x - y, self.weight.t())
-            for rows in samples_of(total):
-                self.error.update(missing[rows], y[rows])
+    of_sum: bool
 
     def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
         """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
         if self.error is None:
             return torch.zeros_like(weight)
-        return self.error.matrix if self.place is not None else weight.double() @ self.error.matrix.double()
+        moment = self.error.matrix
+        return moment if self.of_sum else weight.double() @ moment.double()
+
+
+@dataclass(frozen=True)
+class _Moments:
+    """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
+
+    Errors are of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
+    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input. The samples
+    that are `held` out go into the second of two `parts`. `relative`: tokens weigh by what they carry at `place`.
+    """
+
+    first: str
+    quantizer: InputQuantizer | None
+    parts: tuple[_Part, ...]
+    original: torch.Tensor | None
+    held: Callable[[slice, int], bool]
+    place: str | None = None
+    weight: torch.Tensor | None = None
+    relative: bool = False
+    names: list[str] = field(default_factory=list)
+    _latest: list[torch.Tensor] = field(default_factory=list)
+
+    @property
+    def whole(self) -> _Part:
+        """The moments of all samples."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        one, two = self.parts
+        error = None if one.error is None or two.error is None else one.error.with_tokens_of(two.error)
+        return _Part(one.hessian.with_tokens_of(two.hessian), error, one.of_sum)
+
+    def see(self, x: torch.Tensor, tokens: slice) -> None:
+        """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
+        # Rounded before samples lie one after another: a range is a sample's own.
+        y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
+        if self.place is not None:
+            self._latest[:] = [x, y]
+            return
+        error = None
+        if self.original is not None:
+            error = self.original[tokens].to(y.device) - y.reshape(-1, y.shape[-1])
+        self._add(y, error, tokens)
+
+    def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
+        """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
+        x, y = self._latest
+        if self.original is None or self.weight is None:
+            return
+        original = self.original[tokens].to(total.device)
+        missing = original - total.reshape(-1, total.shape[-1])
+        if self.quantizer is not None:
+            missing = missing + product((x - y).reshape(-1, x.shape[-1]), self.weight.t())
+        if self.relative:
+            size = original.float().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+            missing, y = missing * size, y * size.reshape(*y.shape[:-1], 1)
+        self._add(y, missing, tokens)
+
+    def _add(self, y: torch.Tensor, error: torch.Tensor | None, tokens: slice) -> None:
+        rows_of = y.reshape(-1, y.shape[-1])
+        for number, rows in enumerate(samples_of(y)):
+            # A tensor (tokens, channels) is of many samples: none of it is held out.
+            apart = len(self.parts) > 1 and y.dim() > 2 and self.held(tokens, number)
+            part = self.parts[-1 if apart else 0]
+            part.hessian.update(rows_of[rows])
+            if part.error is not None and error is not None:
+                part.error.update(error[rows], rows_of[rows])
 
 
 def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:

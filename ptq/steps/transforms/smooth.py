@@ -1,7 +1,7 @@
 """SmoothQuant (Xiao et al. 2022): scale migrates from a link's activation into the weights that read it."""
 
 import pathlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import ClassVar
 
@@ -71,33 +71,44 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Chooses the scale of every link, and rewrites the statistics of what it touches."""
-        planning = _Planning(self.options, context)
+        planning = _Formula(self.options, context)
         if not self.options.search:
             for block in context.network.blocks:
                 with context.shown(block):
                     planning.choose(block, None)
-        elif context.ids is None:
-            raise UserError("steps.smooth.search: needs calibration samples, and none were drawn")
         else:
-            size = context.batch_size
-            flow = context.stream.open(context.ids[:size], size)
-            context.show(_Search(planning, Samples(context.stream, flow)), flow, "smooth")
+            search(planning, "smooth")
         return StepPlan(planning.scales, statistics=planning.statistics)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Rescales the block's links, in place."""
-        with torch.no_grad():
-            for link in _in_order(context, block):
-                scale = plan.tensors.get(key_of(link))
-                if scale is None:
-                    continue
-                producer = context.module(link.source or link.producer)
-                if link.kind == "norm":
-                    divide_norm(producer.weight, getattr(producer, "bias", None), scale, gain_offset(producer) or 0.0)
-                else:
-                    divide_rows(weight_of(producer), producer.bias, scale)
-                for reader in link.readers:
-                    multiply_columns(weight_of(context.module(reader)), link.reader_scale(scale))
+        rescale(block, plan.tensors, context)
+
+
+@torch.no_grad()
+def rescale(block: Block, scales: Mapping[str, torch.Tensor], context: Context) -> None:
+    """Divides what the producers of a block's links write by `scales`, by `key_of`, and multiplies the columns that read it."""
+    for link in _in_order(context, block):
+        scale = scales.get(key_of(link))
+        if scale is None:
+            continue
+        producer = context.module(link.source or link.producer)
+        if link.kind == "norm":
+            divide_norm(producer.weight, getattr(producer, "bias", None), scale, gain_offset(producer) or 0.0)
+        else:
+            divide_rows(weight_of(producer), producer.bias, scale)
+        for reader in link.readers:
+            multiply_columns(weight_of(context.module(reader)), link.reader_scale(scale))
+
+
+def search(planning: "Planning", name: str) -> None:
+    """Lets `planning` choose the scales of every block, on the first batch of the calibration samples."""
+    context = planning.context
+    if context.ids is None:
+        raise UserError(f"steps.{name}: its search needs calibration samples, and none were drawn")
+    size = context.batch_size
+    flow = context.stream.open(context.ids[:size], size)
+    context.show(Search(planning, Samples(context.stream, flow)), flow, name)
 
 
 def key_of(link: Link) -> str:
@@ -105,18 +116,20 @@ def key_of(link: Link) -> str:
     return f"{link.producer}|{link.readers[0]}"
 
 
-def links_of(options: Options, context: Context, block: Block) -> Iterator[Link]:
-    """Yields the links of `block` to smooth, in order; notes what cannot be smoothed, and why."""
-    asked, roles = options.links, context.roles
+def links_of(asked: Sequence[str] | None, context: Context, block: Block, name: str = "smooth") -> Iterator[Link]:
+    """Yields the links of `block` that the step `name` rescales, in order, of the kinds `asked` (None: all); notes what
+    cannot be rescaled, and why.
+    """
+    roles = context.roles
     for link in _in_order(context, block):
         kind = kind_of(link, roles)
         if asked is not None and kind not in asked:
             continue
         reason = _reason(link, kind, context)
         if reason and asked is not None:
-            raise UserError(f"steps.smooth.links: {kind} of {link.producer}: {reason}: leave {kind} out")
+            raise UserError(f"steps.{name}.links: {kind} of {link.producer}: {reason}: leave {kind} out")
         if reason:
-            context.note(f"smooth: {link.producer} left alone: {reason}")
+            context.note(f"{name}: {link.producer} left alone: {reason}")
         else:
             yield link
 
@@ -138,19 +151,25 @@ def _reason(link: Link, kind: str, context: Context) -> str:
     return ""
 
 
-class _Planning:
-    """Gathers the scales, and what they make of the statistics."""
+class Planning:
+    """Gathers the scales, and what they make of the statistics. A subclass may choose scales otherwise, by `scale`.
 
-    def __init__(self, options: Options, context: Context):
+    Args:
+        name: the step's, for what it says.
+        links: kinds of links to rescale; None for all.
+        context: what the step sees.
+    """
+
+    def __init__(self, name: str, links: Sequence[str] | None, context: Context):
         if context.statistics is None:
-            raise UserError("steps.smooth: needs calibration statistics, and none were taken")
-        self.options, self.context = options, context
+            raise UserError(f"steps.{name}: needs calibration statistics, and none were taken")
+        self.name, self.kinds, self.context = name, links, context
         self.statistics = context.statistics.copy()
         self.scales: dict[str, torch.Tensor] = {}
 
     def links(self, block: Block) -> list[Link]:
         """Returns the links of `block` to smooth, in order."""
-        return list(links_of(self.options, self.context, block))
+        return list(links_of(self.kinds, self.context, block, self.name))
 
     def of_block(self, block: Block) -> StepPlan:
         """Returns what has been chosen for one block."""
@@ -180,7 +199,7 @@ class _Planning:
         for link in self.links(block):
             readers = [weight(name) for name in link.readers]
             seen = None if rows is None else rows[link.readers[0]]
-            scale = self._scale(link, inputs[link.readers[0]], readers, seen)
+            scale = self.scale(link, inputs[link.readers[0]], readers, seen)
             back = link.reader_scale(scale)
             self.scales[key_of(link)] = scale
             for name in link.readers:
@@ -191,9 +210,24 @@ class _Planning:
         for name, tensor in working.items():
             weights[name] = WeightStatistics.of(tensor)
 
-    def _scale(
+    def scale(
         self, link: Link, statistics: ChannelStatistics, readers: Sequence[torch.Tensor], rows: torch.Tensor | None
     ) -> torch.Tensor:
+        """Returns the scale of a link, on the statistics and the `rows` (tokens, channels) of its tensor and its readers' weights."""
+        raise TypeError(f"{type(self).__name__} does not say how it chooses a scale")
+
+
+class _Formula(Planning):
+    """SmoothQuant's formula, alpha given or searched."""
+
+    def __init__(self, options: Options, context: Context):
+        super().__init__("smooth", options.links, context)
+        self.options = options
+
+    def scale(
+        self, link: Link, statistics: ChannelStatistics, readers: Sequence[torch.Tensor], rows: torch.Tensor | None
+    ) -> torch.Tensor:
+        """Returns the formula's scale, or the best of the candidates and of none where alpha is searched."""
         columns = torch.stack([w.abs().amax(0).float() for w in readers]).amax(0)
         activation, columns = (
             shared_scale(x.to(columns), link.repeat, link.head_dim) for x in (statistics.absmax, columns)
@@ -209,10 +243,10 @@ class _Planning:
         return scales[min(range(len(errors)), key=errors.__getitem__)]
 
 
-class _Search:
+class Search:
     """The visitor that shows the planning some tokens of every link of a block."""
 
-    def __init__(self, planning: _Planning, samples: Samples):
+    def __init__(self, planning: Planning, samples: Samples):
         self.planning, self.samples = planning, samples
 
     def enter(self, block: Block) -> None:

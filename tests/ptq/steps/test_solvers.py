@@ -62,6 +62,37 @@ def test_the_residual_target_works_on_rounded_inputs_and_refuses_to_solve_all_li
         figures(tmp_path, tiny_opt, scheme, {"gptq": {"target": "residual", "sequential": False}})
 
 
+def test_held_out_samples_keep_the_residual_target_from_doing_harm_where_tokens_are_few(tmp_path, tiny_llama):
+    few = {"samples": 8, "length": 32}
+    scheme = {"weight": {"bits": 2, "granularity": "group", "group_size": 32, "symmetric": False}}
+    found = {}
+    for name, options in {
+        "present": {},
+        "residual": {"target": "residual"},
+        "held out": {"target": "residual", "held_out": 4},
+        "damped": {"held_out": 4, "search_damping": True},
+    }.items():
+        found[name], log = figures(tmp_path, tiny_llama, scheme, {"gptq": options}, calibration=few)
+        found[name] = found[name]["kl_mean"]
+        assert name != "damped" or "by held out samples" in log
+    assert found["held out"] < min(found["residual"], found["present"]), found
+    assert found["damped"] < found["present"], found
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"held_out": 8}, "steps.gptq.held_out: nothing is chosen"),
+        ({"held_out": 1, "target": "residual"}, "steps.gptq.held_out: 1 .*use 8"),
+        ({"search_damping": True}, "steps.gptq.search_damping: .*held_out 8"),
+        ({"relative": True}, "steps.gptq.relative: .*target residual"),
+    ],
+)
+def test_options_of_gptq_that_would_change_nothing_are_refused(tmp_path, tiny_llama, options, words):
+    with pytest.raises(UserError, match=words):
+        figures(tmp_path, tiny_llama, {"weight": {"bits": 4}}, {"gptq": options})
+
+
 def test_gptq_offloaded_gives_the_same_figures_as_resident(tmp_path, tiny_opt):
     scheme = {"weight": {"bits": 4}, "input": TOKEN}
     steps = {"smooth": {}, "gptq": {"target": "residual"}}

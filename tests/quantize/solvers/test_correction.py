@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.solvers.correction import ErrorMoment, corrected_weight
+from quantize.solvers.correction import STRENGTHS, ErrorMoment, corrected_weight, held_out_strength
 from quantize.solvers.gptq import Hessian
 
 
@@ -66,3 +66,33 @@ def test_wrong_moments_are_refused_by_name():
         corrected_weight(weight, moment, hessian, 0.01)
     with pytest.raises(ValueError, match="error, present: shapes"):
         ErrorMoment(12, 12).update(x, y[:5])
+
+
+def moments_of(x, error):
+    """M and H of tokens (tokens, in) that carry an error (tokens, out)."""
+    return 2 * error.t() @ x / len(x), 2 * x.t() @ x / len(x)
+
+
+@pytest.mark.parametrize("noise", [0.1, 3.0])
+def test_the_strength_chosen_by_held_out_tokens_leaves_them_the_least_error_of_all(noise):
+    generator = torch.Generator().manual_seed(1)
+    x, other = (torch.randn(n, 24, generator=generator) for n in (60, 400))
+    true = torch.randn(5, 24, generator=generator)
+    errors = [t @ true.t() + noise * torch.randn(len(t), 5, generator=generator) for t in (x, other)]
+    fit, held = moments_of(x, errors[0]), moments_of(other, errors[1])
+    found = held_out_strength(fit, held)
+    weight = torch.zeros(5, 24)
+    left = {d: float((errors[1] - other @ corrected_weight(weight, *fit, d).t()).square().sum()) for d in STRENGTHS}
+    assert found == min(left, key=left.__getitem__) and left[found] < float(errors[1].square().sum())
+
+
+def test_an_error_that_other_tokens_do_not_have_is_not_corrected():
+    generator = torch.Generator().manual_seed(2)
+    x, other = (torch.randn(n, 24, generator=generator) for n in (30, 400))
+    noise = [torch.randn(len(t), 5, generator=generator) for t in (x, other)]
+    assert held_out_strength(moments_of(x, noise[0]), moments_of(other, -noise[1])) is None
+    assert held_out_strength(moments_of(0 * x, noise[0]), moments_of(other, noise[1])) is None
+    with pytest.raises(ValueError, match="held: shapes"):
+        held_out_strength(moments_of(x, noise[0]), moments_of(other[:, :5], noise[1]))
+    with pytest.raises(ValueError, match="NaN or inf"):
+        held_out_strength(moments_of(x / 0, noise[0]), moments_of(other, noise[1]))
