@@ -26,7 +26,7 @@ from experiments.bench.loading import status
 from ptq.calibration.statistics import StatisticsVisitor
 from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.data.sampling import sample_tokens
-from ptq.evaluation.comparison import window_losses
+from ptq.evaluation.token_comparison import window_losses
 from ptq.models.loading import LoadedModel, load
 from ptq.network.block_stream import BlockStream, Nothing, Visitor
 from ptq.network.links import trace_links

@@ -360,9 +360,13 @@ class StatisticsVisitor:
     """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
 
     Linears that read the very same tensor (q, k, v) share one computation.
+
+    Args:
+        device: where statistics that are taken up from a file go: that of the arithmetic. Weights may be on no device by then.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
         self.inputs: dict[str, ChannelStatistics] = {}
         self.weights: dict[str, WeightStatistics] = {}
         self._handles: list[Any] = []
@@ -401,7 +405,7 @@ class StatisticsVisitor:
         """Takes up what `write` has written."""
         if not block.linears:
             return
-        found = Statistics.load(path, weight_of(next(iter(block.linears.values()))).device)
+        found = Statistics.load(path, torch.device(self.device))
         self.inputs |= found.inputs
         self.weights |= found.weights
 

@@ -1,32 +1,41 @@
-"""What a run leaves: recipe.yaml, metrics.json, layers.csv, environment.json, and the table at the end."""
+"""What a run leaves: recipe.yaml, metrics.json, layers.csv, environment.json, and the schemas of their fields.
+
+docs/results-files.md has every field; it is written from the docstrings here and in `ptq.evaluation`.
+"""
 
 import csv
 import dataclasses
 import io
-import json
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import yaml
-from rich.table import Table
 
 from ptq.config.schema import Recipe
 from ptq.evaluation.comparison import Comparison
 from ptq.files.atomic import write_text
+from ptq.report.json_files import as_json, schema_of
 from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
 class LayerResult:
-    """One Linear: what it was given, and how far its weights and its output moved.
+    """One Linear: what it was given, and how far its weights and its output moved. A row of layers.csv.
 
-    `weight_sqnr_db` is the signal-to-quantization-noise ratio of the weights; `output_error` is the norm of the output's
-    change over the output's norm, on rows of the first evaluation batch as they reach it in the quantized model; None for a
-    Linear that no token reached.
-    `outlier_share` is the share of the input's columns that LLM.int8() leaves in floating point in that batch; None for
-    other formats.
+    Attributes:
+        name: the Linear's full name in the model.
+        role: ``query``, ``key`` or ``value`` where its output is that part of an attention, else empty.
+        weight: format of the weight.
+        weight_bits: bits a weight, with scales and zero points.
+        input: format of the input.
+        input_bits: bits of an input's element.
+        weight_sqnr_db: signal-to-quantization-noise ratio of the weight, dB.
+        output_error: norm of the output's change over the output's norm, on rows of the first evaluation batch as they reach
+            the Linear in the quantized model; null for a Linear that no token reached.
+        parameters: elements of the weight.
+        outlier_share: share of the input's columns that LLM.int8() leaves in floating point in that batch, 0 to 1; null for
+            other formats.
     """
 
     name: str
@@ -43,13 +52,181 @@ class LayerResult:
 
 @dataclass(frozen=True)
 class Size:
-    """Bytes of the weights before (baseline's dtype) and after, and bits per quantized weight with scales and zero points."""
+    """What the weights take.
+
+    Attributes:
+        before_bytes: bytes of all weights in the baseline's type.
+        after_bytes: bytes of all weights, the quantized ones as they are stored, with scales and zero points.
+        bits_per_weight: bits a quantized weight, with scales and zero points.
+        quantized_parameters: number of quantized weights.
+        parameters: number of weights in all.
+    """
 
     before_bytes: int
     after_bytes: int
     bits_per_weight: float
     quantized_parameters: int
     parameters: int
+
+
+@dataclass(frozen=True)
+class TensorKind:
+    """Tensors of one kind in one format.
+
+    Attributes:
+        tensor: which, such as ``q_proj weight``.
+        format: their format.
+        modules: how many modules have it; 0 for all that is not quantized.
+        share: their share of the model's parameters, 0 to 1; 0 for activations.
+    """
+
+    tensor: str
+    format: str
+    modules: int
+    share: float
+
+
+@dataclass(frozen=True)
+class WindowLosses:
+    """Mean losses of every window, in nats a target, in the windows' order.
+
+    Attributes:
+        baseline: of the unquantized model.
+        quantized: of the quantized model.
+    """
+
+    baseline: list[float]
+    quantized: list[float]
+
+
+@dataclass(frozen=True)
+class Memory:
+    """The most memory that the process has held.
+
+    Attributes:
+        peak_bytes: greatest resident memory (mapped files included) from the process's start to the run's end, bytes.
+        phase: phase of the run in which it was reached: one of `seconds`, ``between`` for what lies between them, or
+            ``before`` for a process that had held as much before the run.
+        device_peak_bytes: greatest memory that torch has allocated on the CUDA device, bytes; null without one.
+        device_phase: phase in which that was reached; null without a CUDA device.
+    """
+
+    peak_bytes: int
+    phase: str
+    device_peak_bytes: int | None = None
+    device_phase: str | None = None
+
+
+@dataclass(frozen=True)
+class Kernels:
+    """Who has multiplied in Linears.
+
+    Attributes:
+        calibration: for statistics and solvers: ``oneDNN`` where its products of float32 are used on CPUs, else ``torch``.
+        evaluation: for baseline and quantized model: ``torch``, whose bits other programs give too.
+    """
+
+    calibration: str
+    evaluation: str
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What metrics.json holds beside the comparison.
+
+    Attributes:
+        size: what the weights take.
+        baseline: types of the baseline's weights and arithmetic, and the device.
+        simulated: whether the quantized model was simulated in floating point: true of every run.
+        model: the recipe's model.
+        revision: commit of the hub's model; null for other models.
+        weight_fingerprint: digest of the model's weights.
+        evaluation_source: the text that was evaluated, in words.
+        evaluation_fingerprint: digest of the evaluated tokens.
+        tensors: every kind of tensor with its format and its share of the parameters.
+        not_covered: Linears beside the blocks' that are left alone, in words; null where there are none.
+        window_losses: losses of both models, window by window.
+        identity: digest of everything that the results depend on; a run that has it already is not run again.
+        outlier_share: mean of the Linears' `outlier_share`; null where none has one.
+        seconds: wall time of each phase, by its name.
+        memory: the most memory that the process has held.
+        kernels: who has multiplied.
+    """
+
+    size: Size
+    baseline: str
+    simulated: bool
+    model: str
+    revision: str | None
+    weight_fingerprint: str
+    evaluation_source: str
+    evaluation_fingerprint: str
+    tensors: list[TensorKind]
+    not_covered: str | None
+    window_losses: WindowLosses
+    identity: str
+    outlier_share: float | None
+    seconds: dict[str, float]
+    memory: Memory
+    kernels: Kernels
+
+
+@dataclass(frozen=True)
+class Git:
+    """State of the source tree.
+
+    Attributes:
+        commit: the commit that is checked out.
+        changed_files: number of files that differ from it.
+    """
+
+    commit: str
+    changed_files: int
+
+
+@dataclass(frozen=True)
+class Environment:
+    """Where a result was made: what may explain a difference between two runs. What environment.json holds.
+
+    Attributes:
+        ptq: version of this package.
+        date: when the run ended, ISO 8601 with its time zone.
+        command: command line of the process.
+        python: version of Python.
+        platform: operating system and processor family.
+        packages: versions of the packages that matter, by name; null for one that is not installed.
+        device: where the arithmetic happened.
+        gpu: name of the CUDA device; null without one.
+        cpu_capability: vector instructions that torch uses.
+        cpu_flags: features of the processor; empty where the system does not tell.
+        cores: processors of the machine; null where the system does not tell.
+        threads: threads that torch computes with.
+        seeds: the recipe's seeds, by what they draw.
+        git: state of the source tree; null outside of one.
+    """
+
+    ptq: str
+    date: str
+    command: str
+    python: str
+    platform: str
+    packages: dict[str, str | None]
+    device: str
+    gpu: str | None
+    cpu_capability: str
+    cpu_flags: list[str]
+    cores: int | None
+    threads: int
+    seeds: dict[str, int]
+    git: Git | None
+
+
+FILES: Mapping[str, list[type]] = {
+    "metrics.json": [Comparison, Facts],
+    "layers.csv": [LayerResult],
+    "environment.json": [Environment],
+}
+"""The files with fields that a run leaves, and the dataclasses that have those fields."""
 
 
 def describe_spec(spec: QuantSpec | None, bits: int) -> str:
@@ -70,68 +247,24 @@ def write_results(
     folder: pathlib.Path,
     recipe: Recipe,
     comparison: Comparison,
-    size: Size,
     layers: list[LayerResult],
-    facts: dict[str, Any],
-    environment: dict[str, Any],
+    facts: Facts,
+    environment: Environment,
 ) -> None:
-    """Writes the files of a finished run into `folder`, each whole or not at all."""
+    """Writes the files of a finished run into `folder`, each whole or not at all; metrics.json, which says that it has ended, last."""
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    metrics = {**dataclasses.asdict(comparison), "size": dataclasses.asdict(size), **facts}
-    write_text(folder / "metrics.json", json.dumps(metrics, indent=2) + "\n")
+    for name, kinds in FILES.items():
+        schema = schema_of(f"{'a row of ' if name.endswith('.csv') else ''}{name}", kinds)
+        write_text(folder / f"{pathlib.Path(name).stem}.schema.json", as_json(schema))
     write_text(folder / "layers.csv", _csv(layers))
-    write_text(folder / "environment.json", json.dumps(environment, indent=2) + "\n")
-
-
-def table(
-    recipe: Recipe, comparison: Comparison, size: Size, facts: dict[str, Any], seconds: dict[str, float]
-) -> Table:
-    """Returns the table that ends a run."""
-    c = comparison
-    rows = [
-        ("baseline perplexity", f"{c.baseline_perplexity:.4f}  ({facts['baseline']})"),
-        ("quantized perplexity", f"{c.quantized_perplexity:.4f}  ({c.ratio:.4f} x, simulated)"),
-        (
-            "difference",
-            f"{c.difference:+.4f}  [{c.difference_low:+.4f}, {c.difference_high:+.4f}] at {c.confidence:.0%}",
-        ),
-        ("KL(baseline || quantized)", f"mean {c.kl_mean:.5f}, 99th percentile {c.kl_p99:.5f} nats a token"),
-        ("top-1 agreement", f"{c.top1_agreement:.2%}"),
-        (
-            "bits per weight",
-            f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)",
-        ),
-        *_outliers(facts["outlier_share"]),
-        ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
-        ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts['evaluation_source']}"),
-        ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in seconds.items())),
-    ]
-    result = Table(title=recipe.name, show_header=False, title_justify="left")
-    for row in rows:
-        result.add_row(*row)
-    return result
+    write_text(folder / "environment.json", as_json(environment))
+    write_text(folder / "metrics.json", as_json(vars(comparison) | vars(facts)))
 
 
 def outlier_share(layers: list[LayerResult]) -> float | None:
     """Returns the mean `outlier_share` of the Linears that have one, None where none has."""
     shares = [layer.outlier_share for layer in layers if layer.outlier_share is not None]
     return sum(shares) / len(shares) if shares else None
-
-
-def _outliers(share: float | None) -> list[tuple[str, str]]:
-    return [] if share is None else [("outlier columns", f"{share:.2%} of an input's columns stay in floating point")]
-
-
-@dataclass(frozen=True)
-class TensorKind:
-    """Tensors of one kind in one format: `tensor` such as ``q_proj weight``, how many modules have it, and their `share`
-    of the model's parameters (0 for activations).
-    """
-
-    tensor: str
-    format: str
-    modules: int
-    share: float
 
 
 def tensor_kinds(
@@ -164,18 +297,6 @@ def tensor_kinds(
         *rows,
         TensorKind("everything else (embedding, head, norms, ...)", f"{weight_bits}-bit float", 0, 1 - covered),
     ]
-
-
-def tensor_table(kinds: list[TensorKind]) -> Table:
-    """Returns the table of every kind of tensor with its format and its share of the parameters."""
-    table = Table(title="tensors", title_justify="left")
-    for column in ("tensor", "format"):
-        table.add_column(column)
-    for column in ("modules", "share of parameters"):
-        table.add_column(column, justify="right")
-    for kind in kinds:
-        table.add_row(kind.tensor, kind.format, str(kind.modules or ""), f"{kind.share:.1%}" if kind.share else "")
-    return table
 
 
 def _csv(layers: list[LayerResult]) -> str:

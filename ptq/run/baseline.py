@@ -8,7 +8,8 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from ptq.data.sampling import Tokens
-from ptq.evaluation.comparison import window_losses
+from ptq.errors import UserError
+from ptq.evaluation.token_comparison import window_losses
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Nothing
 from ptq.run.session import Session
@@ -23,7 +24,11 @@ class Baseline:
 
 
 def baseline_of(session: Session, tokens: Tokens) -> Baseline:
-    """Returns the baseline on `tokens`: no forward pass runs when the store holds it."""
+    """Returns the baseline on `tokens`: no forward pass runs when the store holds it.
+
+    Raises:
+        UserError: when the model itself gives NaN or inf.
+    """
     evaluation = session.recipe.evaluation
     key = {**session.key(tokens), "batch_size": evaluation.batch_size, "chunk": evaluation.chunk}
     with session.store.found_or_mine("baseline", key, lambda line: session.journal.say(f"baseline: {line}")) as found:
@@ -45,8 +50,12 @@ def _evaluated(session: Session, tokens: Tokens, key: dict[str, object]) -> Base
         flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
         kept = session.kept("baseline", key, [flow], Nothing())
         session.stream.run([flow], Nothing(), "baseline", kept)
+        if (place := flow.first_nonfinite()) is not None:
+            raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
         with session.stream.head() as head:
             losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)
+        if not torch.isfinite(losses).all():
+            raise UserError("NaN or inf in the unquantized model's logits: try model.dtype=float32")
         entry = {"losses": losses, "hidden": flow.hidden}
         found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
         if kept is not None:

@@ -8,7 +8,6 @@ import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
 
 import yaml
 
@@ -16,22 +15,15 @@ from ptq.config.checking import check
 from ptq.config.schema import Recipe
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
-from ptq.evaluation.comparison import TokenComparison, compare, compare_tokens
+from ptq.evaluation.token_comparison import compare_tokens
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.source_digest import PACKAGES, module_digest
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
-from ptq.report.results import (
-    TensorKind,
-    outlier_share,
-    table,
-    tensor_kinds,
-    tensor_table,
-    write_results,
-)
-from ptq.run.baseline import Baseline, baseline_of
+from ptq.report.tables import summary
+from ptq.run.baseline import baseline_of
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
@@ -39,8 +31,8 @@ from ptq.run.kept.state import LOCK, alone
 from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before
-from ptq.run.quantize_visitor import QuantizeVisitor, size_of
-from ptq.run.record.environment import environment
+from ptq.run.quantize_visitor import QuantizeVisitor
+from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, device_of, known_identity, open_session
@@ -125,11 +117,8 @@ def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
 
 def _show_finished(folder: pathlib.Path) -> None:
     """Says what a finished run has found."""
-    m = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-    print(
-        f"finished before: perplexity {m['baseline_perplexity']:.4f} -> {m['quantized_perplexity']:.4f} ({m['ratio']:.4f} x, "
-        f"simulated), KL {m['kl_mean']:.5f}, {m['size']['bits_per_weight']:.3f} bits per weight; --force runs it again"
-    )
+    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    print(f"finished before: {summary(metrics)}; --force runs it again")
     print(f"results: {folder}")
 
 
@@ -157,7 +146,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: S
             journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.heads() as heads:
             compared = compare_tokens(heads, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
-        _report(session, visitor, tokens, baseline, compared, folder, identity)
+        report(session, visitor, tokens, baseline, compared, folder, identity)
         session.stream.change_outside()
         export_session(session, folder)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
@@ -188,30 +177,6 @@ def _quantize(
         if kept is not None and needs_saved_weights(recipe):
             kept.hand_over(session.network.blocks, folder / "quantized")
     return visitor, flow
-
-
-def _report(
-    session: Session,
-    visitor: QuantizeVisitor,
-    tokens: Tokens,
-    baseline: Baseline,
-    compared: TokenComparison,
-    folder: pathlib.Path,
-    identity: str,
-) -> None:
-    """Writes the run's files and shows its tables."""
-    recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
-    comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
-    bytes_before = 4 if session.loaded.baseline_dtype == "fp32" else 2
-    size = size_of(session.network, visitor, bytes_before)
-    kinds = tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before)
-    facts = _facts(session, tokens, kinds, baseline.losses.tolist(), compared.losses.tolist())
-    facts["identity"] = identity
-    facts["outlier_share"] = outlier_share(visitor.layers)
-    facts["seconds"] = {name: round(value, 3) for name, value in journal.seconds.items()}
-    write_results(folder, recipe, comparison, size, visitor.layers, facts, environment(recipe, session.stream.device))
-    journal.show(tensor_table(kinds))
-    journal.show(table(recipe, comparison, size, facts, journal.seconds))
 
 
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
@@ -273,21 +238,3 @@ def _folder_of_a_run(recipe: Recipe, sources: Mapping[str, str]) -> Iterator[pat
 
 def _folder(recipe: Recipe, sources: Mapping[str, str]) -> pathlib.Path:
     return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest(sources)
-
-
-def _facts(
-    session: Session, tokens: Tokens, kinds: list[TensorKind], before: list[float], after: list[float]
-) -> dict[str, Any]:
-    loaded = session.loaded
-    return {
-        "baseline": f"weights {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {session.stream.device.type}",
-        "simulated": True,
-        "model": session.recipe.model.path,
-        "revision": loaded.revision,
-        "weight_fingerprint": loaded.fingerprint,
-        "evaluation_source": tokens.source,
-        "evaluation_fingerprint": tokens.fingerprint,
-        "tensors": [dataclasses.asdict(kind) for kind in kinds],
-        "not_covered": session.network.coverage(),
-        "window_losses": {"baseline": before, "quantized": after},
-    }

@@ -160,7 +160,7 @@ def _take_again(context: Context, stale: Statistics) -> Statistics:
     """Returns the statistics of the network as the steps so far leave it, of the samples that the `stale` ones are of."""
     if context.ids is None:
         raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
-    visitor = StatisticsVisitor()
+    visitor = StatisticsVisitor(context.stream.device)
     context.show(visitor, context.stream.open(context.ids, context.batch_size), "statistics")
     return visitor.result(stale.provenance)
 

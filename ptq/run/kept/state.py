@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ptq.errors import UserError
+from ptq.report.tables import summary
 from ptq.run.kept.identity import METRICS
 from ptq.run.kept.kept_pass import PROGRESS, RESUME
 
@@ -94,7 +95,6 @@ def _pass(path: pathlib.Path) -> str:
 
 def _finding(folder: pathlib.Path) -> str:
     try:
-        m = json.loads((folder / METRICS).read_text(encoding="utf-8"))
-        return f"finished: perplexity {m['baseline_perplexity']:.4f} -> {m['quantized_perplexity']:.4f} ({m['ratio']:.4f} x, simulated)"
+        return f"finished: {summary(json.loads((folder / METRICS).read_text(encoding='utf-8')))}"
     except (OSError, ValueError, KeyError, TypeError):
         return "finished, but its metrics.json is damaged: run it again with --force"

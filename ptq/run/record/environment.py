@@ -1,16 +1,19 @@
-"""Where a result was made: versions, processor, threads, seeds, the state of the source tree."""
+"""Where a result was made: versions, processor, threads, command line, seeds, the state of the source tree."""
 
 import importlib.metadata
 import os
 import pathlib
 import platform
+import shlex
 import subprocess
-from typing import Any
+import sys
+from datetime import datetime
 
 import torch
 
 import ptq
 from ptq.config.schema import Recipe
+from ptq.report.results import Environment, Git
 
 PACKAGES = (
     "torch",
@@ -25,22 +28,24 @@ PACKAGES = (
 )
 
 
-def environment(recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Returns what may explain a difference between two runs, as JSON-able containers."""
-    return {
-        "ptq": ptq.__version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {name: _version(name) for name in PACKAGES},
-        "device": str(device),
-        "gpu": torch.cuda.get_device_name(device) if device.type == "cuda" else None,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "cpu_flags": _cpu_flags(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "seeds": {"calibration": recipe.calibration.seed, "evaluation": recipe.evaluation.seed},
-        "git": _git(pathlib.Path(ptq.__file__).resolve().parent.parent),
-    }
+def environment(recipe: Recipe, device: torch.device) -> Environment:
+    """Returns what may explain a difference between two runs; it is to be asked when the run has ended."""
+    return Environment(
+        ptq=ptq.__version__,
+        date=datetime.now().astimezone().isoformat(timespec="seconds"),
+        command=shlex.join(sys.orig_argv),
+        python=platform.python_version(),
+        platform=platform.platform(),
+        packages={name: _version(name) for name in PACKAGES},
+        device=str(device),
+        gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
+        cpu_capability=torch.backends.cpu.get_cpu_capability(),
+        cpu_flags=_cpu_flags(),
+        cores=os.cpu_count(),
+        threads=torch.get_num_threads(),
+        seeds={"calibration": recipe.calibration.seed, "evaluation": recipe.evaluation.seed},
+        git=_git(pathlib.Path(ptq.__file__).resolve().parent.parent),
+    )
 
 
 def _version(package: str) -> str | None:
@@ -58,7 +63,7 @@ def _cpu_flags() -> list[str]:
     return next((sorted(line.split(":", 1)[1].split()) for line in lines if line.startswith(("flags", "Features"))), [])
 
 
-def _git(folder: pathlib.Path) -> dict[str, Any] | None:
+def _git(folder: pathlib.Path) -> Git | None:
     if not (folder / ".git").exists():
         return None
     try:
@@ -68,4 +73,4 @@ def _git(folder: pathlib.Path) -> dict[str, Any] | None:
         )
     except (OSError, subprocess.CalledProcessError):
         return None
-    return {"commit": commit.stdout.strip(), "changed_files": len(status.stdout.splitlines())}
+    return Git(commit.stdout.strip(), len(status.stdout.splitlines()))

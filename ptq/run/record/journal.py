@@ -1,10 +1,12 @@
-"""What a run tells: lines on the screen and in ``run.log``, progress bars with time left, seconds per phase."""
+"""What a run tells: lines on the screen and in ``run.log``, progress with time left, seconds and memory by phase."""
 
 import pathlib
 import sys
+import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
 from datetime import datetime
 
 from rich.console import Console
@@ -20,15 +22,30 @@ from rich.progress import (
 from rich.table import Table
 
 from ptq.report.plain import plain_console
+from ptq.run.record.peak_memory import BETWEEN, PeakMemory
+
+EVERY = 30.0
+"""Seconds between lines of progress where the output is no terminal."""
 
 
 class Journal:
-    """Lines for people, and for the run's log file. `seconds` holds how long each phase took, in order."""
+    """Lines for people, and for the run's log file.
+
+    On a terminal progress is shown by bars; elsewhere (a file, a pipe, a notebook) by a line every `EVERY` seconds.
+
+    Attributes:
+        path: the log file, or None.
+        console: where lines are printed.
+        seconds: how long each phase took, in order.
+        memory: the most memory held, and in which phase.
+    """
 
     def __init__(self, path: pathlib.Path | None = None, console: Console | None = None):
         self.path = path
         self.console = console or _console()
         self.seconds: dict[str, float] = {}
+        self.memory = PeakMemory()
+        self._pass: _Pass | None = None
         self._progress: Progress | None = None
         self._tasks: dict[str, int] = {}
         if path is not None:
@@ -54,8 +71,9 @@ class Journal:
 
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
-        """Times a phase, with progress bars while it lasts."""
+        """Times a phase and watches its memory, with progress while it lasts."""
         start = time.perf_counter()
+        self.memory.note(BETWEEN)
         columns = (
             TextColumn("{task.description}", markup=False),
             BarColumn(),
@@ -63,23 +81,71 @@ class Journal:
             TimeElapsedColumn(),
             TimeRemainingColumn(),
         )
+        hidden = not self.console.is_terminal
         try:
-            hidden = not self.console.is_terminal
-            with Progress(*columns, console=self.console, transient=True, disable=hidden) as self._progress:
+            with (
+                Progress(*columns, console=self.console, transient=True, disable=hidden) as self._progress,
+                self._lines(name) if hidden else nullcontext(),
+            ):
                 yield
         finally:
-            self._progress = None
+            self._progress, self._pass = None, None
             self._tasks.clear()
+            self.memory.note(name)
             self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
         self.note(f"phase {name}: {self.seconds[name]:.2f} s")
 
     def progress(self, what: str, done: int, total: int) -> None:
-        """Moves the bar `what`; made for `BlockStream`."""
+        """Notes that `done` of `total` blocks of the pass `what` are done; made for `BlockStream`."""
+        now = time.perf_counter()
+        if self._pass is None or self._pass.what != what:
+            self._pass = _Pass(what, now, done)
+        self._pass.done, self._pass.total = done, total
         if self._progress is None:
             return
         if what not in self._tasks:
             self._tasks[what] = self._progress.add_task(what, total=total)
         self._progress.update(TaskID(self._tasks[what]), completed=done)
+
+    @contextmanager
+    def _lines(self, name: str) -> Iterator[None]:
+        """Prints where the phase `name` is every `EVERY` seconds, from a thread of its own: a block may take long."""
+        ended, start = threading.Event(), time.perf_counter()
+
+        def tell() -> None:
+            while not ended.wait(EVERY):
+                self.say(_standing(name, self._pass, time.perf_counter() - start))
+
+        thread = threading.Thread(target=tell, name="progress", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
+
+
+@dataclass
+class _Pass:
+    """A pass under way: when its first block of this process was done, and which; how many are."""
+
+    what: str
+    since: float
+    first: int
+    done: int = 0
+    total: int = 0
+
+
+def _standing(phase: str, at: _Pass | None, seconds: float) -> str:
+    """Returns where a phase is: its pass, blocks done, time, and time left where two blocks tell how long one takes."""
+    if at is None:
+        return f"{phase}: {seconds:.0f} s"
+    words = at.what if at.what == phase else f"{phase}, {at.what}"
+    passed = at.done - at.first
+    left = (
+        f", about {(time.perf_counter() - at.since) / passed * (at.total - at.done):.0f} s left" if passed > 0 else ""
+    )
+    return f"{words}: {at.done} of {at.total} blocks, {seconds:.0f} s{left}"
 
 
 def _console() -> Console:

@@ -1,19 +1,11 @@
-"""Perplexity, the paired interval, KL and agreement against plain formulas."""
+"""Perplexity, KL and agreement against plain formulas."""
 
 import math
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from ptq.evaluation.comparison import (
-    TokenComparison,
-    bootstrap_interval,
-    compare,
-    compare_tokens,
-    perplexity,
-    window_losses,
-)
+from ptq.evaluation.comparison import compare, perplexity
+from ptq.evaluation.token_comparison import compare_tokens, window_losses
 
 
 def _case(seed=0, windows=3, length=17, channels=8, vocabulary=23):
@@ -56,41 +48,5 @@ def test_a_model_compared_with_itself_shows_no_difference():
     assert abs(comparison.ratio - 1) < 1e-6
 
 
-losses = st.lists(st.floats(0, 12), min_size=1, max_size=30)
-
-
-@given(losses, st.integers(0, 2**31))
-def test_the_interval_of_a_model_against_itself_contains_zero(values, seed):
-    x = torch.tensor(values, dtype=torch.float64)
-    low, high = bootstrap_interval(x, x, 200, 0.95, seed)
-    assert low <= 0 <= high
-
-
-@given(losses, st.floats(0.01, 2))
-def test_a_loss_raised_in_every_window_gives_an_interval_above_zero(values, shift):
-    x = torch.tensor(values, dtype=torch.float64)
-    low, high = bootstrap_interval(x, x + shift, 200, 0.95, 0)
-    assert 0 < low <= perplexity(x + shift) * 40 and low <= high
-
-
-def test_the_interval_covers_the_truth_about_as_often_as_it_promises():
-    g = torch.Generator().manual_seed(0)
-    covered = 0
-    for i in range(200):
-        base = 3 + 0.3 * torch.randn(40, generator=g, dtype=torch.float64)
-        noise = 0.05 * torch.randn(40, generator=g, dtype=torch.float64)
-        low, high = bootstrap_interval(base, base + 0.02 + noise, 400, 0.95, i)
-        truth = math.exp(3.045 + 0.02 + 0.05**2 / 2) - math.exp(3.045)
-        covered += low <= truth <= high
-    assert 0.85 <= covered / 200 <= 0.995
-
-
-def test_the_same_seed_gives_the_same_interval():
-    x = torch.linspace(2, 4, 16, dtype=torch.float64)
-    y = x + torch.linspace(-0.1, 0.3, 16, dtype=torch.float64)
-    assert bootstrap_interval(x, y, 300, 0.9, 3) == bootstrap_interval(x, y, 300, 0.9, 3)
-
-
 def test_perplexity_of_an_exploded_model_is_infinite_not_an_error():
     assert perplexity(torch.tensor([1e6], dtype=torch.float64)) == math.inf
-    assert isinstance(TokenComparison(torch.ones(1), torch.ones(1), 1.0).agreement, float)

@@ -1,0 +1,99 @@
+"""Two models on the same tokens: a figure or two of each for every token, and no logits that outlive their chunk."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch.nn.functional import log_softmax
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+
+@dataclass(frozen=True)
+class TokenComparison:
+    """Baseline and quantized model, target by target, on the CPU.
+
+    Attributes:
+        losses: the quantized model's mean loss of every window, nats a target, float64 (windows,).
+        baseline: the baseline's loss at every target, nats, float64 (tokens,).
+        quantized: the quantized model's, float64 (tokens,).
+        kl: KL(baseline || quantized) of the next-token distributions, nats, float64 (tokens,).
+        same_top: whether both find the same token the most likely, bool (tokens,).
+    """
+
+    losses: torch.Tensor
+    baseline: torch.Tensor
+    quantized: torch.Tensor
+    kl: torch.Tensor
+    same_top: torch.Tensor
+
+    @property
+    def agreement(self) -> float:
+        """The share of tokens at which both find the same token the most likely."""
+        return float(self.same_top.double().mean())
+
+
+def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+    """Returns the mean next-token cross-entropy of every window, float64 (windows,).
+
+    Args:
+        head: final hidden states (1, tokens, channels) to logits (1, tokens, vocabulary).
+        hidden: final hidden states (windows, length, channels).
+        ids: token ids (windows, length).
+        chunk: tokens whose logits exist at the same time.
+    """
+    losses = torch.empty(len(ids), dtype=torch.float64)
+    for w in range(len(ids)):
+        total = 0.0
+        for span, targets in _chunks(ids[w], chunk):
+            scores = log_softmax(head(hidden[w : w + 1, span])[0].float(), dim=-1)
+            total += float(_losses(scores, targets).sum())
+        losses[w] = total / (ids.shape[1] - 1)
+    return losses
+
+
+def compare_tokens(
+    heads: tuple[Head, Head], baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int
+) -> TokenComparison:
+    """Compares the next-token distributions that follow from two sets of final hidden states (windows, length, channels).
+
+    Each has its own of the two `heads`, which differ where the residual stream was turned. Logits exist for `chunk` tokens
+    at a time.
+    """
+    losses = torch.empty(len(ids), dtype=torch.float64)
+    before: list[torch.Tensor] = []
+    after: list[torch.Tensor] = []
+    divergences: list[torch.Tensor] = []
+    agreed: list[torch.Tensor] = []
+    for w in range(len(ids)):
+        total = 0.0
+        for span, targets in _chunks(ids[w], chunk):
+            p = log_softmax(heads[0](baseline[w : w + 1, span])[0].float(), dim=-1)
+            q = log_softmax(heads[1](quantized[w : w + 1, span])[0].float(), dim=-1)
+            before.append(_losses(p, targets).cpu())
+            after.append(_losses(q, targets).cpu())
+            total += float(after[-1].sum())
+            agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
+            divergences.append(_divergence(p, q).cpu())
+        losses[w] = total / (ids.shape[1] - 1)
+    kl = torch.cat(divergences).clamp_min_(0)
+    return TokenComparison(losses, torch.cat(before), torch.cat(after), kl, torch.cat(agreed))
+
+
+def _losses(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+    """Returns the negative log-likelihoods of `targets` (tokens,) under (tokens, vocabulary), float64 (tokens,)."""
+    return -log_probabilities.gather(1, targets.to(log_probabilities.device)[:, None])[:, 0].double()
+
+
+def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
+    """Returns KL(p || q) of each token, float64 (tokens,), out of log-probabilities (tokens, vocabulary); overwrites both.
+
+    Chunks of logits are the largest tensors of an evaluation: no third one is made.
+    """
+    difference = q.neg_().add_(p)
+    return torch.einsum("tv,tv->t", p.exp_(), difference).double()
+
+
+def _chunks(ids: torch.Tensor, chunk: int) -> list[tuple[slice, torch.Tensor]]:
+    last = len(ids) - 1
+    return [(slice(i, min(i + chunk, last)), ids[i + 1 : min(i + chunk, last) + 1]) for i in range(0, last, chunk)]

@@ -1,0 +1,81 @@
+"""The end of a run: its figures put together, written into its folder, and shown."""
+
+import pathlib
+
+import torch
+
+from ptq.data.sampling import Tokens
+from ptq.errors import UserError
+from ptq.evaluation.comparison import compare
+from ptq.evaluation.token_comparison import TokenComparison
+from ptq.report.layer_errors import save_errors
+from ptq.report.results import Facts, Kernels, WindowLosses, outlier_share, tensor_kinds, write_results
+from ptq.report.tables import result_table, tensor_table, token_table
+from ptq.run.baseline import Baseline
+from ptq.run.quantize_visitor import QuantizeVisitor, size_of
+from ptq.run.record.environment import environment
+from ptq.run.session import Session
+from quantize.kernels.matmul import by_onednn
+
+
+def report(
+    session: Session,
+    visitor: QuantizeVisitor,
+    tokens: Tokens,
+    baseline: Baseline,
+    compared: TokenComparison,
+    folder: pathlib.Path,
+    identity: str,
+) -> None:
+    """Writes the run's files and shows its tables.
+
+    Args:
+        session: the run's.
+        visitor: what it has quantized with.
+        tokens: what it has evaluated on.
+        baseline: the baseline's results on them.
+        compared: both models' on them.
+        folder: the run's.
+        identity: digest of everything that the results depend on.
+
+    Raises:
+        UserError: when the quantized model's losses are NaN or inf although its hidden states are not.
+    """
+    if not torch.isfinite(compared.quantized).all():
+        raise UserError(
+            "NaN or inf in the quantized model's logits: its hidden states are too large for the head; use more bits"
+        )
+    recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
+    comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
+    loaded, device = session.loaded, session.stream.device
+    bytes_before = 4 if loaded.baseline_dtype == "fp32" else 2
+    size = size_of(session.network, visitor, bytes_before)
+    save_errors(visitor.layers, recipe.name, folder / "errors.png")
+    facts = Facts(
+        size=size,
+        baseline=f"weights {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device.type}",
+        simulated=True,
+        model=recipe.model.path,
+        revision=loaded.revision,
+        weight_fingerprint=loaded.fingerprint,
+        evaluation_source=tokens.source,
+        evaluation_fingerprint=tokens.fingerprint,
+        tensors=tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before),
+        not_covered=session.network.coverage(),
+        window_losses=WindowLosses(baseline.losses.tolist(), compared.losses.tolist()),
+        identity=identity,
+        outlier_share=outlier_share(visitor.layers),
+        seconds={name: round(value, 3) for name, value in journal.seconds.items()},
+        memory=journal.memory.memory(),
+        kernels=_kernels(baseline.hidden.dtype, device),
+    )
+    write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device))
+    journal.show(tensor_table(facts.tensors))
+    journal.show(token_table(comparison.token_statistics))
+    journal.show(result_table(recipe, comparison, facts))
+
+
+def _kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
+    """Returns who multiplies large matrices of `dtype`: asked by a product that is large enough."""
+    probe = torch.empty(1, 1 << 10, dtype=dtype, device=device).expand(1 << 10, -1)
+    return Kernels("oneDNN" if by_onednn(probe, probe) else "torch", "torch")
