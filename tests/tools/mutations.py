@@ -92,7 +92,7 @@ MUTATIONS = (
     Mutation("ptq/files/manifest.py", "same = file_digest(there[name]) == digest", "same = len(file_digest(there[name])) == len(digest)", _STORE),
     Mutation("ptq/run/session.py", '"tokens": tokens.fingerprint,', '"tokens": tokens.source,', _KEYS),
     Mutation("ptq/run/session.py", '"baseline": self.loaded.baseline_dtype,', '"baseline": "",', _KEYS),
-    Mutation("ptq/evaluation/comparison.py", "losses[w] = total / (ids.shape[1] - 1)\n    return losses", "losses[w] = total / ids.shape[1]\n    return losses", _COMPARISON),
+    Mutation("ptq/evaluation/token_comparison.py", "losses[w] = total / (ids.shape[1] - 1)\n    return losses", "losses[w] = total / ids.shape[1]\n    return losses", _COMPARISON),
     Mutation("ptq/export/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
     Mutation("ptq/export/to_kuiper.py", "-shape.vocabulary,", "shape.vocabulary,", _Q8),
     Mutation("ptq/export/quantized_tensors.py", "zero_point=None if module.weight_spec is None else module.zero_point,", "zero_point=None,", _COMPRESSED + _GGUF),
