@@ -10,7 +10,7 @@ import json
 import pathlib
 
 from ptq.cli.catalog import locate
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.errors import UserError
 from ptq.run.experiment import output_folder, run
 

@@ -6,7 +6,7 @@ import re
 import pytest
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 
 SHIPPED = {
     "demo", "smollm2-135m_w8a8", "smollm2-135m_w4a16", "smollm2-135m_w4a4",

@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.data.sampling import sample_tokens
 from ptq.errors import UserError
 from ptq.files.store import Store

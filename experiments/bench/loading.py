@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.schema import ExecutionConfig, ModelConfig, Recipe
 from ptq.files.store import Store
 from ptq.footprint.footprint import footprint

@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM
 
 from experiments.bench.loading import MEGA, PAGE, Sampler, status
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.files.store import Store
 from ptq.integrations.transformers import PtqConfig

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, files, store_commands
+from ptq.cli import catalog, completion, files, reference, store_commands
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
 from ptq.config.schema import Recipe
@@ -21,7 +21,7 @@ COMMANDS = {
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
-TOOLS = files.COMMANDS | store_commands.COMMANDS
+TOOLS = files.COMMANDS | store_commands.COMMANDS | reference.COMMANDS
 """The commands that take no recipe."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
@@ -91,8 +91,15 @@ def _dispatch(arguments: list[str], program: str | None) -> int:
     if not arguments or arguments[0] in {"-h", "--help"}:
         print(_overview())
         return 0
-    if arguments[0] == "--version":
+    if arguments[0] == "--complete":
+        print("\n".join(completion.candidates(arguments[1:], _options())))
+        return 0
+    if "--version" in arguments:
         print(f"ptq {ptq.__version__}")
+        return 0
+    if arguments[0].partition("=")[0] == "--completion":
+        shell = arguments[0].partition("=")[2] or "".join(arguments[1:2])
+        print(completion.script(shell), end="")
         return 0
     command, rest = arguments[0], arguments[1:]
     if command in TOOLS:
@@ -118,12 +125,14 @@ def _command(command: str, arguments: list[str], program: str) -> int:
         raise UserError(f"{unknown[0]}: no such option; {f'did you mean {close[0]!r}?' if close else 'see --help'}")
     path = _config_path(options)
 
-    from ptq.cli.hydra_edge import compose_jobs
+    from ptq.cli.compose.hydra_edge import compose_jobs
 
     jobs = compose_jobs(path, options.overrides, options.multirun, options.trust)
     if options.cfg:
         for job in jobs:
-            print(_yaml(job.config), end="" if len(jobs) == 1 else "---\n")
+            print(
+                _yaml(job.config if options.cfg == "job" else _full(job.recipe)), end="" if len(jobs) == 1 else "---\n"
+            )
         return 0
     for job in jobs:
         job.check_paths()
@@ -164,7 +173,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
 def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=program, allow_abbrev=False, add_help=False, description=f"{COMMANDS[command].capitalize()}.",
-        usage=f"{program} [--config RECIPE] [key=value ...] [-m] {'[--context N]' if command == 'footprint' else '[--dry-run]'} [--cfg job] [--help]",
+        usage=f"{program} [--config RECIPE] [key=value ...] [-m] {'[--context N]' if command == 'footprint' else '[--dry-run]'} [--cfg job|full] [--help]",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
     )  # fmt: skip
     parser.add_argument(
@@ -187,7 +196,9 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--trust", action="store_true", help="a recipe file may name code to run and environment variables to read"
     )
-    parser.add_argument("--cfg", choices=["job"], help="print the composed config and stop")
+    parser.add_argument(
+        "--cfg", choices=["job", "full"], help="print the composed config and stop; full: with every default"
+    )
     if command == "stats":
         parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
@@ -197,7 +208,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
 def _overview() -> str:
     commands = COMMANDS | {name: what for name, (what, _) in TOOLS.items()}
     rows = "\n".join(f"  {name:9} {what}" for name, what in commands.items())
-    return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq --version the version.\n"
+    return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq list what there is; ptq show NAME what it means;\nptq --version the version; ptq --completion bash|zsh|fish completes in a shell.\n"
 
 
 def _epilog(program: str) -> str:
@@ -217,6 +228,21 @@ recipes:
 groups:
 {chosen}
 """
+
+
+def _full(recipe: Recipe) -> dict[str, Any]:
+    """Returns a recipe with every option, as a run writes it into its folder."""
+    from ptq.run.experiment import resolved
+
+    return resolved(recipe).as_dict()
+
+
+def _options() -> dict[str, list[str]]:
+    """Returns the options of every command, for completion."""
+    takes = {name: _parser(name, "") for name in COMMANDS}
+    found = {name: [word for a in parser._actions for word in a.option_strings] for name, parser in takes.items()}
+    tools = {"export": ["--run", "--format", "--output", "--force", "--trust"], "store": ["--store", "--max-size"]}
+    return {**found, **{name: [*tools.get(name, ()), "--help"] for name in TOOLS}}
 
 
 def _yaml(config: dict[str, Any]) -> str:

@@ -39,7 +39,7 @@ def run(
             )
         return run_recipe(recipe, force)
 
-    from ptq.cli.hydra_edge import compose_jobs
+    from ptq.cli.compose.hydra_edge import compose_jobs
 
     jobs = compose_jobs(catalog.locate(str(recipe)), words, trust=trust)
     jobs[0].check_paths()

@@ -51,7 +51,12 @@ class TextConfig:
 
 @dataclass(frozen=True)
 class DataConfig:
-    """The texts of a recipe: one to calibrate on, one to evaluate on."""
+    """The texts of a recipe: one to calibrate on, one to evaluate on.
+
+    Attributes:
+        calibration: the text to calibrate on.
+        evaluation: the text to evaluate on.
+    """
 
     calibration: TextConfig = field(default_factory=TextConfig)
     evaluation: TextConfig = field(default_factory=lambda: TextConfig(split="test"))
@@ -61,7 +66,14 @@ class DataConfig:
 class CalibrationConfig:
     """How calibration samples are drawn: `samples` windows of `length` tokens, ``contiguous`` from the start or ``random``.
 
-    `statistics` names a file written by gen_act_stat.py to read instead of calibrating again.
+    Attributes:
+        samples: how many windows.
+        length: tokens of a window.
+        sampling: ``contiguous``, one after another from the start of the text, or ``random``, from places drawn by `seed`.
+        seed: of random sampling.
+        bos: each window begins with the tokenizer's BOS and holds one text token less.
+        batch_size: windows that pass together; changes time and memory, not the results.
+        statistics: a file written by gen_act_stat.py to read instead of calibrating again.
     """
 
     samples: int = option(64, least=1)
@@ -77,8 +89,15 @@ class CalibrationConfig:
 class EvaluationConfig:
     """The perplexity protocol (METHODS.md section 8) and the paired comparison.
 
-    `windows` non-overlapping windows of `length` tokens (null: all there are). The interval is a bootstrap over windows
-    with `resamples` draws, seeded by `seed`, at `confidence`. `chunk` is the number of tokens whose logits exist at once.
+    Attributes:
+        windows: how many windows, none overlapping another; null for all there are.
+        length: tokens of a window.
+        bos: each window begins with the tokenizer's BOS and holds one text token less.
+        batch_size: windows that pass together.
+        chunk: tokens whose logits exist at once.
+        resamples: draws of the bootstrap over windows that gives the interval.
+        confidence: share of the draws inside the interval, between 0 and 1.
+        seed: of the bootstrap, and of C4's random slices.
     """
 
     windows: int | None = option(16, least=1)
@@ -93,7 +112,12 @@ class EvaluationConfig:
 
 @dataclass(frozen=True)
 class Override:
-    """Changes the scheme for the modules whose name matches the glob `modules`; a tensor set to null is left unquantized."""
+    """Changes the scheme for some modules.
+
+    Attributes:
+        modules: a glob of full names of Linears (of attention modules for query, key, value and attention_probs).
+        tensors: by kind of tensor its format there; null leaves it unquantized.
+    """
 
     modules: str
     tensors: dict[str, QuantSpec | None]
@@ -103,7 +127,15 @@ class Override:
 class SchemeConfig:
     """Which tensor of a block gets which `QuantSpec`; null leaves it unquantized. Of the overrides the last match wins.
 
-    `exclude` holds globs of modules that are never replaced (the head and embeddings are outside the blocks and left alone).
+    Attributes:
+        weight: of the weights of Linears inside the blocks.
+        input: of what those Linears read.
+        query: of queries, after rotary embeddings.
+        key: of keys, after rotary embeddings: of the KV cache, too.
+        value: of values: of the KV cache, too.
+        attention_probs: of the attention's probabilities, after the softmax.
+        overrides: other formats for some modules, in order.
+        exclude: globs of modules that are never replaced (the head and embeddings are outside the blocks and left alone).
     """
 
     weight: QuantSpec | None = None
@@ -135,7 +167,12 @@ class ExecutionConfig:
 
 @dataclass(frozen=True)
 class ExportConfig:
-    """A format that another runtime loads: `format` names an exporter, `options` are its own (docs/exports.md)."""
+    """A format that another runtime loads (docs/exports.md).
+
+    Attributes:
+        format: the name of an exporter.
+        options: its own.
+    """
 
     format: str
     options: dict[str, Any] = field(default_factory=dict)
@@ -143,7 +180,21 @@ class ExportConfig:
 
 @dataclass(frozen=True)
 class Recipe:
-    """One experiment. `steps` maps a step's name to its options, in order of execution."""
+    """One experiment.
+
+    Attributes:
+        name: of the results' folder: letters, digits, ``.``, ``_`` and ``-``, 1 to 100 of them. The recipe file's own by default.
+        model: the model.
+        data: its texts.
+        calibration: how calibration samples are drawn.
+        evaluation: how baseline and quantized model are compared.
+        scheme: which tensor gets which number format.
+        steps: by name the options of each step, in order of execution: transforms, then a solver.
+        execution: where the work happens.
+        export: a format to write the quantized model in, or null.
+        outputs: the folder of results, as ``outputs/<name>/<hash>``.
+        store: the folder where results of earlier work are kept.
+    """
 
     name: str
     model: ModelConfig

@@ -53,7 +53,11 @@ GEMMA_PERIOD, GEMMA_LOCAL_BASE = 6, 1e4
 
 @dataclass(frozen=True)
 class Options:
-    """`pre`: llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer."""
+    """What cannot be told from the model.
+
+    Attributes:
+        pre: llama.cpp's name of the pre-tokenizer, where it cannot be told from the tokenizer.
+    """
 
     pre: str | None = None
 

@@ -10,6 +10,7 @@ import struct
 from dataclasses import dataclass
 from typing import BinaryIO
 
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.export import llama_family as family
@@ -28,9 +29,13 @@ BUILDS = {
 
 @dataclass(frozen=True)
 class Options:
-    """`build`: the build of KuiperLLama that will read the file: llama2 (the default one), llama3 or qwen2."""
+    """What reads the file.
 
-    build: str = "llama2"
+    Attributes:
+        build: the build of KuiperLLama that will read the file: its default one is llama2.
+    """
+
+    build: str = option("llama2", choices=tuple(BUILDS))
 
 
 class Exporter:

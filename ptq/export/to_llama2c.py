@@ -23,7 +23,11 @@ RUNTIME = family.Runtime("llama2c", rope_base=1e4, eps=1e-5, interleaved=True, i
 
 @dataclass(frozen=True)
 class Options:
-    """`tokenizer`: write ``tokenizer.bin`` beside the model."""
+    """What is written.
+
+    Attributes:
+        tokenizer: write ``tokenizer.bin`` beside the model.
+    """
 
     tokenizer: bool = True
 

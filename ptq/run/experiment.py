@@ -96,13 +96,13 @@ def _checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
     """Returns the recipe with all its options and what its export fixes, and its steps, which fit its scheme and its export."""
     check(recipe)
     steps = build_steps(recipe.steps)
-    recipe = _resolved(adapted(recipe))
+    recipe = resolved(adapted(recipe))
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
     return recipe, steps
 
 
-def _resolved(recipe: Recipe) -> Recipe:
+def resolved(recipe: Recipe) -> Recipe:
     """Returns the recipe with the defaults of its steps and its export written out, and the device that ``auto`` is here."""
     export = recipe.export and with_default_options(recipe.export)
     execution = dataclasses.replace(recipe.execution, device=str(device_of(recipe)))
@@ -182,7 +182,7 @@ def _quantize(
 def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check(recipe)
-    recipe = _resolved(recipe)
+    recipe = resolved(recipe)
     check_before(recipe)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
     with _folder_of_a_run(recipe, sources_of(build_steps(recipe.steps))) as folder, alone(folder):

@@ -1,6 +1,6 @@
 """`QuantSpec`: the number format of one tensor."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from quantize.spec.formats import INTEGER, formats
@@ -47,14 +47,14 @@ class QuantSpec:
 
     bits: int = 8
     format: str = "int"
-    granularity: str = "channel"
+    granularity: str = field(default="channel", metadata={"choices": GRANULARITIES})
     group_size: int | None = None
     symmetric: bool = True
     dynamic: bool = False
-    range: str = "minmax"
+    range: str = field(default="minmax", metadata={"choices": RANGES})
     percentile: float = 99.99
     clip: float = 1.0
-    scales: str = "float32"
+    scales: str = field(default="float32", metadata={"choices": SCALES})
     full_range: bool = False
     double_quant: bool = False
     threshold: float = 6.0
@@ -62,14 +62,14 @@ class QuantSpec:
     def __post_init__(self) -> None:
         if not 2 <= self.bits <= 8:
             raise SpecError("bits", self.bits, f"2 to 8 (nearest: {min(max(self.bits, 2), 8)})")
-        for field, choices in (
+        for name, choices in (
             ("format", tuple(formats())),
             ("granularity", GRANULARITIES),
             ("range", RANGES),
             ("scales", SCALES),
         ):
-            if getattr(self, field) not in choices:
-                raise SpecError(field, getattr(self, field), f"one of {', '.join(choices)}", choices)
+            if getattr(self, name) not in choices:
+                raise SpecError(name, getattr(self, name), f"one of {', '.join(choices)}", choices)
         if self.granularity == "group" and (self.group_size is None or self.group_size < 1):
             raise SpecError("group_size", self.group_size, "a positive number with granularity group, such as 64")
         if self.granularity != "group" and self.group_size is not None:

@@ -7,8 +7,9 @@ from functools import partial
 import torch
 
 from ptq.calibration.samples import Samples, Watcher
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.steps._moments import samples_of
 from ptq.steps._solving import (
@@ -28,7 +29,7 @@ from quantize.kernels.matmul import product
 from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment, corrected_weight, held_out_strength
 from quantize.solvers.damping import held_out_damping
-from quantize.solvers.gptq import FormatSolution, GptqOptions, Hessian, Solution, solve, solve_format
+from quantize.solvers.gptq import SCALES, FormatSolution, GptqOptions, Hessian, Solution, solve, solve_format
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -67,8 +68,8 @@ class Options:
     act_order: bool = True
     static_groups: bool = True
     sequential: bool = True
-    target: str = "present"
-    scales: str = "range"
+    target: str = option("present", choices=("present", "original", "residual"))
+    scales: str = option("range", choices=SCALES)
     descent: int = 0
     relative: bool = False
     held_out: int = 0
@@ -77,7 +78,6 @@ class Options:
 
 STACKED = ("channel", "group")
 """Granularities whose grids belong to one row."""
-TARGETS = ("present", "original", "residual")
 
 
 class Step(Solver):
@@ -95,11 +95,6 @@ class Step(Solver):
             )
         except ValueError as error:
             raise UserError(f"steps.gptq.{error}") from None
-        if options.target not in TARGETS:
-            raise UserError(
-                f"steps.gptq.target: {options.target!r} is not valid: expected one of {', '.join(TARGETS)}"
-                f"{nearest(options.target, TARGETS)}"
-            )
         if options.target == "residual" and not options.sequential:
             raise UserError(
                 "steps.gptq.sequential: false does not go with target 'residual': two Linears of a block would both take "

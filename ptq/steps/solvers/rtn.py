@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
 from ptq.network.network import Block
 from ptq.steps._moments import stage_hessians
 from ptq.steps._solving import (
@@ -36,14 +36,7 @@ class Options:
             one scale (with one scale a row: the error of the Linear's output).
     """
 
-    scales: str = "range"
-
-    def __post_init__(self) -> None:
-        if self.scales not in SCALES:
-            raise UserError(
-                f"steps.rtn.scales: {self.scales!r} is not valid: expected one of {', '.join(SCALES)}"
-                f"{nearest(self.scales, SCALES)}"
-            )
+    scales: str = option("range", choices=SCALES)
 
 
 class Step(Solver):

@@ -63,10 +63,10 @@ class Options:
         seed: of k-means' starts.
     """
 
-    method: str = "max_std_kmeans"
+    method: str = option("max_std_kmeans", choices=METHODS)
     clusters: Counts = field(default_factory=Counts)
-    features: tuple[str, ...] = option(FEATURES, only_with={"method": ("max_std_kmeans",)})
-    sources: tuple[str, ...] = option(SOURCES, only_with={"method": ("max_std_kmeans",)})
+    features: tuple[str, ...] = option(FEATURES, choices=FEATURES, only_with={"method": ("max_std_kmeans",)})
+    sources: tuple[str, ...] = option(SOURCES, choices=SOURCES, only_with={"method": ("max_std_kmeans",)})
     standardise: bool = False
     reorder: bool = True
     seed: int = seed_option()

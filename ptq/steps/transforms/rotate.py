@@ -49,7 +49,7 @@ class Options:
 
     residual: bool = True
     values: bool = True
-    online: tuple[str, ...] = ("down",)
+    online: tuple[str, ...] = option(("down",), choices=ONLINE)
     seed: int = option(0, least=0, most=MOST_SEED, only_with={"residual": (True,)})
 
     def __post_init__(self) -> None:

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from ptq.cli import catalog
 from ptq.cli.app import main
-from ptq.cli.hydra_edge import compose_jobs
-from ptq.cli.override_words import quoted
+from ptq.cli.compose.hydra_edge import compose_jobs
+from ptq.cli.compose.override_words import quoted
 from ptq.errors import UserError
 from ptq.files.bounded_yaml import MOST_DEPTH, MOST_NODES, check_yaml
 

@@ -11,7 +11,7 @@ import yaml
 from torch.nn.functional import cross_entropy
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, TextConfig
 from ptq.data.sampling import sample_tokens

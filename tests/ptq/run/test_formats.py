@@ -7,7 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.report.results import describe_spec

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from ptq.cli import catalog
-from ptq.cli.hydra_edge import compose_jobs
+from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.run.experiment import run
 
 

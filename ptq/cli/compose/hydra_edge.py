@@ -27,9 +27,9 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from ptq.cli.catalog import config_folder, groups
-from ptq.cli.override_words import MOST_CHARACTERS, quoted
-from ptq.cli.recipe_files import RecipeFiles, check_trusted, environment, is_shipped, typed_values
-from ptq.cli.recipe_paths import placed
+from ptq.cli.compose.override_words import MOST_CHARACTERS, quoted
+from ptq.cli.compose.recipe_files import RecipeFiles, check_trusted, environment, is_shipped, typed_values
+from ptq.cli.compose.recipe_paths import placed
 from ptq.config.building import recipe_from
 from ptq.config.checking import named
 from ptq.config.schema import Recipe
