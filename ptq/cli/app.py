@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, completion, files, reference, store_commands
+from ptq.cli import catalog, completion, files, reference, store_commands, sweep_commands
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
 from ptq.config.schema import Recipe
@@ -21,7 +21,7 @@ COMMANDS = {
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
-TOOLS = files.COMMANDS | store_commands.COMMANDS | reference.COMMANDS
+TOOLS = files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | reference.COMMANDS
 """The commands that take no recipe."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
@@ -124,6 +124,10 @@ def _command(command: str, arguments: list[str], program: str) -> int:
         close = difflib.get_close_matches(unknown[0], [*known, "--config"], n=1)
         raise UserError(f"{unknown[0]}: no such option; {f'did you mean {close[0]!r}?' if close else 'see --help'}")
     path = _config_path(options)
+    if command == "run" and options.multirun and not options.cfg:
+        return sweep_commands.sweep(path, options, (*program.split(), *arguments))
+    if command == "run":
+        sweep_commands.refuse_without_multirun(options)
 
     from ptq.cli.compose.hydra_edge import compose_jobs
 
@@ -193,6 +197,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
         parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
     if command == "run":
         parser.add_argument("--force", action="store_true", help="run again what is finished")
+        sweep_commands.add_options(parser)
     parser.add_argument(
         "--trust", action="store_true", help="a recipe file may name code to run and environment variables to read"
     )

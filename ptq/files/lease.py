@@ -60,6 +60,12 @@ def lease(path: pathlib.Path, told: Callable[[str], None] = lambda line: None) -
                 path.unlink()
 
 
+def is_held(path: pathlib.Path) -> bool:
+    """Returns whether a live process holds the lease `path`."""
+    holder = _read(path)
+    return holder is not None and _lives(path, holder)
+
+
 def _take(path: pathlib.Path, token: dict[str, object]) -> str | None:
     """Takes the lease where it is free or its holder dead. Returns None then, else the number of the holder's process."""
     with _alone(path.parent):

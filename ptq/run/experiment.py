@@ -79,6 +79,12 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
     return folder if there else None
 
 
+def run_folder(recipe: Recipe) -> pathlib.Path:
+    """Returns where a run of `recipe` would write to; nothing is made. Raises `UserError` for steps that cannot be built."""
+    recipe, steps = _checked(recipe)
+    return _folder(recipe, sources_of(steps))
+
+
 def check_recipe(recipe: Recipe) -> list[str]:
     """Checks everything that can be checked without running.
 

@@ -62,6 +62,15 @@ class Job:
             raise UserError(self.missing[0])
 
 
+@dataclass(frozen=True)
+class Composed:
+    """One point of a sweep: what the sweep chose for it, and its recipe or the line that refused it."""
+
+    overrides: tuple[str, ...]
+    recipe: Recipe | None
+    refused: str = ""
+
+
 def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = False, trust: bool = False) -> list[Job]:
     """Composes the recipe file `config` with Hydra overrides into jobs, all checked: one, or with `multirun` one per point.
 
@@ -82,6 +91,32 @@ def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = Fa
     with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
         points = list(_points(_parse(lines, loader, config), multirun))
         return [_job(config, list(point), trust) for point in points]
+
+
+def compose_points(
+    config: pathlib.Path, overrides: list[str], zipped: bool = False, trust: bool = False
+) -> list[Composed]:
+    """Composes the points of a sweep: the product of its choices, the last varying fastest, or `zipped` side by side.
+
+    A point that cannot be composed has the line that says why in place of a recipe.
+
+    Raises:
+        UserError: for a line that is no override, and for choices of unequal number where they are `zipped`.
+    """
+    composed: list[Composed] = []
+    lines = [quoted(_bounded(line)) for line in overrides]
+    with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
+        parsed = _parse(lines, loader, config)
+        for point in _zipped(parsed) if zipped else _points(parsed, True):
+            chosen = tuple(line.lstrip("+") for line, swept in point if swept)
+            try:
+                with _one_line(config):
+                    job = _job(config, list(point), trust)
+                    job.check_paths()
+                composed.append(Composed(chosen, job.recipe))
+            except UserError as error:
+                composed.append(Composed(chosen, None, " ".join(str(error).split())))
+    return composed
 
 
 class ShippedConfigs(SearchPathPlugin):
@@ -165,6 +200,23 @@ def _is_group(key: str, folder: pathlib.Path) -> bool:
 
 def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[str, bool], ...]]:
     """Yields the overrides of each job, each with whether a sweep chose it."""
+    yield from itertools.product(*_axes(overrides, multirun))
+
+
+def _zipped(overrides: list[Override]) -> Iterator[tuple[tuple[str, bool], ...]]:
+    """Yields the overrides of each job where the choices go side by side."""
+    axes = _axes(overrides, True)
+    swept = {axis[0][0].partition("=")[0].lstrip("+"): len(axis) for axis in axes if axis[0][1]}
+    if len(set(swept.values())) > 1:
+        counts = ", ".join(f"{key} has {count}" for key, count in swept.items())
+        raise UserError(
+            f"--zip: values of unequal number ({counts}): give as many of each, or leave --zip out for the product"
+        )
+    count = next(iter(swept.values()), 1)
+    yield from zip(*(axis if axis[0][1] else axis * count for axis in axes), strict=True)
+
+
+def _axes(overrides: list[Override], multirun: bool) -> list[list[tuple[str, bool]]]:
     axes: list[list[tuple[str, bool]]] = []
     for override in overrides:
         if not override.is_sweep_override():
@@ -178,7 +230,7 @@ def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[s
         else:
             key = override.get_key_element()
             axes.append([(f"{key}={value}", True) for value in override.sweep_string_iterator()])
-    yield from itertools.product(*axes)
+    return axes
 
 
 def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Job:

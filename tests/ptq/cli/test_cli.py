@@ -86,19 +86,19 @@ def test_a_file_outside_finds_the_shipped_groups_and_its_own(tmp_path, work):
     assert main(["run", "--config", str(tmp_path / "my recipe.yaml")]) == 0
     made = work.calls[0][1]
     assert (made.name, made.model.path, made.scheme.weight.bits) == ("my-recipe", "facebook/opt-125m", 3)
-    assert main(["run", "--config", str(tmp_path / "my recipe.yaml"), "-m", "scheme=mine,w4a4", "~method"]) == 0
+    assert main(["stats", "--config", str(tmp_path / "my recipe.yaml"), "-m", "scheme=mine,w4a4", "~method"]) == 0
     assert [call[1].scheme.weight.bits for call in work.calls[1:]] == [3, 4]
 
 
 def test_multirun_is_the_product_of_its_values_the_last_varying_fastest(work, capsys):
-    assert main(["run", "-m", "scheme=w8a8,w4a4", "evaluation.windows=range(1,3)", "evaluation.seed=5"]) == 0
-    got = [(r.scheme.weight.bits, r.evaluation.windows, r.evaluation.seed) for _, r in work.calls]
+    assert main(["stats", "-m", "scheme=w8a8,w4a4", "evaluation.windows=range(1,3)", "evaluation.seed=5"]) == 0
+    got = [(r.scheme.weight.bits, r.evaluation.windows, r.evaluation.seed) for _, r, _ in work.calls]
     assert got == [(8, 1, 5), (8, 2, 5), (4, 1, 5), (4, 2, 5)]
     assert "job 4 of 4: scheme=w4a4 evaluation.windows=2" in capsys.readouterr().out
 
 
-def test_a_mistake_in_any_job_of_a_sweep_stops_it_before_the_first(work, capsys):
-    assert main(["run", "-m", "scheme.weight.bits=8,9"]) == 2
+def test_a_mistake_in_any_job_of_statistics_stops_it_before_the_first(work, capsys):
+    assert main(["stats", "-m", "scheme.weight.bits=8,9"]) == 2
     assert work.calls == []
     assert "scheme.weight.bits: 9" in capsys.readouterr().err
 

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.files.store import Store
 from ptq.models.shared import Shared
 from ptq.run.experiment import finished_before, run_recipe

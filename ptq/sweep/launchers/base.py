@@ -1,0 +1,87 @@
+"""What a launcher is, and which there are."""
+
+import importlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from ptq.errors import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Task:
+    """What every point is started with: the sweep's folder, threads of a point's arithmetic, whether finished ones run again."""
+
+    folder: str
+    threads: int
+    force: bool = False
+
+
+@dataclass(frozen=True)
+class Ended:
+    """A point that nobody works on any more; `problem` says why where its process ended before the point did."""
+
+    number: int
+    problem: str = ""
+
+
+class Launcher(Protocol):
+    """Runs points by `ptq.sweep.work.work_on`."""
+
+    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+        """Runs the points, in this order as far as one waits for another.
+
+        Yields each that has ended, and None some times a second in between. Closed early, it stops what it has started.
+        """
+
+
+@dataclass(frozen=True)
+class _Entry:
+    module: str
+    extra: str
+    meaning: str
+
+
+LAUNCHERS = {
+    "processes": _Entry("ptq.sweep.launchers.processes", "", "processes on this machine, --jobs of them; a killed one ends its point only"),
+    "here": _Entry("ptq.sweep.launchers.here", "", "one point after another in this process, for debuggers"),
+    "slurm": _Entry("ptq.sweep.launchers.slurm", "slurm", "a Slurm job a point, by submitit; launcher.partition=... and its other parameters"),
+    "ray": _Entry("ptq.sweep.launchers.ray", "ray", "a Ray task a point, on launcher.address=... or a cluster started here"),
+}  # fmt: skip
+"""Launchers by name; each module has ``build(jobs, threads, options)``."""
+
+
+def build_launcher(name: str, jobs: int, threads: int, options: Mapping[str, Any], folder: str) -> Launcher:
+    """Returns a launcher.
+
+    Args:
+        name: one of `LAUNCHERS`.
+        jobs: how many points at once.
+        threads: of each point.
+        options: the launcher's own, ``launcher.<name>`` of the command line.
+        folder: of the sweep, for what the launcher writes.
+
+    Raises:
+        UserError: for an unknown name or option, or where its library is not installed.
+    """
+    if name not in LAUNCHERS:
+        raise UserError(f"--launcher: {name!r} is no launcher{nearest(name, LAUNCHERS)}")
+    entry = LAUNCHERS[name]
+    try:
+        module = importlib.import_module(entry.module)
+    except ModuleNotFoundError as error:
+        if not entry.extra:
+            raise
+        raise UserError(
+            f"--launcher: {name!r} needs {error.name}, which is not installed: pip install 'ptq-framework[{entry.extra}]'"
+        ) from None
+    launcher: Launcher = module.build(jobs, threads, dict(options), folder)
+    return launcher
+
+
+def refuse_options(launcher: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
+    """Raises `UserError` for an option that the launcher does not know."""
+    for key in options:
+        if key not in known:
+            hint = nearest(key, known) if known else f": {launcher} has no options, leave it out"
+            raise UserError(f"launcher.{key}: no such option of {launcher}{hint}")

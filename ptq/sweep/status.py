@@ -1,0 +1,79 @@
+"""Where each point of a sweep stands: one small file a point, written by whoever works on it."""
+
+import json
+import pathlib
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+
+from ptq.errors import UserError
+from ptq.files.atomic import write_text
+from ptq.files.lease import is_held
+from ptq.run.experiment import run_folder
+from ptq.sweep.points import Point
+
+WAITING, RUNNING, DONE, FAILED, REFUSED, INTERRUPTED = "waiting", "running", "done", "failed", "refused", "interrupted"
+
+
+@dataclass(frozen=True)
+class Status:
+    """Where a point stands.
+
+    Attributes:
+        kind: waiting, running, done, failed, refused or interrupted.
+        folder: of its run, where there is one.
+        line: why it failed or was refused, or "".
+        seconds: how long it took where it ran in this sweep, else None.
+    """
+
+    kind: str
+    folder: str = ""
+    line: str = ""
+    seconds: float | None = None
+
+
+def write_status(sweep: pathlib.Path, number: int, status: Status) -> None:
+    """Writes where a point stands."""
+    write_text(_file(sweep, number), json.dumps(asdict(status)) + "\n")
+
+
+def status_of(sweep: pathlib.Path, point: Point) -> Status:
+    """Returns where a point stands; one that was running while its process died is interrupted."""
+    if point.refused or point.recipe is None:
+        return Status(REFUSED, line=point.refused)
+    try:
+        found = json.loads(_file(sweep, point.number).read_text(encoding="utf-8"))
+        status = Status(**found)
+    except (OSError, ValueError, TypeError):
+        return Status(WAITING)
+    if status.kind == RUNNING and not is_held(pathlib.Path(f"{status.folder}.lease")):
+        return Status(INTERRUPTED, status.folder, "its process has ended: ptq sweep resume takes it up")
+    return status
+
+
+def lease_of(point: Point) -> pathlib.Path:
+    """Returns the lease of a point's run, beside the run's folder: the same one for every sweep that has this point.
+
+    Raises:
+        UserError: for a refused point, which has no run.
+    """
+    if point.recipe is None:
+        raise UserError(point.refused)
+    return pathlib.Path(f"{run_folder(point.recipe).absolute()}.lease")
+
+
+def log_of(sweep: pathlib.Path, number: int) -> pathlib.Path:
+    """Returns the file that holds what a point's run prints."""
+    return sweep / "points" / f"{number:05d}.log"
+
+
+def metrics_of(status: Status) -> Mapping[str, object] | None:
+    """Returns what the metrics.json of a point's run holds, None where there is none that can be read."""
+    try:
+        found = json.loads((pathlib.Path(status.folder) / "metrics.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _file(sweep: pathlib.Path, number: int) -> pathlib.Path:
+    return sweep / "points" / f"{number:05d}.json"
