@@ -68,7 +68,8 @@ def _convert(hint: Any, value: Any, path: str) -> Any:
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
-        return _convert(next(a for a in arguments if a is not type(None)), value, path)
+        kinds = [a for a in arguments if a is not type(None)]
+        return _convert(next((a for a in kinds if a is type(value)), kinds[0]), value, path)
     if dataclasses.is_dataclass(hint):
         return _build(typing.cast(type, hint), value, path)
     if origin is tuple:

@@ -18,6 +18,8 @@ def check(recipe: Recipe) -> None:
     check_fields(recipe, "")
     if not 0 < recipe.evaluation.confidence < 1:
         raise UserError(f"evaluation.confidence: {recipe.evaluation.confidence} is not between 0 and 1: use 0.95")
+    _check_bos("calibration.bos", recipe.calibration.bos)
+    _check_bos("evaluation.bos", recipe.evaluation.bos)
     _check_text("data.calibration", recipe.data.calibration)
     _check_text("data.evaluation", recipe.data.evaluation)
     _check_seed(recipe.calibration, recipe.data.calibration)
@@ -35,6 +37,11 @@ def check_name(name: str) -> None:
 def named(text: str) -> str:
     """Returns the valid name that is nearest to `text`."""
     return re.sub(r"[^A-Za-z0-9._-]+", "-", text).strip("-.")[:100] or "recipe"
+
+
+def _check_bos(path: str, bos: bool | str) -> None:
+    if isinstance(bos, str) and bos != "auto":
+        raise UserError(f"{path}: {bos!r} is not valid: expected auto, true or false")
 
 
 def _check_seed(calibration: CalibrationConfig, text: TextConfig) -> None:

@@ -56,10 +56,12 @@ class DataConfig:
     Attributes:
         calibration: the text to calibrate on.
         evaluation: the text to evaluate on.
+        allow_overlap: let evaluation windows hold what is calibrated on, which is refused otherwise; the result counts them.
     """
 
     calibration: TextConfig = field(default_factory=TextConfig)
     evaluation: TextConfig = field(default_factory=lambda: TextConfig(split="test"))
+    allow_overlap: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,8 @@ class CalibrationConfig:
         length: tokens of a window.
         sampling: ``contiguous``, one after another from the start of the text, or ``random``, from places drawn by `seed`.
         seed: of random sampling.
-        bos: each window begins with the tokenizer's BOS and holds one text token less.
+        bos: what begins each window, in the place of text tokens: ``auto`` for what the model's own tokenizer puts before a
+            text, true for its BOS, false for nothing.
         batch_size: windows that pass together; changes time and memory, not the results.
         statistics: a file written by gen_act_stat.py to read instead of calibrating again.
     """
@@ -80,7 +83,7 @@ class CalibrationConfig:
     length: int = option(512, least=2)
     sampling: str = option("contiguous", choices=("contiguous", "random"))
     seed: int = seed_option()
-    bos: bool = False
+    bos: bool | str = "auto"
     batch_size: int = option(4, least=1)
     statistics: str | None = None
 
@@ -92,7 +95,7 @@ class EvaluationConfig:
     Attributes:
         windows: how many windows, none overlapping another; null for all there are.
         length: tokens of a window.
-        bos: each window begins with the tokenizer's BOS and holds one text token less.
+        bos: what begins each window, as in calibration.
         batch_size: windows that pass together.
         chunk: tokens whose logits exist at once.
         resamples: draws of the bootstrap over windows that gives the interval.
@@ -102,7 +105,7 @@ class EvaluationConfig:
 
     windows: int | None = option(16, least=1)
     length: int = option(1024, least=2)
-    bos: bool = False
+    bos: bool | str = "auto"
     batch_size: int = option(1, least=1)
     chunk: int = option(128, least=1)
     resamples: int = option(10000, least=100, most=1_000_000)

@@ -18,14 +18,21 @@ class Tokens:
     """Windows of token ids.
 
     Attributes:
-        ids: int64 (samples, length).
+        ids: int64 (samples, length), those of `begin` included.
         fingerprint: SHA-256 over shape and ids.
         source: name of the text, such as ``docs/test``.
+        begin: the special tokens that begin each window, such as ``("<s>",)``.
     """
 
     ids: torch.Tensor
     fingerprint: str
     source: str
+    begin: tuple[str, ...] = ()
+
+    @property
+    def text_ids(self) -> torch.Tensor:
+        """The tokens of the text alone, int64 (samples, length without what begins a window)."""
+        return self.ids[:, len(self.begin) :]
 
 
 def sample_tokens(
@@ -35,7 +42,7 @@ def sample_tokens(
     length: int,
     sampling: str,
     seed: int,
-    bos: bool,
+    bos: bool | str,
     max_positions: int | None,
     field: str,
 ) -> Tokens:
@@ -43,8 +50,7 @@ def sample_tokens(
 
     The text is tokenised once, without special tokens. ``contiguous`` windows follow each other from the start and the
     tail is dropped; ``random`` windows start at places drawn by `seed`. C4 old is random slices of single documents whatever
-    `sampling` says, as its protocol has it. With `bos` each window begins with the
-    tokenizer's BOS and holds one text token less.
+    `sampling` says, as its protocol has it. What begins each window by `bos` (see `beginning`) takes the place of text tokens.
 
     Raises:
         UserError: when there is too little text, the window is longer than `max_positions`, or there is no BOS.
@@ -53,17 +59,43 @@ def sample_tokens(
         raise UserError(
             f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer"
         )
-    if bos and tokenizer.bos_token_id is None:
-        raise UserError(f"{field}: bos is true, but the tokenizer has no BOS token: use bos=false")
-    text_length = length - 1 if bos else length
+    begin = beginning(tokenizer, bos, field)
+    text_length = length - len(begin)
+    if text_length < 1:
+        raise UserError(f"{field}: windows of {length} tokens, of which {len(begin)} begin each: make them longer")
     if config.source == "mix":
         parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field)
     else:
         parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field)]
     ids = torch.cat([windows for windows, _ in parts])
-    if bos:
-        ids = torch.cat([torch.full((len(ids), 1), tokenizer.bos_token_id), ids], dim=1)
-    return Tokens(ids, fingerprint(ids), "+".join(name for _, name in parts))
+    if begin:
+        ids = torch.cat([torch.tensor(begin).expand(len(ids), -1), ids], dim=1)
+    names = tuple(map(str, tokenizer.convert_ids_to_tokens(begin))) if begin else ()
+    return Tokens(ids, fingerprint(ids), "+".join(name for _, name in parts), names)
+
+
+def beginning(tokenizer: Any, bos: bool | str, field: str) -> list[int]:
+    """Returns the ids that begin every window: none (false), the tokenizer's BOS (true), or ``auto``.
+
+    That is whatever the tokenizer itself puts before a text that it encodes with its special tokens: a model was trained
+    with it or without. OPT's and LLaMA's put a BOS there, SmolLM2's, Qwen's and GPT-2's nothing.
+
+    Raises:
+        UserError: when there is no BOS, or the tokenizer does not say what it puts there.
+    """
+    if bos is True and tokenizer.bos_token_id is None:
+        raise UserError(f"{field}: bos is true, but the tokenizer has no BOS token: use bos=false")
+    if isinstance(bos, bool):
+        return [tokenizer.bos_token_id] if bos else []
+    text = "a"
+    plain: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+    whole: list[int] = tokenizer(text).input_ids
+    for place in range(len(whole) - len(plain) + 1):
+        if whole[place : place + len(plain)] == plain:
+            return whole[:place]
+    raise UserError(
+        f"{field}: bos is auto, but this tokenizer encodes a text otherwise with special tokens: use true or false"
+    )
 
 
 def fingerprint(ids: torch.Tensor) -> str:

@@ -7,6 +7,7 @@ import hashlib
 import importlib
 import json
 import pathlib
+import re
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -14,6 +15,7 @@ from typing import Any
 from ptq.config.schema import DataConfig, TextConfig
 from ptq.errors import UserError, nearest
 
+SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
 PROBE_BYTES = 1 << 16
 _PARQUET = b"PAR1"  # the first and the last bytes of every Parquet file
@@ -123,10 +125,31 @@ def _first_line(error: BaseException) -> str:
 def _docs(split: str) -> list[str]:
     """Topics of `pydoc_data.topics`, shared out by a hash of their text: parts that never overlap, in any CPython.
 
-    Several topics have the same text under different names: each text is taken once.
+    Several topics have the same text under different names: each text is taken once. Topics quote one another at length too:
+    validation and test are without the paragraphs that the parts before them hold.
     """
     topics: dict[str, str] = importlib.import_module("pydoc_data.topics").topics
-    return _share([text for _, text in sorted(topics.items())], split)
+    texts = [text for _, text in sorted(topics.items())]
+    earlier: set[str] = set()
+    for part in SPLITS[: SPLITS.index(split)]:
+        earlier.update(_words(p) for text in _share(texts, part) for p in _paragraphs(text))
+    found = [_without(text, earlier) for text in _share(texts, split)]
+    return [text for text in found if text.strip()]
+
+
+def _paragraphs(text: str) -> list[str]:
+    return re.split(r"\n\s*\n", text)
+
+
+def _words(paragraph: str) -> str:
+    return " ".join(paragraph.split())
+
+
+def _without(text: str, paragraphs: set[str]) -> str:
+    """Returns the text without these paragraphs, however they are indented and filled."""
+    own = _paragraphs(text)
+    kept = [p for p in own if _words(p) not in paragraphs]
+    return text if len(kept) == len(own) else "\n\n".join(kept)
 
 
 def _share(texts: Iterable[str], split: str) -> list[str]:
@@ -256,7 +279,9 @@ def _join(*names: str | None) -> str:
 
 
 def check_disjoint(data: DataConfig) -> None:
-    """Refuses to calibrate on the part of a data set that the recipe evaluates on, also where two splits read one part.
+    """Refuses to calibrate on the part of a text that the recipe evaluates on, also where two splits read one part.
+
+    Names alone are compared, before any text is read; what files hold is compared by `ptq.data.overlap`.
 
     Raises:
         UserError: naming both fields.
@@ -265,7 +290,8 @@ def check_disjoint(data: DataConfig) -> None:
     for part, field in _parts(data.calibration, "data.calibration"):
         if part in evaluated:
             raise UserError(
-                f"{field}.split: reads {part}, which {evaluated[part]}.split evaluates on: calibrate on split train"
+                f"{field}.split: reads {part}, which {evaluated[part]}.split evaluates on: "
+                "calibrate on split train, or use data.allow_overlap=true"
             )
 
 
@@ -276,6 +302,8 @@ def _parts(config: TextConfig, field: str) -> Iterator[tuple[str, str]]:
     if place is not None:
         # Variants differ in how the rows are joined, not in the rows.
         yield _join(config.source, place.part(config.split), config.split if place.shared else None), field
+    elif config.source == "docs":
+        yield _join(config.source, config.split), field
 
 
 def _load_rows(place: _HubText, split: str, field: str) -> list[Any]:

@@ -131,6 +131,38 @@ class Kernels:
 
 
 @dataclass(frozen=True)
+class Beginnings:
+    """The special tokens that begin each window.
+
+    Attributes:
+        calibration: of the calibration samples; empty for none.
+        evaluation: of the evaluation windows; empty for none.
+    """
+
+    calibration: str
+    evaluation: str
+
+
+@dataclass(frozen=True)
+class SharedText:
+    """What evaluation windows hold of the text that was calibrated on.
+
+    Attributes:
+        run: length in tokens of the runs that were looked for at every offset; 0 for windows that are too short for it.
+        windows: number of evaluation windows with such a run.
+        tokens: number of evaluation tokens in such runs.
+        copied: whether they are copies, and no chance.
+        allowed: whether the recipe lets copies through.
+    """
+
+    run: int
+    windows: int
+    tokens: int
+    copied: bool
+    allowed: bool
+
+
+@dataclass(frozen=True)
 class Facts:
     """What metrics.json holds beside the comparison.
 
@@ -141,8 +173,12 @@ class Facts:
         model: the recipe's model.
         revision: commit of the hub's model; null for other models.
         weight_fingerprint: digest of the model's weights.
+        calibration_source: the text that was calibrated on, in words.
+        calibration_fingerprint: digest of the calibration tokens.
         evaluation_source: the text that was evaluated, in words.
         evaluation_fingerprint: digest of the evaluated tokens.
+        bos: the special tokens that begin each window.
+        overlap: what evaluation windows hold of the text that was calibrated on.
         tensors: every kind of tensor with its format and its share of the parameters.
         not_covered: Linears beside the blocks' that are left alone, in words; null where there are none.
         window_losses: losses of both models, window by window.
@@ -159,8 +195,12 @@ class Facts:
     model: str
     revision: str | None
     weight_fingerprint: str
+    calibration_source: str
+    calibration_fingerprint: str
     evaluation_source: str
     evaluation_fingerprint: str
+    bos: Beginnings
+    overlap: SharedText
     tensors: list[TensorKind]
     not_covered: str | None
     window_losses: WindowLosses

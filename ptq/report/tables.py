@@ -8,7 +8,7 @@ from ptq.config.schema import Recipe
 from ptq.evaluation.comparison import Comparison
 from ptq.evaluation.token_statistics import Estimate, TokenStatistics
 from ptq.report.plain import printable
-from ptq.report.results import Facts, TensorKind
+from ptq.report.results import Beginnings, Facts, SharedText, TensorKind
 
 PERCENTILES = {
     "max": "max",
@@ -43,7 +43,8 @@ def result_table(recipe: Recipe, comparison: Comparison, facts: Facts) -> Table:
         ),
         *_outliers(facts.outlier_share),
         ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
-        ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts.evaluation_source}"),
+        ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts.evaluation_source}, {_begun(facts.bos)}"),
+        *_overlap(facts.overlap),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in facts.seconds.items())),
         ("peak memory", f"{_gib(memory.peak_bytes)} in {memory.phase}{device}"),
     ]
@@ -123,6 +124,17 @@ def _figure(value: object, digits: int) -> str:
 def _words(estimate: Estimate, scale: float = 1, digits: int = 4) -> str:
     error = "" if estimate.error is None else f" ± {scale * estimate.error:.{digits}f}"
     return f"{scale * estimate.value:.{digits}f}{error}"
+
+
+def _begun(bos: Beginnings) -> str:
+    """Returns in words what begins the windows."""
+    calibration, evaluation = (f"begun by {t}" if t else "no BOS" for t in (bos.calibration, bos.evaluation))
+    return evaluation if calibration == evaluation else f"{evaluation} (calibration: {calibration})"
+
+
+def _overlap(overlap: SharedText) -> list[tuple[str, str]]:
+    words = f"{overlap.tokens} tokens of {overlap.windows} windows were calibrated on: allowed"
+    return [("overlap", words)] if overlap.copied else []
 
 
 def _outliers(share: float | None) -> list[tuple[str, str]]:

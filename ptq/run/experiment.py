@@ -30,7 +30,7 @@ from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.state import LOCK, alone
 from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
-from ptq.run.preflight import check_before
+from ptq.run.preflight import check_before, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
@@ -139,6 +139,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: S
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
         tokens = session.evaluation_tokens()
+        check_tokens(recipe, session.loaded.tokenizer, session.calibration_tokens(), tokens)
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
         taken = context.statistics

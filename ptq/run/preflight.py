@@ -2,12 +2,15 @@
 
 import pathlib
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 
 from ptq.calibration.statistics import Statistics
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
+from ptq.data.overlap import check_overlap, overlap_of
+from ptq.data.sampling import Tokens
 from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
 from ptq.files.atomic import check_folder
@@ -42,7 +45,8 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     check_folder(pathlib.Path(recipe.store).expanduser(), "store")
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
-    check_disjoint(recipe.data)
+    if not recipe.data.allow_overlap:
+        check_disjoint(recipe.data)
     lines.append("texts: found")
     if locate(recipe.model).kind == "hub":
         lines.append(
@@ -54,9 +58,9 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     check_positions(recipe, network.max_positions)
     tokenizer = load_tokenizer(recipe.model, store_of(recipe))
-    calibration_tokens(recipe, tokenizer, network.max_positions)
+    calibration = calibration_tokens(recipe, tokenizer, network.max_positions)
     if steps is not None:
-        evaluation_tokens(recipe, tokenizer, network.max_positions)
+        check_tokens(recipe, tokenizer, calibration, evaluation_tokens(recipe, tokenizer, network.max_positions))
     notes = check_export(recipe, network)
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
@@ -65,6 +69,12 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     lines.append(check_memory(recipe, network, steps or {}))
     _check_statistics_file(recipe)
     return lines
+
+
+def check_tokens(recipe: Recipe, tokenizer: Any, calibration: Tokens, evaluation: Tokens) -> None:
+    """Raises `UserError` where evaluation windows hold what is calibrated on, unless the recipe allows that."""
+    if not recipe.data.allow_overlap:
+        check_overlap(overlap_of(tokenizer, calibration, evaluation), calibration, evaluation)
 
 
 def check_positions(recipe: Recipe, positions: int | None) -> None:

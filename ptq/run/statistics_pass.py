@@ -18,6 +18,12 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         path = pathlib.Path(recipe.calibration.statistics).expanduser()
         statistics = Statistics.load(path, session.stream.device)
         statistics.check_fits(session.loaded.fingerprint, session.network.shapes)
+        evaluated = session.evaluation_tokens()
+        if statistics.provenance.data_fingerprint == evaluated.fingerprint and not recipe.data.allow_overlap:
+            raise UserError(
+                f"calibration.statistics: {path} was taken on the evaluation windows ({evaluated.source}): "
+                "take them on another text, or use data.allow_overlap=true"
+            )
         journal.say(f"statistics: {path}")
         return statistics, path
     tokens = session.calibration_tokens()

@@ -4,12 +4,22 @@ import pathlib
 
 import torch
 
+from ptq.data.overlap import overlap_of
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.comparison import compare
 from ptq.evaluation.token_comparison import TokenComparison
 from ptq.report.layer_errors import save_errors
-from ptq.report.results import Facts, Kernels, WindowLosses, outlier_share, tensor_kinds, write_results
+from ptq.report.results import (
+    Beginnings,
+    Facts,
+    Kernels,
+    SharedText,
+    WindowLosses,
+    outlier_share,
+    tensor_kinds,
+    write_results,
+)
 from ptq.report.tables import result_table, tensor_table, token_table
 from ptq.run.baseline import Baseline
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
@@ -48,6 +58,8 @@ def report(
     recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
     comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
     loaded, device = session.loaded, session.stream.device
+    calibrated = session.calibration_tokens()
+    o = overlap_of(loaded.tokenizer, calibrated, tokens)
     bytes_before = 4 if loaded.baseline_dtype == "fp32" else 2
     size = size_of(session.network, visitor, bytes_before)
     save_errors(visitor.layers, recipe.name, folder / "errors.png")
@@ -58,8 +70,12 @@ def report(
         model=recipe.model.path,
         revision=loaded.revision,
         weight_fingerprint=loaded.fingerprint,
+        calibration_source=calibrated.source,
+        calibration_fingerprint=calibrated.fingerprint,
         evaluation_source=tokens.source,
         evaluation_fingerprint=tokens.fingerprint,
+        bos=Beginnings(" ".join(calibrated.begin), " ".join(tokens.begin)),
+        overlap=SharedText(o.run, o.windows, o.tokens, o.copied, recipe.data.allow_overlap),
         tensors=tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before),
         not_covered=session.network.coverage(),
         window_losses=WindowLosses(baseline.losses.tolist(), compared.losses.tolist()),
