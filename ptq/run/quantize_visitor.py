@@ -54,7 +54,7 @@ class QuantizeVisitor:
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outliers: dict[str, float] = {}
         self._from = 0
-        context.replaced = self._measure
+        context.replaced, context.rescaled = self._measure, self._rescaled
 
     def enter(self, block: Block) -> None:
         """Transforms the block, then quantizes it, in place."""
@@ -152,6 +152,12 @@ class QuantizeVisitor:
             for handle in handles:
                 handle.remove()
         return seen
+
+    def _rescaled(self, name: str, scale: torch.Tensor) -> None:
+        """Divides the rows of a Linear's input as the step has divided what it reads."""
+        if name in self._samples:
+            inputs, outputs = self._samples[name]
+            self._samples[name] = inputs / scale.to(inputs), outputs
 
     def _measure(self, name: str, original: nn.Module, module: QuantLinear) -> None:
         """Adds the result of one Linear; its original weight may go after that, where it is read from disk anyway."""

@@ -127,6 +127,7 @@ class Context:
         plans: what they have decided.
         note: writes a line into the run's log.
         keep: makes what a pass of this name keeps of its finished blocks, or None where nothing is kept.
+        rescaled: called with (full name, scale (in,)) when a solver has divided what the Linear reads by a scale.
         replaced: called with (full name, the Linear, the `QuantLinear` in its place), right after the replacement.
     """
 
@@ -143,6 +144,7 @@ class Context:
     plans: dict[str, StepPlan] = field(default_factory=dict)
     note: Callable[[str], None] = lambda line: None
     keep: Callable[[str, list[Flow], Any], Kept | None] = lambda what, flows, visitor: None
+    rescaled: Callable[[str, torch.Tensor], None] = lambda name, scale: None
     replaced: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
     @property

@@ -60,6 +60,10 @@ class LearnedWeight(nn.Module):
         """Returns the least and greatest value of each range, differentiable."""
         raise TypeError(f"{type(self).__name__} does not say what it learns of a range")
 
+    def scaled(self) -> torch.Tensor:
+        """Returns the weight that is rounded, in its grouped shape."""
+        return self.values
+
     def offset(self) -> torch.Tensor | None:
         """Returns what is added before rounding, in steps, in the grouped shape of the weight."""
         return None
@@ -69,13 +73,11 @@ class LearnedWeight(nn.Module):
         low, high = self.ranges()
         exact = grid_from_range(low, high, self.spec.bits, self.spec.symmetric)
         stored = rounded_scales(Grid(exact.scale.detach(), None, exact.low, exact.high), low.detach(), self.spec.scales)
-        scale = _valued(exact.scale, stored.scale)
+        scale = valued(exact.scale, stored.scale)
         if exact.zero_point is None:
             return Grid(scale, None, exact.low, exact.high)
         wanted = -low.clamp(max=0) / scale
-        return Grid(
-            scale, _valued(wanted, wanted.detach().round().clamp_(exact.low, exact.high)), exact.low, exact.high
-        )
+        return Grid(scale, valued(wanted, wanted.detach().round().clamp_(exact.low, exact.high)), exact.low, exact.high)
 
     def forward(self) -> torch.Tensor:
         """Returns the weight (out, in) that the parameters stand for."""
@@ -96,9 +98,9 @@ class LearnedWeight(nn.Module):
     def _codes(self) -> tuple[torch.Tensor, Grid]:
         grid = self.grid()
         grid = grid if self.labels is None else grid.of_channels(self.labels)
-        exact, offset = self.values / grid.scale, self.offset()
+        exact, offset = self.scaled() / grid.scale, self.offset()
         exact = exact if offset is None else exact + offset
-        codes = _valued(exact, exact.detach().round())
+        codes = valued(exact, exact.detach().round())
         codes = codes if grid.zero_point is None else codes + grid.zero_point
         return codes.clamp(grid.low, grid.high), grid
 
@@ -134,19 +136,53 @@ class LearnedRounding(LearnedWeight):
 
 
 class LearnedClipping(LearnedWeight):
-    """OmniQuant's learnable weight clipping: the ends of the range times sigmoids of parameters (equation 2)."""
+    """OmniQuant's learnable weight clipping: the ends of the range times sigmoids of parameters (equation 2).
+
+    With `log_scale` the columns are multiplied by exp of it before (its learnable equivalent transformation, equation 3,
+    without the shift), and the ranges are those of the scaled weight.
+
+    Args:
+        weight: as in `LearnedWeight`; so are `spec`, `labels` and `start`.
+        log_scale: logarithm of what the columns are multiplied by, (in,), or None. Not with granularity cluster.
+
+    Raises:
+        ValueError: as `LearnedWeight`, or for a scale where there are clusters or a start.
+    """
 
     def __init__(
-        self, weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None = None, start: Grid | None = None
+        self,
+        weight: torch.Tensor,
+        spec: QuantSpec,
+        labels: torch.Tensor | None = None,
+        start: Grid | None = None,
+        log_scale: nn.Parameter | None = None,
     ):
         super().__init__(weight, spec, labels, start)
+        if log_scale is not None and start is not None:
+            raise ValueError("log_scale, start: the ranges are those of the scaled weight: give one of the two")
+        if log_scale is not None and spec.granularity == "cluster":
+            raise ValueError("log_scale: with granularity 'cluster' ranges of scaled columns are not known: use None")
+        self.log_scale = log_scale
         self.low_logit = nn.Parameter(torch.full_like(self.minimum, OPEN))
         self.high_logit = nn.Parameter(torch.full_like(self.maximum, OPEN))
 
     def ranges(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Ends times sigmoids, held to `LEAST`."""
         low, high = (torch.sigmoid(x).clamp(min=LEAST) for x in (self.low_logit, self.high_logit))
-        return self.minimum * low, self.maximum * high
+        if self.log_scale is None:
+            return self.minimum * low, self.maximum * high
+        values = self.scaled().flatten() if self.spec.granularity == "tensor" else self.scaled()
+        ends = values.amin(-1, keepdim=True).clamp(max=0), values.amax(-1, keepdim=True).clamp(min=0)
+        if self.spec.symmetric:
+            most = torch.maximum(-ends[0], ends[1])
+            ends = -most, most
+        return ends[0] * low, ends[1] * high
+
+    def scaled(self) -> torch.Tensor:
+        """The weight times exp of the scale, grouped."""
+        if self.log_scale is None:
+            return self.values
+        return grouped(self.values.reshape(self.shape) * torch.exp(self.log_scale), self.spec)
 
 
 @torch.no_grad()
@@ -176,7 +212,7 @@ class _Valued(torch.autograd.Function):
         return grads[0], None
 
 
-def _valued(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+def valued(x: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     """Returns `value`, with the gradient of `x`: the straight-through estimator, without the rounding error of x + (value - x)."""
     result: torch.Tensor = _Valued.apply(x, value)
     return result

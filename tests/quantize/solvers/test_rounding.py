@@ -210,3 +210,18 @@ def test_it_moves_with_the_module_and_computes_where_it_is(kind):
     assert all(t.device == torch.device("cpu") for t in module().detach()[None])
     meta = module.to("meta")
     assert meta().device.type == "meta"
+
+
+@pytest.mark.parametrize(
+    "spec", [QuantSpec(bits=3), QuantSpec(bits=3, granularity="group", group_size=8, symmetric=False)]
+)
+def test_a_learned_scale_multiplies_the_columns_before_they_are_rounded(spec):
+    generator = torch.Generator().manual_seed(0)
+    weight, scale = torch.randn(6, 24, generator=generator), torch.rand(24, generator=generator) + 0.5
+    plain = LearnedClipping(weight * scale, spec)
+    learned = LearnedClipping(weight, spec, log_scale=torch.nn.Parameter(scale.log()))
+    torch.testing.assert_close(learned(), plain(), rtol=1e-3, atol=1e-3)
+    learned().square().sum().backward()
+    assert bool(learned.log_scale.grad.abs().sum() > 0)
+    with pytest.raises(ValueError, match="log_scale, start"):
+        LearnedClipping(weight, spec, None, plain.grid(), learned.log_scale)

@@ -1,0 +1,163 @@
+"""What learned solvers share: a block whose Linears learn their weights from pairs, one block in memory at a time."""
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ptq.calibration.samples import Pair, Pairs
+from ptq.errors import UserError
+from ptq.network.network import Block, replace_module, weight_of
+from ptq.steps._solving import BlockInputs, Solved, quantize_linear, specs_of
+from ptq.steps._step import Context
+from quantize.codecs.base import checked
+from quantize.modules.learned import LearnedLinear
+from quantize.modules.online import carry_online
+from quantize.solvers.rounding import LearnedWeight
+
+LEAST_PAIRS = 2
+"""Batches without which nothing can be both learned and held out."""
+
+
+@dataclass(frozen=True)
+class Learned:
+    """What learning did to a block: the held out error before it, the least met, and the step at which that was met."""
+
+    before: float
+    after: float
+    step: int
+
+
+def check_pairs(step: str, samples: int, batch_size: int) -> None:
+    """Raises `UserError` when `samples` calibration samples make too few batches to learn from and to hold out."""
+    if -(-samples // batch_size) < LEAST_PAIRS:
+        raise UserError(
+            f"calibration.samples: {samples} in batches of {batch_size} leave steps.{step} nothing to hold out while it "
+            f"learns: use {LEAST_PAIRS * batch_size} samples or more, or calibration.batch_size=1"
+        )
+
+
+@torch.no_grad()
+def trainable(
+    context: Context,
+    block: Block,
+    made: Callable[[str, torch.Tensor], LearnedWeight],
+    inputs: BlockInputs,
+    log_scales: Mapping[str, nn.Parameter],
+) -> tuple[dict[str, nn.Module], dict[str, LearnedLinear]]:
+    """Puts `LearnedLinear`s in the places of the block's Linears whose weights are quantized.
+
+    Args:
+        context: what the step sees.
+        block: its weights are in memory.
+        made: gives what is learned of a weight (out, in), by full name of its Linear.
+        inputs: gives the quantizers of the inputs.
+        log_scales: of what readers' inputs are divided by, by name; those not named are divided by nothing.
+
+    Returns:
+        The Linears that stood there, and those that stand there now, by name.
+
+    Raises:
+        UserError: for a weight without values (on the meta device), with NaN or inf, or of a format that has no ranges.
+    """
+    originals: dict[str, nn.Module] = {}
+    learned: dict[str, LearnedLinear] = {}
+    for name in (name for stage in context.stages(block) for name in stage):
+        specs = specs_of(context, name)
+        if specs.weight is None:
+            continue
+        module: nn.Module = context.module(name)
+        try:
+            weight = made(name, checked(weight_of(module)))
+        except ValueError as error:
+            raise UserError(f"{name}: {error}") from None
+        bias = module.bias if isinstance(module.bias, torch.Tensor) else None
+        linear = LearnedLinear(weight, bias, inputs.of(name, specs), log_scales.get(name))
+        carry_online(module, linear)
+        replace_module(context.network.model, name, linear)
+        originals[name], learned[name] = module, linear
+    return originals, learned
+
+
+def learn(
+    pairs: Pairs,
+    parameters: Sequence[nn.Parameter],
+    steps: int,
+    held_out: int,
+    update: Callable[[int], None],
+    seed: int,
+) -> Learned:
+    """Lowers the block's output error on pairs, and leaves the parameters at the least error met on held out pairs.
+
+    An error of a token counts relative to the size of that token's residual stream, by which the norms that read it divide;
+    plain squares would be those of a few tokens with massive activations.
+
+    Args:
+        pairs: of the block.
+        parameters: leaves that gradients are taken of.
+        steps: gradient steps, one batch each.
+        held_out: one batch in so many is only looked at, never learned from; at least one is.
+        update: called after the gradients of step number 0, 1, ... are there; changes the parameters and drops the gradients.
+        seed: of the order of the batches.
+    """
+    every = min(held_out, len(pairs))
+    apart = [i for i in range(len(pairs)) if i % every == every - 1]
+    rest = [i for i in range(len(pairs)) if i not in apart]
+    looks = {0, *(round(steps * k / LOOKS) for k in range(1, LOOKS + 1))}
+    best, before, at = [p.detach().clone() for p in parameters], 0.0, 0
+    least, done = float("inf"), 0
+    while True:
+        if done in looks:
+            error = _held_out(pairs, apart)
+            before = error if done == 0 else before
+            if error < least:
+                best, least, at = [p.detach().clone() for p in parameters], error, done
+        if done == steps:
+            break
+        for pair in pairs.batches(seed + done, rest):
+            with torch.enable_grad():
+                _error(pair).backward()  # type: ignore[no-untyped-call]
+            update(done)
+            done += 1
+            if done in looks:
+                break
+    with torch.no_grad():
+        for parameter, value in zip(parameters, best, strict=True):
+            parameter.copy_(value)
+    return Learned(before, least, at)
+
+
+LOOKS = 8
+"""How often the held out error is looked at."""
+
+
+def restored(context: Context, originals: Mapping[str, nn.Module]) -> None:
+    """Puts the Linears back that `trainable` replaced."""
+    for name, module in originals.items():
+        replace_module(context.network.model, name, module)
+
+
+def quantize_learned(context: Context, block: Block, learned: Mapping[str, LearnedLinear], inputs: BlockInputs) -> None:
+    """Quantizes the block's Linears, with the weights that were learned."""
+    for name in (name for stage in context.stages(block) for name in stage):
+        specs = specs_of(context, name)
+        if specs.any:
+            solve = None if name not in learned else _final(learned[name])
+            quantize_linear(context, name, specs, inputs.of(name, specs), solve)
+
+
+def _final(linear: LearnedLinear) -> Callable[[torch.Tensor], Solved]:
+    return lambda weight: linear.learned.final()
+
+
+def _held_out(pairs: Pairs, numbers: Sequence[int]) -> float:
+    with torch.no_grad():
+        return sum(float(_error(pair)) for pair in pairs.batches(only=numbers)) / len(numbers)
+
+
+def _error(pair: Pair) -> torch.Tensor:
+    """Returns the mean over tokens of |output - target|^2 / |target|^2."""
+    target = pair.target.float()
+    size = target.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
+    return ((pair.output().float() - target).square().mean(-1) / size).mean()

@@ -1,0 +1,93 @@
+"""AutoRound (Cheng et al. 2023): which way each weight is rounded, and its ranges, by sign steps on the block's output error."""
+
+from dataclasses import dataclass
+
+import torch
+
+from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError, nearest
+from ptq.network.network import Block
+from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
+from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from quantize.solvers.rounding import LearnedRounding, LearnedWeight, linear_decay, sign_step
+
+TARGETS = ("present", "original")
+
+
+@dataclass(frozen=True)
+class Options:
+    """How rounding is learned.
+
+    Attributes:
+        steps: sign steps a block, each on one batch of samples; 0 rounds to nearest.
+        rate: of the first step, falling to 0 linearly; null for 1 / steps, with which a rounding can just be turned.
+        target: ``present``: the block is to give what it gave for the input it gets now; ``original``: what the unquantized
+            network's block gave, so that it makes up for the blocks before it.
+        held_out: one batch in so many is only looked at; what is kept is the least error met on these.
+        seed: of the order of the batches.
+    """
+
+    steps: int = 200
+    rate: float | None = None
+    target: str = "present"
+    held_out: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"steps.autoround.steps: {self.steps} is too small: use 0 or more, such as 200")
+        if self.rate is not None and not self.rate > 0:
+            raise UserError(f"steps.autoround.rate: {self.rate} is not above 0: use null for 1 / steps")
+        if self.held_out < 2:
+            raise UserError(
+                f"steps.autoround.held_out: {self.held_out} leaves no batch to learn from: use 2 or more, such as 8"
+            )
+        if self.target not in TARGETS:
+            raise UserError(
+                f"steps.autoround.target: {self.target!r} is not valid: expected one of {', '.join(TARGETS)}"
+                f"{nearest(self.target, TARGETS)}"
+            )
+
+
+class Step(Solver):
+    """Replaces the block's Linears by `QuantLinear` with weights whose rounding was learned."""
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """Needs the samples, and what static input ranges need. `UserError` for weights of another format than int."""
+        require_integers(scheme, "autoround")
+        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.options.target == "original" else set())
+
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Quantizes the block's Linears in place, as the scheme says."""
+        if context.samples is None:
+            raise UserError("steps.autoround: needs calibration samples, and none were drawn")
+        check_pairs("autoround", len(context.samples.flow.ids), context.batch_size)
+        pairs, inputs = context.samples.pairs(block), BlockInputs(context, block)
+        originals, learned = trainable(
+            context, block, lambda name, weight: _rounding(context, name, weight), inputs, {}
+        )
+        weights = [linear.learned for linear in learned.values()]
+        parameters = [p for weight in weights for p in weight.parameters()]
+
+        def update(step: int) -> None:
+            sign_step(parameters, linear_decay(step, self.options.steps, self.options.rate))
+            for weight in weights:
+                weight.project()
+
+        try:
+            if parameters:
+                found = learn(pairs, parameters, self.options.steps, self.options.held_out, update, self.options.seed)
+                context.note(
+                    f"autoround: {block.name}: held out error {found.before:.3g} -> {found.after:.3g} (step {found.step})"
+                )
+        finally:
+            restored(context, originals)
+        quantize_learned(context, block, learned, inputs)
+
+
+def _rounding(context: Context, name: str, weight: torch.Tensor) -> LearnedWeight:
+    spec = specs_of(context, name).weight
+    if spec is None:
+        raise ValueError("no format for its weight")
+    return LearnedRounding(weight, spec, labels_of(context, name, spec, "weight"))

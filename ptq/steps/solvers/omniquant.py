@@ -1,0 +1,132 @@
+"""OmniQuant (Shao et al. 2023): how far each range is clipped, and a scale per channel behind each norm, by AdamW on the
+block's output error.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+
+from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError, nearest
+from ptq.network.network import Block, weight_of
+from ptq.network.norms import gain_offset
+from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
+from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps.transforms.smooth import key_of, rescale
+from quantize.solvers.rounding import LearnedClipping, LearnedWeight
+
+TARGETS = ("present", "original")
+
+
+@dataclass(frozen=True)
+class Options:
+    """What is learned, and how.
+
+    Attributes:
+        steps: of AdamW a block, each on one batch of samples; 0 rounds to nearest.
+        rate: of AdamW for the clips.
+        scale_rate: of AdamW for the logarithms of the scales; 0 learns none.
+        target: ``present``: the block is to give what it gave for the input it gets now; ``original``: what the unquantized
+            network's block gave, so that it makes up for the blocks before it.
+        held_out: one batch in so many is only looked at; what is kept is the least error met on these.
+        seed: of the order of the batches.
+    """
+
+    steps: int = 200
+    rate: float = 0.05
+    scale_rate: float = 0.005
+    target: str = "present"
+    held_out: int = 8
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.steps < 0:
+            raise UserError(f"steps.omniquant.steps: {self.steps} is too small: use 0 or more, such as 200")
+        if not self.rate > 0 or self.scale_rate < 0:
+            raise UserError(
+                f"steps.omniquant.rate, scale_rate: {self.rate}, {self.scale_rate} are not valid: expected above 0, and 0 or more"
+            )
+        if self.held_out < 2:
+            raise UserError(
+                f"steps.omniquant.held_out: {self.held_out} leaves no batch to learn from: use 2 or more, such as 8"
+            )
+        if self.target not in TARGETS:
+            raise UserError(
+                f"steps.omniquant.target: {self.target!r} is not valid: expected one of {', '.join(TARGETS)}"
+                f"{nearest(self.target, TARGETS)}"
+            )
+
+
+class Step(Solver):
+    """Replaces the block's Linears by `QuantLinear` on learned ranges, behind norms that were rescaled."""
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """Needs the samples, and what static input ranges need.
+
+        Raises:
+            UserError: for weights of another format than int, or static inputs behind a norm whose scale is learned: their
+                ranges are not those that were measured.
+        """
+        require_integers(scheme, "omniquant")
+        inputs = [scheme.input, *(o.tensors.get("input") for o in scheme.overrides)]
+        if self.options.scale_rate and any(spec is not None and not spec.dynamic for spec in inputs):
+            raise UserError(
+                "scheme.input.dynamic: false, but steps.omniquant learns scales that change the ranges of inputs: "
+                "use steps.omniquant.scale_rate=0, or dynamic inputs"
+            )
+        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.options.target == "original" else set())
+
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Quantizes the block's Linears in place, as the scheme says."""
+        if context.samples is None:
+            raise UserError("steps.omniquant: needs calibration samples, and none were drawn")
+        check_pairs("omniquant", len(context.samples.flow.ids), context.batch_size)
+        pairs, inputs = context.samples.pairs(block), BlockInputs(context, block)
+        scales = self._log_scales(block, context)
+        readers = {name: scale for names, scale in scales.values() for name in names}
+
+        def made(name: str, weight: torch.Tensor) -> LearnedWeight:
+            spec = specs_of(context, name).weight
+            if spec is None:
+                raise ValueError("no format for its weight")
+            return LearnedClipping(weight, spec, labels_of(context, name, spec, "weight"), log_scale=readers.get(name))
+
+        originals, learned = trainable(context, block, made, inputs, readers)
+        clips = [p for x in learned.values() for n, p in x.learned.named_parameters() if n.endswith("_logit")]
+        logs = [scale for _, scale in scales.values()]
+        groups = [{"params": clips, "lr": self.options.rate}, {"params": logs, "lr": self.options.scale_rate}]
+        try:
+            if clips:
+                optimizer = torch.optim.AdamW(groups, weight_decay=0.0)
+
+                def update(step: int) -> None:
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+
+                options = self.options
+                found = learn(pairs, [*clips, *logs], options.steps, options.held_out, update, options.seed)
+                context.note(
+                    f"omniquant: {block.name}: held out error {found.before:.3g} -> {found.after:.3g} (step {found.step})"
+                )
+        finally:
+            restored(context, originals)
+        rescale(block, {key: torch.exp(scale.detach()) for key, (_, scale) in scales.items()}, context)
+        for name, scale in readers.items():
+            context.rescaled(name, torch.exp(scale.detach()))
+        quantize_learned(context, block, learned, inputs)
+
+    def _log_scales(self, block: Block, context: Context) -> dict[str, tuple[tuple[str, ...], nn.Parameter]]:
+        """Returns the parameter of each norm whose readers are all quantized, with their names, by the link's key."""
+        found: dict[str, tuple[tuple[str, ...], nn.Parameter]] = {}
+        for link in context.links(block) if self.options.scale_rate else []:
+            specs = [specs_of(context, name).weight for name in link.readers]
+            if link.kind != "norm" or gain_offset(context.module(link.producer)) is None:
+                continue
+            if any(spec is None or spec.granularity == "cluster" for spec in specs):
+                continue
+            weight = weight_of(context.module(link.readers[0]))
+            zeros = torch.zeros(weight.shape[1], device=weight.device)
+            found[key_of(link)] = tuple(link.readers), nn.Parameter(zeros)
+        return found
