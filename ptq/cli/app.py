@@ -10,7 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, completion, files, reference, store_commands, sweep_commands
+from ptq.cli import catalog, compare_commands, completion, files, reference, store_commands, sweep_commands
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
 from ptq.config.schema import Recipe
@@ -21,7 +21,9 @@ COMMANDS = {
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
-TOOLS = files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | reference.COMMANDS
+TOOLS = (
+    files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | compare_commands.COMMANDS | reference.COMMANDS
+)
 """The commands that take no recipe."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130

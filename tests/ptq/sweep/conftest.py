@@ -50,7 +50,7 @@ def sweeps(tmp_path, tiny_llama):
     return Sweeps(tmp_path, tiny_llama)
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def swept(tmp_path_factory, tiny_llama):
     """A sweep that has been run once, with a refused point: for tests that change nothing of it."""
     made = Sweeps(tmp_path_factory.mktemp("swept"), tiny_llama)
