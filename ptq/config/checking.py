@@ -2,6 +2,7 @@
 
 import re
 
+from ptq.config.cache import check_cache, check_rounded
 from ptq.config.options import check_fields
 from ptq.config.schema import CalibrationConfig, Recipe, SchemeConfig, TextConfig
 from ptq.errors import UserError, nearest
@@ -24,6 +25,7 @@ def check(recipe: Recipe) -> None:
     _check_text("data.evaluation", recipe.data.evaluation)
     _check_seed(recipe.calibration, recipe.data.calibration)
     check_specs(recipe.scheme)
+    check_rounded(recipe.scheme.cache, recipe.evaluation.length)
 
 
 def check_name(name: str) -> None:
@@ -62,6 +64,17 @@ def check_specs(scheme: SchemeConfig) -> None:
         for tensor, spec in override.tensors.items():
             _choice(f"scheme.overrides[{i}].tensors", tensor, TENSORS)
             _check_tensor(f"scheme.overrides[{i}].tensors.{tensor}", tensor, spec)
+    check_cache(scheme.cache, _specs_of(scheme))
+
+
+def _specs_of(scheme: SchemeConfig) -> list[tuple[str, str, QuantSpec]]:
+    """Returns (path in the recipe, tensor, spec) of every spec of a scheme."""
+    given = [(f"scheme.{tensor}", tensor, getattr(scheme, tensor)) for tensor in TENSORS]
+    for i, override in enumerate(scheme.overrides):
+        given += [
+            (f"scheme.overrides[{i}].tensors.{tensor}", tensor, spec) for tensor, spec in override.tensors.items()
+        ]
+    return [(path, tensor, spec) for path, tensor, spec in given if spec is not None]
 
 
 def _check_text(path: str, text: TextConfig) -> None:

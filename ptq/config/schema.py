@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+from ptq.config.cache import CacheConfig
 from ptq.config.options import option, seed_option
 from quantize.spec.quant_spec import QuantSpec
 
@@ -134,9 +135,11 @@ class SchemeConfig:
         weight: of the weights of Linears inside the blocks.
         input: of what those Linears read.
         query: of queries, after rotary embeddings.
-        key: of keys, after rotary embeddings: of the KV cache, too.
-        value: of values: of the KV cache, too.
+        key: of keys.
+        value: of values.
         attention_probs: of the attention's probabilities, after the softmax.
+        cache: how a cache holds keys and values, in evaluation and in ``generate``; null rounds every token's, after rotary
+            embeddings, and leaves no cache to ``generate``.
         overrides: other formats for some modules, in order.
         exclude: globs of modules that are never replaced (the head and embeddings are outside the blocks and left alone).
     """
@@ -147,6 +150,7 @@ class SchemeConfig:
     key: QuantSpec | None = None
     value: QuantSpec | None = None
     attention_probs: QuantSpec | None = None
+    cache: CacheConfig | None = None
     overrides: tuple[Override, ...] = ()
     exclude: tuple[str, ...] = ()
 

@@ -11,11 +11,13 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ptq.config.cache import CacheConfig
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.config.scheme import attention_specs, attention_tensors, check_attention, check_scheme, linear_specs
 from ptq.errors import UserError
 from ptq.files.store import store_of
 from ptq.footprint.passes import CacheLayer, Pass, attentions_by_structure, head_name, trace_shapes
+from ptq.network.attention import cache_format
 from ptq.network.network import Network, is_linear
 from ptq.network.skeleton import NotTraceable, skeleton
 from quantize.codecs.base import Layout
@@ -301,17 +303,26 @@ def _check_cache(scheme: SchemeConfig, layers: Sequence[CacheLayer], head_dim: i
 def _caches(layers: Sequence[CacheLayer], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Cache, ...]:
     caches = [_cache(_NAMES[dtype], layers, lambda name: {}, dtype)]
     if {"key", "value"} & attention_tensors(scheme):
-        caches.append(_cache("scheme", layers, lambda name: attention_specs(scheme, name), dtype))
+        caches.append(_cache("scheme", layers, lambda name: attention_specs(scheme, name), dtype, scheme.cache))
     return tuple(caches)
 
 
 def _cache(
-    title: str, layers: Sequence[CacheLayer], specs_of: Callable[[str], dict[str, QuantSpec]], dtype: torch.dtype
+    title: str,
+    layers: Sequence[CacheLayer],
+    specs_of: Callable[[str], dict[str, QuantSpec]],
+    dtype: torch.dtype,
+    held: CacheConfig | None = None,
 ) -> Cache:
     token = context = 0
     for layer in layers:
         specs = specs_of(layer.attention)
         for tensor, (heads, tokens, channels) in (("key", layer.keys), ("value", layer.values)):
+            if held is not None and tensor in specs:
+                form = cache_format(held, specs[tensor], channels)
+                token += math.ceil(heads * form.token_bytes(channels))
+                context += heads * form.nbytes(tokens, channels, dtype.itemsize)
+                continue
             bits = cache_bits(heads, channels, specs.get(tensor), dtype)
             token += -(-bits // 8)
             context += -(-bits * tokens // 8)

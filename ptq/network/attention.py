@@ -1,49 +1,107 @@
-"""What an attention multiplies, quantized: query, key, value after rotary embeddings, and the probabilities.
+"""What an attention multiplies, quantized: query, key, value after rotary embeddings, and the probabilities; and what a
+cache would hold of keys and values, as each query finds it.
 
 It enters through transformers' own extension point, the attention interface: a model that calls it is covered, whatever
 its architecture. A model with an attention of its own (BLOOM, Falcon) is not.
 """
 
+import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 from torch.nn import functional
 from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import eager_mask
+from transformers.masking_utils import sdpa_mask
 
+from ptq.config.cache import CacheConfig
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import Block, Network
+from quantize.modules.cache import Band, Between, CacheFormat, as_they_are
 from quantize.modules.simulated import InputQuantizer
+from quantize.spec.quant_spec import QuantSpec
+from quantize.transforms.rotary import Rotary
 
 NAME = "ptq_simulated"
 CHILD = "attention_quantizers"
 TENSORS = ("query", "key", "value")
+POSITIONS = "position_embeddings"
+"""The argument by which transformers gives an attention its cosines and sines."""
+SCORES = 1 << 24
+"""Scores that exist at once where an attention forms them: queries pass in parts, whatever the window (64 MiB in fp32)."""
+
+
+@dataclass(frozen=True)
+class CacheFormats:
+    """How an attention's cache holds its keys and its values; None leaves them exact. With `rotary`, a layout of
+    `quantize.transforms.rotary.LAYOUTS`, keys that are rounded are held without their rotary embeddings.
+    """
+
+    key: CacheFormat | None = None
+    value: CacheFormat | None = None
+    rotary: str | None = None
+
+    def of(self, tensor: str) -> CacheFormat | None:
+        """Returns the format of ``key`` or ``value``."""
+        return self.key if tensor == "key" else self.value
+
+    def items(self) -> Iterator[tuple[str, CacheFormat]]:
+        """Yields (``key`` or ``value``, format) of those that are rounded."""
+        yield from ((tensor, form) for tensor, form in (("key", self.key), ("value", self.value)) if form is not None)
+
+
+def cache_format(cache: CacheConfig, spec: QuantSpec, head_dim: int) -> CacheFormat:
+    """Returns how a cache holds keys or values of the format `spec`, in heads of `head_dim` channels."""
+    by_channel = spec.granularity == "channel"
+    group = cache.tokens if by_channel else spec.group_size
+    along: Literal["channels", "tokens"] = "tokens" if by_channel else "channels"
+    return CacheFormat(spec.bits, group or head_dim, along, cache.window, cache.first, spec.range == "mse")
+
+
+@dataclass(frozen=True)
+class Settled:
+    """What a real cache says of the states that it has just given: how many of the first are as it holds them, and the
+    rotary embeddings of all of them.
+    """
+
+    tokens: Mapping[str, int]
+    rotary: Rotary | None = None
 
 
 class AttentionQuantizers(nn.Module):
     """Quantizers by tensor (``query``, ``key``, ``value``, ``attention_probs``), a child of the attention that they serve.
 
-    `transforms` act on query and key, (batch, heads, tokens, head_dim), before they are quantized. While `watch` is set, it
-    is called with (tensor, values (batch, tokens, heads * head_dim)) and nothing is quantized.
+    `transforms` act on query and key, (batch, heads, tokens, head_dim), before they are quantized. With `cache` keys and
+    values are as a cache gives them to each query. While `watch` is set, it is called with (tensor, values (batch, tokens,
+    heads * head_dim)) and nothing is quantized.
+
+    `tables` are the cosines and sines of the present call, where the cache asks for them. `settled` is set by a real cache
+    right before the attention multiplies what it has given, transforms done, and is taken there.
     """
 
-    def __init__(self, quantizers: dict[str, InputQuantizer], transforms: dict[str, nn.Module] | None = None):
+    def __init__(
+        self,
+        quantizers: dict[str, InputQuantizer],
+        transforms: dict[str, nn.Module] | None = None,
+        cache: CacheFormats | None = None,
+    ):
         super().__init__()
         self.quantizers = nn.ModuleDict(quantizers)
         self.transforms = nn.ModuleDict(transforms or {})
+        self.cache = cache
         self.watch: Callable[[str, torch.Tensor], None] | None = None
+        self.tables: tuple[torch.Tensor, torch.Tensor] | None = None
+        self.settled: Settled | None = None
 
     def quantize(self, tensor: str, x: torch.Tensor) -> torch.Tensor:
         """Returns `x` (batch, heads, tokens, head_dim) rounded: dynamic ranges are those of a token in a head (or of a
         group in it), static ones those of channels over all heads.
         """
-        if tensor in self.transforms:
-            x = self.transforms[tensor](x)
+        x = self.transformed(tensor, x)
         if self.watch is not None:
             self.watch(tensor, x.transpose(1, 2).flatten(2))
             return x
@@ -57,6 +115,68 @@ class AttentionQuantizers(nn.Module):
         flat: torch.Tensor = quantizer(x.transpose(1, 2).flatten(2))
         return flat.unflatten(2, (x.shape[1], x.shape[3])).transpose(1, 2)
 
+    def transformed(self, tensor: str, x: torch.Tensor) -> torch.Tensor:
+        """Returns what the transform of `tensor` makes of `x`."""
+        return self.transforms[tensor](x) if tensor in self.transforms else x
+
+    def bands(self, key: torch.Tensor, value: torch.Tensor, queries: int) -> tuple[Band, Band]:
+        """Returns keys and values (batch, kv heads, tokens, head_dim) as the last `queries` of their tokens find them."""
+        settled, self.settled = self.settled, None
+        rotary = self.rotary() if settled is None else settled.rotary
+        found = []
+        for tensor, x in (("key", key), ("value", value)):
+            done = 0 if settled is None else settled.tokens[tensor]
+            x = self.quantize(tensor, x) if settled is None else x
+            form = None if self.cache is None or self.watch is not None else self.cache.of(tensor)
+            between = self.between(tensor, rotary)
+            found.append(Band(x, x) if form is None else Band.of(x, form, queries, done, *between))
+        return found[0], found[1]
+
+    def rotary(self) -> Rotary | None:
+        """Returns the rotary embeddings of the tokens of the present call, where keys are held without."""
+        if self.cache is None or self.cache.rotary is None:
+            return None
+        if self.tables is None:
+            raise UserError("scheme.cache.before_rope: true, but an attention was called without rotary embeddings")
+        return Rotary(*self.tables, self.cache.rotary)
+
+    def between(self, tensor: str, rotary: Rotary | None) -> tuple[Between, Between]:
+        """Returns the ways from what is multiplied to what is held of it, and back."""
+        return (rotary.undo, rotary.do) if tensor == "key" and rotary is not None else (as_they_are, as_they_are)
+
+
+def attach_quantizers(attention: nn.Module, quantizers: AttentionQuantizers) -> None:
+    """Makes `quantizers` the child of `attention`, which shows them its rotary embeddings where they ask for them."""
+    setattr(attention, CHILD, quantizers)
+    if quantizers.cache is not None and quantizers.cache.rotary is not None:
+        show_tables(attention)
+
+
+def show_tables(attention: nn.Module) -> None:
+    """Lets `attention` show its quantizers, whichever these are, the cosines and sines of every call."""
+    if _show in attention._forward_pre_hooks.values():
+        return
+    attention.register_forward_pre_hook(_show, with_kwargs=True)
+
+
+def _show(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    quantizers = getattr(module, CHILD, None)
+    if isinstance(quantizers, AttentionQuantizers):
+        quantizers.tables = _tables_of(module, args, kwargs)
+
+
+def _tables_of(
+    module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> tuple[torch.Tensor, torch.Tensor] | None:
+    """Returns the cosines and sines (1 or batch, tokens, channels) that an attention is called with, or None."""
+    given = kwargs.get(POSITIONS)
+    if given is None and POSITIONS in (known := inspect.signature(module.forward).parameters):
+        place = list(known).index(POSITIONS)
+        given = args[place] if place < len(args) else None
+    if not isinstance(given, tuple) or len(given) != 2:
+        return None
+    return given
+
 
 def simulated_attention(
     module: nn.Module,
@@ -69,50 +189,87 @@ def simulated_attention(
     softcap: float | None = None,
     s_aux: torch.Tensor | None = None,
     **kwargs: Any,
-) -> tuple[torch.Tensor, torch.Tensor | None]:
+) -> tuple[torch.Tensor, None]:
     """The attention of transformers' interface with the quantizers of `module`, if it has any.
 
     Query (batch, heads, tokens, head_dim), key and value (batch, kv heads, tokens, head_dim); returns
-    (batch, tokens, heads, head_dim) and, where they had to be formed, the probabilities.
+    (batch, tokens, heads, head_dim). Where scores have to be formed, at most about `SCORES` of them exist at once.
     """
     if s_aux is not None:
         raise UserError(
             "scheme: an attention with sinks cannot be simulated: leave query, key, value and attention_probs null"
         )
     quantizers = getattr(module, CHILD, None)
+    keys, values = Band(key, key), Band(value, value)
     if quantizers is not None:
-        query, key, value = (quantizers.quantize(name, x) for name, x in zip(TENSORS, (query, key, value), strict=True))
+        query = quantizers.quantize("query", query)
+        keys, values = quantizers.bands(key, value, query.shape[2])
     repeat = query.shape[1] // key.shape[1]
-    key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
-    if softcap is None and (quantizers is None or "attention_probs" not in quantizers.quantizers):
-        y = functional.scaled_dot_product_attention(query, key, value, attention_mask, scale=scaling)
+    keys, values = keys.repeated(repeat), values.repeated(repeat)
+    mask = _Mask(attention_mask, query.shape[2], key.shape[2], getattr(module, "is_causal", True))
+    inner = {} if quantizers is None else dict(quantizers.quantizers.items())
+    probabilities = inner.get("attention_probs")
+    if softcap is None and probabilities is None and keys.settled is None and values.settled is None:
+        y = functional.scaled_dot_product_attention(
+            query, keys.exact, values.exact, mask.given, is_causal=mask.causal, scale=scaling
+        )
         return y.transpose(1, 2).contiguous(), None
-    scores = query @ key.transpose(2, 3) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
-    if softcap is not None:
-        scores = torch.tanh(scores / softcap) * softcap
-    if attention_mask is not None:
-        scores = scores + attention_mask
-    probabilities = scores.softmax(-1, dtype=torch.float32).to(query.dtype)
-    if quantizers is not None and "attention_probs" in quantizers.quantizers:
-        probabilities = quantizers.quantizers["attention_probs"](probabilities)
-    return (probabilities @ value).transpose(1, 2).contiguous(), probabilities
+    scaling = query.shape[-1] ** -0.5 if scaling is None else scaling
+    parts = []
+    size = max(1, SCORES // (query.shape[0] * query.shape[1] * key.shape[2]))
+    for start in range(0, query.shape[2], size):
+        rows = slice(start, min(start + size, query.shape[2]))
+        scores = keys.scores(query[:, :, rows], rows) * scaling
+        if softcap is not None:
+            scores = torch.tanh(scores / softcap) * softcap
+        p = mask.on(scores, rows).softmax(-1, dtype=torch.promote_types(torch.float32, scores.dtype)).to(query.dtype)
+        parts.append(values.mixed(p if probabilities is None else probabilities(p), rows))
+    return torch.cat(parts, 2).transpose(1, 2).contiguous(), None
+
+
+@dataclass(frozen=True)
+class _Mask:
+    """The mask that transformers gives: bool, added, or None for a causal one that need not be formed."""
+
+    given: torch.Tensor | None
+    queries: int
+    tokens: int
+    by_order: bool
+
+    @property
+    def causal(self) -> bool:
+        """Whether a query may not see what comes after it, and no mask says so."""
+        return self.given is None and self.queries > 1 and self.by_order
+
+    def on(self, scores: torch.Tensor, rows: slice) -> torch.Tensor:
+        """Returns the scores (batch, heads, rows, tokens) of the queries `rows`, with what they may not see out of reach."""
+        if self.given is not None and self.given.dtype != torch.bool:
+            return scores + self.given[:, :, rows]
+        if self.given is not None:
+            seen = self.given[:, :, rows]
+        elif self.causal:
+            positions = torch.arange(rows.start, rows.stop, device=scores.device) + self.tokens - self.queries
+            seen = torch.arange(self.tokens, device=scores.device) <= positions[:, None]
+        else:
+            return scores
+        return scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
 
 AttentionInterface.register(NAME, simulated_attention)
-AttentionMaskInterface.register(NAME, eager_mask)
+AttentionMaskInterface.register(NAME, sdpa_mask)
 
 
 @contextmanager
 def unquantized_attention(block: Block) -> Iterator[None]:
     """Inside the context the block's attentions multiply what is not quantized; their transforms still act."""
-    quantized = [(m, m.quantizers) for m in block.module.modules() if isinstance(m, AttentionQuantizers)]
-    for module, _ in quantized:
-        module.quantizers = nn.ModuleDict()
+    quantized = [(m, m.quantizers, m.cache) for m in block.module.modules() if isinstance(m, AttentionQuantizers)]
+    for module, _, _ in quantized:
+        module.quantizers, module.cache = nn.ModuleDict(), None
     try:
         yield
     finally:
-        for module, quantizers in quantized:
-            module.quantizers = quantizers
+        for module, quantizers, cache in quantized:
+            module.quantizers, module.cache = quantizers, cache
 
 
 def use_simulated_attention(network: Network) -> None:
@@ -155,3 +312,7 @@ class _Seer:
         if self.name not in self.found:
             self.found.append(self.name)
         return x
+
+    def bands(self, key: torch.Tensor, value: torch.Tensor, queries: int) -> tuple[Band, Band]:
+        """Returns key and value as they are."""
+        return Band(key, key), Band(value, value)

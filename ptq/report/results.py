@@ -16,6 +16,7 @@ from ptq.config.schema import Recipe
 from ptq.evaluation.comparison import Comparison
 from ptq.files.atomic import write_text
 from ptq.report.json_files import as_json, schema_of
+from quantize.modules.cache import CacheFormat
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -281,6 +282,14 @@ def describe_spec(spec: QuantSpec | None, bits: int) -> str:
         return f"{spec.format} {spec.granularity}{group}{when}{scales}{kept}"
     kept = f" clip {spec.clip:g}" if spec.clip != 1 else ""
     return f"{spec.format}{spec.bits} {spec.granularity}{group}{when} {'symmetric' if spec.symmetric else 'asymmetric'}{kept}"
+
+
+def describe_cached(form: CacheFormat) -> str:
+    """Returns how a cache holds keys or values, in a few words."""
+    kept = [f"{n} {which}" for n, which in ((form.window, "recent"), (form.first, "first")) if n]
+    exact = f", {' and '.join(kept)} tokens in 16 bits" if kept else ""
+    ranges = f"{form.group} {form.along} a range{' of least squared error' if form.search else ''}"
+    return f"int{form.bits} in a cache, {ranges}{exact}"
 
 
 def write_results(

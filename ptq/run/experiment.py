@@ -19,6 +19,7 @@ from ptq.evaluation.token_comparison import compare_tokens
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.source_digest import PACKAGES, module_digest
+from ptq.integrations.cache import use_packed_cache
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
@@ -162,6 +163,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: S
         held = (session.network.model, session.loaded.tokenizer) if whole else None
     if held is not None:
         held[0].config.use_cache = True
+        use_packed_cache(held[0])
     return Result(folder, held, "" if whole else visitor.unbuildable or "the weights are on disk")
 
 

@@ -12,6 +12,7 @@ from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import check_scheme
 from ptq.config.shipped import scheme_named
 from ptq.errors import UserError
+from ptq.integrations.cache import use_packed_cache
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
 from ptq.network.network import build_network
@@ -82,6 +83,7 @@ def quantize(
         quantizer = QuantizeVisitor(context, built, flow)
         stream.run([flow] if context.samples is None else [flow, context.samples.flow], quantizer, "quantize")
         stream.change_outside()
+        use_packed_cache(model)
     finally:
         model.config.use_cache = use_cache
         stream.close()

@@ -7,6 +7,7 @@ from typing import Any
 
 from safetensors import SafetensorError
 
+from ptq.calibration.rotary import rotary_layouts
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import Statistics, StatisticsVisitor
 from ptq.config.schema import SchemeConfig
@@ -62,7 +63,14 @@ def context_of(
         note(line)
     attentions = attentions_of(network, stream) if inside else {}
     check_attention(scheme, sum(len(names) for names in attentions.values()))
-    return Context(network, stream, scheme, traces, attentions=attentions, note=note)
+    rotary: dict[str, str] = {}
+    if scheme.cache is not None and scheme.cache.before_rope:
+        if turning := [name for name, step in steps.items() if KEY in step.acts]:
+            raise UserError(
+                f"scheme.cache.before_rope: true, but steps.{turning[0]} acts on keys after their rotary embeddings: use false"
+            )
+        rotary = rotary_layouts(network, stream, attentions)
+    return Context(network, stream, scheme, traces, attentions=attentions, rotary=rotary, note=note)
 
 
 def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) -> None:

@@ -8,7 +8,7 @@ import torch
 
 from ptq.calibration.statistics import Statistics
 from ptq.config.schema import Recipe
-from ptq.config.scheme import check_scheme
+from ptq.config.scheme import check_attention, check_scheme
 from ptq.data.overlap import check_overlap, overlap_of
 from ptq.data.sampling import Tokens
 from ptq.data.sources import check_disjoint, check_source
@@ -56,6 +56,8 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         return lines
     network = skeleton(recipe.model, store_of(recipe))
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
+    if not getattr(network.model, "_supports_attention_backend", False):
+        check_attention(recipe.scheme, 0)
     check_positions(recipe, network.max_positions)
     tokenizer = load_tokenizer(recipe.model, store_of(recipe))
     calibration = calibration_tokens(recipe, tokenizer, network.max_positions)

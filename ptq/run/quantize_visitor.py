@@ -14,7 +14,7 @@ from ptq.network.attention import AttentionQuantizers
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, Network, weight_of
 from ptq.network.replaced import modules_of, restore
-from ptq.report.results import LayerResult, Size, describe_spec
+from ptq.report.results import LayerResult, Size, describe_cached, describe_spec
 from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
 from ptq.steps._attention import quantize_attention
 from ptq.steps._proof import Proof, prove
@@ -121,11 +121,13 @@ class QuantizeVisitor:
             module = self.context.module(name)
             held = [child for child in module.children() if isinstance(child, AttentionQuantizers)]
             found = {t: q.spec for child in held for t, q in child.quantizers.items() if isinstance(q, InputQuantizer)}
-            missing = sorted(set(attention_specs(self.context.scheme, name)) - set(found)) if self.solvers else []
+            words = {tensor: describe_spec(spec, 32) for tensor, spec in found.items()}
+            words |= {t: describe_cached(c) for child in held if child.cache for t, c in child.cache.items()}
+            missing = sorted(set(attention_specs(self.context.scheme, name)) - set(words)) if self.solvers else []
             if missing:
                 raise UserError(f"scheme.{missing[0]}: {name} was left without a quantizer for it: report this")
-            if found:
-                self.attentions[name] = {tensor: describe_spec(spec, 32) for tensor, spec in found.items()}
+            if words:
+                self.attentions[name] = words
 
     def _sample(self, block: Block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
         """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""

@@ -5,9 +5,10 @@ from torch import nn
 
 from group_methods.reorder import repeat_heads
 from ptq.calibration.statistics import ChannelStatistics
+from ptq.config.cache import CACHED
 from ptq.config.scheme import attention_specs
 from ptq.errors import UserError
-from ptq.network.attention import CHILD, AttentionQuantizers
+from ptq.network.attention import CHILD, AttentionQuantizers, CacheFormats, attach_quantizers, cache_format
 from ptq.network.network import Block
 from ptq.steps._step import Context
 from quantize.modules.simulated import InputQuantizer
@@ -20,14 +21,28 @@ def quantize_attention(context: Context, block: Block) -> None:
     Static ranges come from the calibration samples, as they pass through the block before its Linears are quantized.
     """
     for name in context.attentions.get(block.index, []):
-        specs = attention_specs(context.scheme, name)
+        cache, specs = _cache_formats(context, name), attention_specs(context.scheme, name)
         if not specs:
             continue
+        if cache is not None:
+            specs = {tensor: spec for tensor, spec in specs.items() if tensor not in CACHED}
         module = context.network.model.get_submodule(name)
         seen = _watched(context, block, module) if any(_watches(tensor, spec) for tensor, spec in specs.items()) else {}
         labels = _labels(context, name, specs, seen)
         quantizers = {tensor: _quantizer(tensor, spec, seen, labels) for tensor, spec in specs.items()}
-        setattr(module, CHILD, AttentionQuantizers(quantizers, _transforms(module)).to(context.stream.device))
+        made = AttentionQuantizers(quantizers, _transforms(module), cache).to(context.stream.device)
+        attach_quantizers(module, made)
+
+
+def _cache_formats(context: Context, name: str) -> CacheFormats | None:
+    """Returns how the cache of the attention `name` holds keys and values, or None where the scheme has no cache."""
+    cache, specs = context.scheme.cache, attention_specs(context.scheme, name)
+    if cache is None:
+        return None
+    held = {
+        tensor: cache_format(cache, specs[tensor], context.network.head_dim) for tensor in CACHED if tensor in specs
+    }
+    return CacheFormats(held.get("key"), held.get("value"), context.rotary.get(name) if "key" in held else None)
 
 
 def _transforms(module: nn.Module) -> dict[str, nn.Module]:

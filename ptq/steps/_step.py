@@ -122,6 +122,7 @@ class Context:
         ids: the calibration samples' tokens (samples, length), or None when no step needs any.
         batch_size: samples that pass together.
         samples: the calibration samples as they reach the present block, for `Step.apply`; None when no step captures them.
+        rotary: by full name of such a module, the layout of its rotary embeddings, where a cache holds keys without them.
         attentions: full names of the modules that call transformers' attention interface, by block.
         steps: the steps so far, by name, in order.
         plans: what they have decided.
@@ -140,6 +141,7 @@ class Context:
     batch_size: int = 1
     samples: Samples | None = None
     attentions: Mapping[int, list[str]] = field(default_factory=dict)
+    rotary: Mapping[str, str] = field(default_factory=dict)
     steps: "dict[str, Step]" = field(default_factory=dict)
     plans: dict[str, StepPlan] = field(default_factory=dict)
     note: Callable[[str], None] = lambda line: None

@@ -5,6 +5,7 @@ from quantize.spec.quant_spec import QuantSpec, SpecError
 TENSORS = ("weight", "input", "query", "key", "value", "attention_probs")
 """The kinds of tensors of a block that may have a spec."""
 _CACHED = {"query", "key", "value"}
+_HELD = {"key", "value"}
 
 
 class TensorRuleError(SpecError):
@@ -29,7 +30,7 @@ def check_tensor(tensor: str, spec: QuantSpec) -> None:
     spec.check_activation()
     if spec.format == "llm_int8" and tensor != "input":
         _refuse("format", spec.format, "'llm_int8' is for what a Linear reads: use int, or llm_int8 for scheme.input")
-    _check_activation(spec)
+    _check_activation(tensor, spec)
     if tensor in _CACHED and not spec.dynamic and spec.range != "minmax":
         _refuse("range", spec.range, f"{spec.range!r} with dynamic false: only inputs have it: use minmax")
     if tensor != "input" and spec.dynamic and spec.granularity == "tensor":
@@ -57,7 +58,7 @@ def _check_weight(spec: QuantSpec) -> None:
         _refuse("range", "ema", "'ema' is a mean over samples, and a weight has none: use minmax or mse")
 
 
-def _check_activation(spec: QuantSpec) -> None:
+def _check_activation(tensor: str, spec: QuantSpec) -> None:
     if spec.scales != "float32":
         _refuse("scales", spec.scales, f"{spec.scales!r}, but an activation's scale is stored nowhere: use float32")
     if spec.dynamic and spec.range == "ema":
@@ -66,7 +67,9 @@ def _check_activation(spec: QuantSpec) -> None:
         unknown = spec.granularity == "token"
         why = "tokens are not known in advance" if unknown else "groups of an activation are dynamic"
         _refuse("dynamic", False, f"false with granularity {spec.granularity!r}: {why}: use dynamic true")
-    if spec.dynamic and spec.granularity in {"channel", "cluster"}:
+    # A cache gathers tokens: those of a group share a channel's scale (KIVI).
+    gathered = tensor in _HELD and spec.granularity == "channel"
+    if spec.dynamic and spec.granularity in {"channel", "cluster"} and not gathered:
         why = "its ranges come from statistics"
         _refuse("dynamic", True, f"true with granularity {spec.granularity!r}: {why}: use dynamic false")
 

@@ -11,8 +11,9 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq.network.attention import CHILD, AttentionQuantizers
+from ptq.network.attention import CHILD, AttentionQuantizers, CacheFormats, attach_quantizers
 from ptq.network.network import Block, Network, replace_module
+from quantize.modules.cache import CacheFormat
 from quantize.modules.hadamard import OnlineHadamard
 from quantize.modules.online import INPUT, OUTPUT, Shared, attach_input, attach_output
 from quantize.modules.reordered import Reordered
@@ -58,7 +59,9 @@ def description_of(block: Block) -> dict[str, Any]:
         elif isinstance(module, AttentionQuantizers):
             known = {tensor: _quantizer(q) for tensor, q in module.quantizers.items() if isinstance(q, InputQuantizer)}
             transforms = {tensor: _online(inner) for tensor, inner in module.transforms.items()}
-            found["attentions"][name.removesuffix(f".{CHILD}")] = {"quantizers": known, "transforms": transforms}
+            cache = None if module.cache is None else dataclasses.asdict(module.cache)
+            held = {"quantizers": known, "transforms": transforms, "cache": cache}
+            found["attentions"][name.removesuffix(f".{CHILD}")] = held
         elif isinstance(module, Reordered):
             found["reordered"].append(name)
         elif type(module) is nn.RMSNorm and not module.elementwise_affine:
@@ -110,7 +113,8 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
         child = f"{name}.{CHILD}"
         known = {t: _input(f, f"{child}.quantizers.{t}", tensors) for t, f in facts["quantizers"].items()}
         transforms = {t: _built(f) for t, f in facts["transforms"].items()}
-        model.get_submodule(name).add_module(CHILD, AttentionQuantizers(known, transforms).to(device))
+        made = AttentionQuantizers(known, transforms, _cache(facts["cache"])).to(device)
+        attach_quantizers(model.get_submodule(name), made)
     for name, places in description["online"].items():
         for place, facts in places.items():
             attach = attach_input if place == INPUT else attach_output
@@ -142,6 +146,13 @@ def _linear(
         {key: t for key, t in own.items() if "." not in key and key not in {"bias", "labels"}},
         (facts["shape"][0], facts["shape"][1]), own.get("bias"), QuantSpec(**spec), inputs, dtype, own.get("labels"),
     )  # fmt: skip
+
+
+def _cache(facts: Mapping[str, Any] | None) -> CacheFormats | None:
+    if facts is None:
+        return None
+    forms = {tensor: None if facts[tensor] is None else CacheFormat(**facts[tensor]) for tensor in ("key", "value")}
+    return CacheFormats(**forms, rotary=facts["rotary"])
 
 
 def _input(facts: Mapping[str, Any], name: str, tensors: Mapping[str, torch.Tensor]) -> InputQuantizer:

@@ -216,6 +216,20 @@ def test_the_cache_is_counted_by_hand_with_grouped_queries(tmp_path):
     assert (plain.context, scheme.context) == (10 * plain.token, 10 * scheme.token)
 
 
+def test_a_cache_of_its_own_is_counted_with_what_stays_exact(tmp_path):
+    key = {"bits": 4, "granularity": "channel", "symmetric": False, "dynamic": True}
+    value = {"bits": 2, "granularity": "group", "group_size": 4, "symmetric": False, "dynamic": True}
+    scheme = {"key": key, "value": value, "cache": {"window": 3, "first": 1, "tokens": 8}}
+    found = footprint(recipe(config_only(tmp_path, **LLAMA), scheme=scheme), context=31).caches[1]
+    keys, values = (
+        4 + 4,
+        2 + 2 * 4,
+    )  # codes, and fp16 scales and least values: 1 channel in 8 tokens, 2 groups of a token
+    assert found.token == 3 * 2 * (keys + values)
+    # 27 tokens have left the window of 3 after the first one: 24 in full groups of keys.
+    assert found.context == 3 * 2 * (24 * keys + 7 * 16 + 27 * values + 4 * 16)
+
+
 def test_a_static_range_costs_a_token_nothing():
     static = QuantSpec(granularity="tensor", symmetric=False)
     assert cache_bits(2, 8, static, torch.float16) == 8 * 16

@@ -1,0 +1,76 @@
+"""Which channels an attention's rotary embeddings turn together, told by what they do and not by the architecture."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from ptq.errors import UserError
+from ptq.network.attention import CHILD, NAME, AttentionQuantizers, show_tables
+from ptq.network.block_stream import BlockStream, Nothing
+from ptq.network.network import Block, Network
+from quantize.transforms.rotary import layout_of
+
+TOKENS = 8
+"""Positions that are looked at."""
+
+
+@torch.no_grad()
+def rotary_layouts(network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]]) -> dict[str, str]:
+    """Returns the layout of the rotary embeddings of every attention, by full name.
+
+    A block is given the same hidden state at every position: what its attention's keys differ by then is the embeddings.
+
+    Raises:
+        UserError: for an attention that is called without rotary embeddings, or with some that no known layout undoes.
+    """
+    before = network.model.config._attn_implementation
+    network.model.set_attn_implementation(NAME)
+    finder = _Finder(network, stream, attentions)
+    try:
+        ids = torch.arange(1, TOKENS + 1)[None] % network.model.get_input_embeddings().num_embeddings
+        finder.flow = stream.open(ids, 1)
+        stream.run([finder.flow], finder, "rotary embeddings")
+    finally:
+        network.model.set_attn_implementation(before)
+    return finder.found
+
+
+class _Finder(Nothing):
+    """Looks at each block on entering it."""
+
+    def __init__(self, network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]]):
+        self._network, self._stream, self._attentions = network, stream, attentions
+        self.flow: Any = None
+        self.found: dict[str, str] = {}
+
+    def enter(self, block: Block) -> None:
+        """Finds the layouts of the block's attentions."""
+        seen: dict[str, tuple[torch.Tensor, AttentionQuantizers]] = {}
+        names = self._attentions.get(block.index, ())
+        for name in names:
+            self._watch(name, seen)
+        hidden = self.flow.hidden[:, 1:2].expand_as(self.flow.hidden).contiguous()
+        try:
+            self._stream.call(self.flow, block, 0, hidden.to(self._stream.device))
+        finally:
+            for name in names:
+                delattr(self._network.model.get_submodule(name), CHILD)
+        for name, (keys, watcher) in seen.items():
+            layout = None if watcher.tables is None else layout_of(keys, *watcher.tables)
+            if layout is None:
+                raise UserError(
+                    f"scheme.cache.before_rope: true, but {name} has no rotary embeddings that can be undone: use false"
+                )
+            self.found[name] = layout
+
+    def _watch(self, name: str, seen: dict[str, tuple[torch.Tensor, AttentionQuantizers]]) -> None:
+        module, watcher = self._network.model.get_submodule(name), AttentionQuantizers({})
+
+        def watch(tensor: str, x: torch.Tensor) -> None:
+            if tensor == "key":
+                seen[name] = (x.unflatten(2, (-1, self._network.head_dim)).transpose(1, 2), watcher)
+
+        watcher.watch = watch
+        setattr(module, CHILD, watcher)
+        show_tables(module)
