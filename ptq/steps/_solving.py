@@ -16,6 +16,7 @@ from quantize.grid.affine import Grid
 from quantize.grid.ranges import RunningRange, observed_grid
 from quantize.modules.online import carry_online
 from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.solvers.lowrank import Factors
 from quantize.spec.quant_spec import QuantSpec
 
 Solved = tuple[torch.Tensor, Grid] | Encoded
@@ -118,6 +119,7 @@ def quantize_linear(
     specs: LinearSpecs,
     inputs: InputQuantizer | None,
     solve: Callable[[torch.Tensor], Solved] | None = None,
+    correction: Factors | None = None,
 ) -> QuantLinear:
     """Puts the quantized Linear in the place of the Linear `name`, and returns it.
 
@@ -127,6 +129,7 @@ def quantize_linear(
         specs: its formats.
         inputs: the quantizer of its input.
         solve: gives what is stored of a weight (out, in); None rounds to nearest.
+        correction: of low rank, added to what is stored.
 
     Raises:
         UserError: for NaN or inf in the weight, or a scheme that does not fit it.
@@ -140,6 +143,8 @@ def quantize_linear(
             quantized = QuantLinear(weight, bias, specs.weight, inputs, solved[1], solved[0], labels)
         else:
             quantized = QuantLinear(weight, bias, specs.weight, inputs, stored=solved)
+        if correction is not None:
+            quantized.correct(correction.left, correction.right)
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
     carry_online(module, quantized)

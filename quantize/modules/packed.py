@@ -113,11 +113,13 @@ class PackedLinear(nn.Linear):
         """Returns the packed form of a simulated Linear, with the codes that a solver has chosen.
 
         Raises:
-            ValueError: when its weight is in floating point or has clusters, or its input has static ranges.
+            ValueError: when its weight is in floating point, is corrected or has clusters, or its input has static ranges.
         """
         spec = linear.weight_spec
         if spec is None:
             raise ValueError("the weight is in floating point: there is nothing to pack")
+        if linear.corrected:
+            raise ValueError("the weight has a correction of low rank, which packed codes do not hold")
         kind = packed_type(spec, linear.input_spec)
         shape = linear.in_features, linear.out_features
         module = kind(*shape, False, spec, linear.input_spec, linear.weight.dtype, "meta")

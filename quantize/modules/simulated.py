@@ -152,6 +152,8 @@ class QuantLinear(nn.Module):
     scale: torch.Tensor
     zero_point: torch.Tensor | None
     codes: torch.Tensor
+    left: torch.Tensor | None
+    right: torch.Tensor | None
     weight: torch.Tensor
     bias: torch.Tensor | None
     labels: torch.Tensor | None
@@ -176,6 +178,7 @@ class QuantLinear(nn.Module):
         self.weight_spec, self.inputs = weight_spec, None if inputs is None else inputs.to(weight.device)
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
         self.register_buffer("labels", labels.to(weight.device) if clustered and labels is not None else None)
+        self.left = self.right = None
         self._names: tuple[str, ...] = ()
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
@@ -244,6 +247,27 @@ class QuantLinear(nn.Module):
         empty = torch.zeros((), dtype=dtype, device=stored["codes"].device).expand(shape)
         return cls(empty, bias, weight_spec, inputs, stored=stored)
 
+    def correct(self, left: torch.Tensor, right: torch.Tensor) -> None:
+        """Adds left (out, r) times right (r, in) to the weight that the codes stand for; both are stored as they are.
+
+        Raises:
+            ValueError: for shapes that do not fit, a weight in floating point, or one that is corrected already.
+        """
+        if left.shape != (self.out_features, right.shape[0]) or right.shape[1] != self.in_features:
+            shapes = f"{tuple(left.shape)}, {tuple(right.shape)}"
+            raise ValueError(f"left, right: shapes {shapes} do not make {(self.out_features, self.in_features)}")
+        if self.weight_spec is None or self.corrected:
+            raise ValueError("left, right: only a quantized weight is corrected, and once")
+        del self.left, self.right
+        self.register_buffer("left", left.to(self.weight.device))
+        self.register_buffer("right", right.to(self.weight.device))
+        self.weight = self._decoded(self.weight.dtype)
+
+    @property
+    def corrected(self) -> bool:
+        """Whether a product of low rank is added to the weight."""
+        return self.left is not None
+
     @property
     def _grid(self) -> Grid:
         """The weight's grid, as it broadcasts to the weight in its `grouped` shape."""
@@ -269,11 +293,16 @@ class QuantLinear(nn.Module):
             return self.weight
         if not self.weight_spec.affine:
             shape = (self.out_features, self.in_features)
-            return codec_of(self.weight_spec).decode(self._stored, self.weight_spec, shape, dtype)
-        return dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
+            weight = codec_of(self.weight_spec).decode(self._stored, self.weight_spec, shape, dtype)
+        else:
+            weight = dequantize(grouped(self.codes, self.weight_spec), self._grid, dtype).reshape(self.codes.shape)
+        if self.left is None or self.right is None:
+            return weight
+        return (weight.float() + self.left.float() @ self.right.float()).to(dtype)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        return keep_dtypes(self, self._names, lambda: super(QuantLinear, self)._apply(fn, recurse))
+        names = (*self._names, "left", "right") if self.corrected else self._names
+        return keep_dtypes(self, names, lambda: super(QuantLinear, self)._apply(fn, recurse))
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
@@ -298,13 +327,18 @@ class QuantLinear(nn.Module):
         return linear(x, self.weight, self.bias)
 
     def stored_bytes(self) -> int:
-        """Returns the bytes of the weight as it is stored: codes packed at their bits, and what they are scaled by.
+        """Returns the bytes of the weight as it is stored: codes packed at their bits, what they are scaled by and corrected by.
 
         Integers are held here one a byte and counted as packed: scales count as 4 bytes (2 in fp16), zero points as many
         bits as a code, labels 2 bytes. An unquantized weight counts as 2 bytes a value.
         """
         if self.weight_spec is None:
             return 2 * self.weight.numel()
+        return self._code_bytes() + sum(t.numel() * t.element_size() for t in (self.left, self.right) if t is not None)
+
+    def _code_bytes(self) -> int:
+        if self.weight_spec is None:
+            return 0
         if not self.weight_spec.affine:
             return stored_bytes(self._stored)
         scale_bits = 32 if self.weight_spec.scales == "float32" else 16

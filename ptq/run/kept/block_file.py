@@ -140,12 +140,16 @@ def _linear(
             shared[first] = _input(facts["inputs"], f"{first}.inputs", tensors)
         inputs = shared[first]
     spec, dtype = facts["spec"], getattr(torch, facts["dtype"])
+    left, right = own.pop("left", None), own.pop("right", None)
     if spec is None:
         return QuantLinear(own["weight"].to(dtype), own.get("bias"), None, inputs)
-    return QuantLinear.from_stored(
+    built = QuantLinear.from_stored(
         {key: t for key, t in own.items() if "." not in key and key not in {"bias", "labels"}},
         (facts["shape"][0], facts["shape"][1]), own.get("bias"), QuantSpec(**spec), inputs, dtype, own.get("labels"),
     )  # fmt: skip
+    if left is not None and right is not None:
+        built.correct(left, right)
+    return built
 
 
 def _cache(facts: Mapping[str, Any] | None) -> CacheFormats | None:
