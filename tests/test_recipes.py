@@ -7,6 +7,7 @@ import pytest
 
 from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
+from ptq.errors import UserError
 
 SHIPPED = {
     "demo", "smollm2-135m_w8a8", "smollm2-135m_w4a16", "smollm2-135m_w4a4",
@@ -82,3 +83,27 @@ def test_every_config_says_what_it_is():
     files = sorted(catalog.config_folder().rglob("*.yaml"))
     assert files
     assert [str(path) for path in files if not catalog.describe(path)] == []
+
+
+BEST = sorted(path.stem for path in (catalog.config_folder() / "method" / "best").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("scheme", BEST)
+def test_the_best_method_goes_by_the_scheme_and_says_what_it_measured(scheme):
+    recipe = compose("demo", "method=best", f"scheme={scheme}")
+    assert recipe == compose("demo", f"scheme={scheme}", f"method=best/{scheme}")
+    assert list(recipe.steps)[-1] in {"rtn", "gptq"}
+    said = catalog.describe(catalog.config_folder() / "method" / "best" / f"{scheme}.yaml")
+    assert re.search(r"\d\.\d{2,4} x", said)
+
+
+def test_the_best_method_of_a_recipes_own_defaults_follows_a_scheme_of_the_command_line(tmp_path):
+    text = (catalog.config_folder() / "demo.yaml").read_text().replace("method: rtn", "method: best")
+    path = tmp_path / "mine.yaml"
+    path.write_text(text)
+    [job] = compose_jobs(path, ["scheme=w4a16_g64"])
+    assert job.recipe.steps["gptq"]["target"] == "residual"
+    with pytest.raises(
+        UserError, match="method=best: no recipe was measured for scheme=nf4 .*w4a16_g64.*: name a method"
+    ):
+        compose_jobs(path, ["scheme=nf4"])

@@ -22,7 +22,7 @@ from hydra.core.override_parser.types import Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
@@ -36,6 +36,8 @@ from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
 from ptq.files.bounded_yaml import load_yaml
 
+BEST = "best"
+"""The choice of a method that goes by the scheme."""
 OPTIONAL_GROUPS = ("export",)
 """Groups that a recipe need not name in its defaults for `group=choice` to add them."""
 
@@ -235,7 +237,7 @@ def _axes(overrides: list[Override], multirun: bool) -> list[list[tuple[str, boo
 
 def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Job:
     lines = [line for line, _ in point]
-    plain = _plain(compose(config_name=config.stem, overrides=lines))
+    plain = _plain(_composed(config, lines))
     plain.setdefault("name", named(config.stem))
     missing: tuple[str, ...] = ()
     if not is_shipped(config):
@@ -245,6 +247,28 @@ def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Jo
         missing = placed(plain, config.parent, {key for key, _ in typed_values(overrides)})
     chosen = tuple(line.lstrip("+") for line, swept in point if swept)
     return Job(recipe_from(plain), chosen, plain, missing)
+
+
+def _composed(config: pathlib.Path, lines: list[str]) -> DictConfig:
+    """Composes; ``method=best`` is the file of ``method/best`` that has the name of the scheme.
+
+    Hydra does not know one choice while it looks for another that comes before it: the scheme is asked for first.
+    """
+    whole = compose(config_name=config.stem, overrides=lines, return_hydra_config=True)
+    choices = whole.hydra.runtime.choices
+    if choices.get("method") != BEST:
+        with open_dict(whole):
+            del whole["hydra"]
+        return whole
+    scheme = str(choices.get("scheme"))
+    measured = sorted(path.stem for path in (config_folder() / "method" / BEST).glob("*.yaml"))
+    if scheme not in measured:
+        raise UserError(
+            f"method=best: no recipe was measured for scheme={scheme} (measured are {', '.join(measured)}): name a method, "
+            f"such as method=gptq"
+        )
+    others = [line for line in lines if line.lstrip("+").partition("=")[0] != "method"]
+    return compose(config_name=config.stem, overrides=[*others, f"method={BEST}/{scheme}"])
 
 
 def _plain(composed: DictConfig) -> dict[str, Any]:
