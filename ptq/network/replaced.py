@@ -18,7 +18,7 @@ def put_back(network: Network, block: Block) -> Iterator[None]:
     modules = modules_of(block)
     originals = [(p, p.data) for p in block.module.parameters()]
     hooks = {module: (dict(module._forward_pre_hooks), dict(module._forward_hooks)) for module in modules.values()}
-    children = {module: dict(module._modules) for module in modules.values()}
+    own = {m: (dict(m._modules), dict(m._parameters), dict(m._buffers)) for m in modules.values()}
     for parameter, data in originals:
         parameter.data = data.clone()
     try:
@@ -26,9 +26,11 @@ def put_back(network: Network, block: Block) -> Iterator[None]:
     finally:
         for parameter, data in originals:
             parameter.data = data
-        for module, held in children.items():
-            module._modules.clear()
-            module._modules.update(held)
+        for module, held in own.items():
+            # Parameters that were replaced, and not written into, come back too.
+            for there, then in zip((module._modules, module._parameters, module._buffers), held, strict=True):
+                there.clear()  # type: ignore[attr-defined]
+                there.update(then)  # type: ignore[attr-defined]
         for module, (before, after) in hooks.items():
             for now, then in ((module._forward_pre_hooks, before), (module._forward_hooks, after)):
                 now.clear()
