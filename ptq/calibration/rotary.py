@@ -16,17 +16,30 @@ TOKENS = 8
 
 
 @torch.no_grad()
-def rotary_layouts(network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]]) -> dict[str, str]:
+def rotary_layouts(
+    network: Network,
+    stream: BlockStream,
+    attentions: Mapping[int, Sequence[str]],
+    field: str = "scheme.cache.before_rope: true",
+    instead: str = "use false",
+) -> dict[str, str]:
     """Returns the layout of the rotary embeddings of every attention, by full name.
 
     A block is given the same hidden state at every position: what its attention's keys differ by then is the embeddings.
+
+    Args:
+        network: the model.
+        stream: calls its blocks.
+        attentions: full names of the attentions of each block.
+        field: what asks for them, for messages.
+        instead: what to do where there are none.
 
     Raises:
         UserError: for an attention that is called without rotary embeddings, or with some that no known layout undoes.
     """
     before = network.model.config._attn_implementation
     network.model.set_attn_implementation(NAME)
-    finder = _Finder(network, stream, attentions)
+    finder = _Finder(network, stream, attentions, (field, instead))
     try:
         ids = torch.arange(1, TOKENS + 1)[None] % network.model.get_input_embeddings().num_embeddings
         finder.flow = stream.open(ids, 1)
@@ -39,7 +52,10 @@ def rotary_layouts(network: Network, stream: BlockStream, attentions: Mapping[in
 class _Finder(Nothing):
     """Looks at each block on entering it."""
 
-    def __init__(self, network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]]):
+    def __init__(
+        self, network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]], words: tuple[str, str]
+    ):
+        self._words = words
         self._network, self._stream, self._attentions = network, stream, attentions
         self.flow: Any = None
         self.found: dict[str, str] = {}
@@ -59,9 +75,8 @@ class _Finder(Nothing):
         for name, (keys, watcher) in seen.items():
             layout = None if watcher.tables is None else layout_of(keys, *watcher.tables)
             if layout is None:
-                raise UserError(
-                    f"scheme.cache.before_rope: true, but {name} has no rotary embeddings that can be undone: use false"
-                )
+                field, instead = self._words
+                raise UserError(f"{field}, but {name} has no rotary embeddings that can be undone: {instead}")
             self.found[name] = layout
 
     def _watch(self, name: str, seen: dict[str, tuple[torch.Tensor, AttentionQuantizers]]) -> None:

@@ -5,6 +5,7 @@ It enters through transformers' own extension point, the attention interface: a 
 its architecture. A model with an attention of its own (BLOOM, Falcon) is not.
 """
 
+import dataclasses
 import inspect
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -28,6 +29,7 @@ from quantize.transforms.rotary import Rotary
 
 NAME = "ptq_simulated"
 CHILD = "attention_quantizers"
+PREFIX = "attention_prefix"
 TENSORS = ("query", "key", "value")
 POSITIONS = "position_embeddings"
 """The argument by which transformers gives an attention its cosines and sines."""
@@ -145,6 +147,20 @@ class AttentionQuantizers(nn.Module):
         return (rotary.undo, rotary.do) if tensor == "key" and rotary is not None else (as_they_are, as_they_are)
 
 
+class Prefix(nn.Module):
+    """Keys and values (1, kv heads, tokens, head_dim) that every query of an attention meets before all others: they are of no
+    sequence, in no cache, and not quantized.
+    """
+
+    key: torch.Tensor
+    value: torch.Tensor
+
+    def __init__(self, key: torch.Tensor, value: torch.Tensor):
+        super().__init__()
+        self.register_buffer("key", key)
+        self.register_buffer("value", value)
+
+
 def attach_quantizers(attention: nn.Module, quantizers: AttentionQuantizers) -> None:
     """Makes `quantizers` the child of `attention`, which shows them its rotary embeddings where they ask for them."""
     setattr(attention, CHILD, quantizers)
@@ -204,12 +220,18 @@ def simulated_attention(
     if quantizers is not None:
         query = quantizers.quantize("query", query)
         keys, values = quantizers.bands(key, value, query.shape[2])
+    prefix, before = getattr(module, PREFIX, None), 0
+    if prefix is not None:
+        keys, values, before = keys.after(prefix.key), values.after(prefix.value), prefix.key.shape[2]
     repeat = query.shape[1] // key.shape[1]
     keys, values = keys.repeated(repeat), values.repeated(repeat)
-    mask = _Mask(attention_mask, query.shape[2], key.shape[2], getattr(module, "is_causal", True))
+    mask = _Mask(attention_mask, query.shape[2], before + key.shape[2], getattr(module, "is_causal", True)).behind(
+        before
+    )
     inner = {} if quantizers is None else dict(quantizers.quantizers.items())
     probabilities = inner.get("attention_probs")
-    if softcap is None and probabilities is None and keys.settled is None and values.settled is None:
+    plain = softcap is None and probabilities is None and not (before and mask.causal)
+    if plain and keys.settled is None and values.settled is None:
         y = functional.scaled_dot_product_attention(
             query, keys.exact, values.exact, mask.given, is_causal=mask.causal, scale=scaling
         )
@@ -235,6 +257,13 @@ class _Mask:
     queries: int
     tokens: int
     by_order: bool
+
+    def behind(self, before: int) -> "_Mask":
+        """Returns the mask with `before` keys of `tokens` at the beginning that every query sees."""
+        if self.given is None or not before:
+            return self
+        value = True if self.given.dtype == torch.bool else 0.0
+        return dataclasses.replace(self, given=functional.pad(self.given, (before, 0), value=value))
 
     @property
     def causal(self) -> bool:

@@ -166,15 +166,23 @@ class BlockStream:
             self.outside.clear()
 
     @torch.no_grad()
-    def open(self, ids: torch.Tensor, batch_size: int, exact: bool = False, changed: bool = True) -> Flow:
+    def open(
+        self,
+        ids: torch.Tensor,
+        batch_size: int,
+        exact: bool = False,
+        changed: bool = True,
+        positions: torch.Tensor | None = None,
+    ) -> Flow:
         """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block.
 
         What is evaluated is to be `exact`: the bits that the model gives outside of the stream. `changed`: see `hold_outside`.
+        `positions` (1, length): those of the tokens, where they do not begin at 0.
         """
         flow: Flow | None = None
         with self.hold_outside(changed):
             for start in range(0, len(ids), batch_size):
-                first, calls = self._record(ids[start : start + batch_size].to(self.device))
+                first, calls = self._record(ids[start : start + batch_size].to(self.device), positions)
                 if flow is None:
                     shape = (len(ids), *first.shape[1:])
                     flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
@@ -267,24 +275,25 @@ class BlockStream:
     def _wrap(self, hidden: torch.Tensor) -> Any:
         return (hidden, None) if self.network.returns_tuple else hidden
 
-    def _record(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call]]:
+    def _record(self, ids: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
         if self.network.returns_tuple is None:
             # A block returns a tensor or a tuple; the model's code shows which, by what reaches the second block.
             for guess in (False, True):
                 self.network.returns_tuple = guess
-                first, calls, intact = self._pass(ids)
+                first, calls, intact = self._pass(ids, positions)
                 if intact:
                     return first, calls
             self.network.returns_tuple = None
             raise RuntimeError("hidden states do not pass from block to block unchanged: this model cannot be streamed")
-        first, calls, _ = self._pass(ids)
+        first, calls, _ = self._pass(ids, positions)
         return first, calls
 
-    def _pass(self, ids: torch.Tensor) -> tuple[torch.Tensor, list[Call], bool]:
+    def _pass(self, ids: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, list[Call], bool]:
         first: list[torch.Tensor] = []
         calls: list[Call] = []
         intact = [True]
         last = len(self.network.blocks) - 1
+        given = {} if positions is None else {"position_ids": positions.to(self.device)}
 
         def record(index: int) -> Callable[..., Any]:
             def forward(*args: Any, **kwargs: Any) -> Any:
@@ -303,7 +312,7 @@ class BlockStream:
             return forward
 
         with replaced_forward([block.module for block in self.network.blocks], record), suppress(_Done):
-            self.network.model(input_ids=ids, use_cache=False)
+            self.network.model(input_ids=ids, use_cache=False, **given)
         return first[0], calls, intact[0]
 
     def allocate(self, shape: tuple[int, ...], like: torch.Tensor) -> torch.Tensor:

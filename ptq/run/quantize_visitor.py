@@ -46,7 +46,7 @@ class QuantizeVisitor:
         self.solvers = {name: step for name, step in steps.items() if step.kind == SOLVER}
         self.layers: list[LayerResult] = []
         self.attentions: dict[str, dict[str, str]] = {}
-        self.proofs: dict[str, Proof] = {name: Proof() for name in self.transforms}
+        self.proofs: dict[str, Proof] = {name: Proof() for name, step in self.transforms.items() if step.proved}
         self.stored = 0
         self.quantized = 0
         self.unbuildable = ""
@@ -112,8 +112,14 @@ class QuantizeVisitor:
             basis = plans[name].basis
             stages.append(stages[-1] if basis is None else basis.back(stages[-1]))
         for name, step in self.transforms.items():
+            if not step.proved:
+                step.apply(block, plans[name], self.context)
+                stages.pop()
+                continue
             error, tolerance = prove(name, step, plans[name], block, self.context, witness, stages.pop())
             self.proofs[name].add(error, tolerance, block.name)
+        for name, step in self.transforms.items():
+            step.finish(block, plans[name], self.context)
 
     def _describe_attentions(self, block: Block) -> None:
         """Notes what stands in the block's attentions. Raises `UserError` where the scheme asks for more than stands there."""

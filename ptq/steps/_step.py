@@ -206,6 +206,8 @@ class Context:
         with put_back(self.network, block):
             for name, step in self.steps.items():
                 step.apply(block, self.plans[name], self)
+            for name, step in self.steps.items():
+                step.finish(block, self.plans[name], self)
             yield
 
     def show(self, visitor: Visitor, flow: Flow, what: str) -> None:
@@ -247,6 +249,8 @@ class Step:
     kind: ClassVar[str]
     acts: ClassVar[frozenset[str]] = frozenset()
     """Where a transform acts, of `PLACES`."""
+    proved: ClassVar[bool] = True
+    """Whether a transform leaves what the network computes as it is; one that changes it on purpose is not proved."""
 
     def __init__(self, options: Any):
         self.options = options
@@ -268,6 +272,9 @@ class Step:
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Changes one block whose weights are in memory; called once a block, in stream order."""
         raise TypeError(f"{type(self).__name__} does not say what it does to a block")
+
+    def finish(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Does what a transform can only do when those after it have changed the block too."""
 
 
 class Transform(Step):

@@ -257,6 +257,13 @@ class Band:
             rounded = torch.cat([x[..., :start, :], middle, x[..., end:, :]], -2)
         return cls(x, rounded, form.settled_for(tokens - queries, tokens, x.device))
 
+    def after(self, prefix: torch.Tensor) -> "Band":
+        """Returns the band with the exact states `prefix` (1, heads, tokens, channels) before all others, of no window's counting."""
+        prefix = prefix.to(self.exact.dtype).expand(len(self.exact), -1, -1, -1)
+        exact = torch.cat([prefix, self.exact], -2)
+        rounded = exact if self.rounded is self.exact else torch.cat([prefix, self.rounded], -2)
+        return Band(exact, rounded, None if self.settled is None else self.settled + prefix.shape[-2])
+
     def repeated(self, heads: int) -> "Band":
         """Returns the band with each head `heads` times, as grouped queries ask."""
         exact = self.exact.repeat_interleave(heads, 1)

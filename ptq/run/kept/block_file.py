@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
-from ptq.network.attention import CHILD, AttentionQuantizers, CacheFormats, attach_quantizers
+from ptq.network.attention import CHILD, PREFIX, AttentionQuantizers, CacheFormats, Prefix, attach_quantizers
 from ptq.network.network import Block, Network, replace_module
 from quantize.modules.cache import CacheFormat
 from quantize.modules.hadamard import OnlineHadamard
@@ -45,6 +45,7 @@ def description_of(block: Block) -> dict[str, Any]:
         "linears": linears,
         "attentions": {},
         "reordered": [],
+        "prefixes": [],
         "online": {},
         "norms": {},
         "classes": {},
@@ -62,6 +63,8 @@ def description_of(block: Block) -> dict[str, Any]:
             cache = None if module.cache is None else dataclasses.asdict(module.cache)
             held = {"quantizers": known, "transforms": transforms, "cache": cache}
             found["attentions"][name.removesuffix(f".{CHILD}")] = held
+        elif isinstance(module, Prefix):
+            found["prefixes"].append(name)
         elif isinstance(module, Reordered):
             found["reordered"].append(name)
         elif type(module) is nn.RMSNorm and not module.elementwise_affine:
@@ -115,6 +118,9 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
         transforms = {t: _built(f) for t, f in facts["transforms"].items()}
         made = AttentionQuantizers(known, transforms, _cache(facts["cache"])).to(device)
         attach_quantizers(model.get_submodule(name), made)
+    for name in description["prefixes"]:
+        before = Prefix(tensors[f"{name}.key"], tensors[f"{name}.value"])
+        model.get_submodule(name.removesuffix(f".{PREFIX}")).add_module(PREFIX, before)
     for name, places in description["online"].items():
         for place, facts in places.items():
             attach = attach_input if place == INPUT else attach_output
