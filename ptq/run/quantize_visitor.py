@@ -21,7 +21,7 @@ from ptq.steps._proof import Proof, prove
 from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
 from quantize.codecs.llm_int8 import outlier_columns
 from quantize.error import relative_error, sqnr_db
-from quantize.modules.online import output_of
+from quantize.modules.online import online_bytes, output_of
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 
 SAMPLED_ROWS = 128
@@ -66,6 +66,7 @@ class QuantizeVisitor:
         for name, step in self.solvers.items():
             step.apply(block, self.context.plans[name], self.context)
         self._samples = {}
+        self.stored += online_bytes(self.context.module(name) for name in block.linears)
         self._describe_attentions(block)
 
     def leave(self, block: Block) -> None:

@@ -1,6 +1,7 @@
 """Online transforms: what is computed at a Linear's input or output each time that it is called."""
 
 import weakref
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -97,6 +98,19 @@ def carry_online(old: nn.Module, new: nn.Module) -> None:
         attach_input(new, before)
     if (after := online_output(old)) is not None:
         attach_output(new, after)
+
+
+def online_bytes(linears: Iterable[nn.Module]) -> int:
+    """Returns the bytes of the numbers that act on what `linears` read and give, at 2 a number; shared ones count once.
+
+    What is made from a seed stores nothing.
+    """
+    found = {}
+    for linear in linears:
+        for transform in (online_input(linear), online_output(linear)):
+            if transform is not None:
+                found |= {tensor.data_ptr(): tensor.numel() for tensor in transform.state_dict().values()}
+    return 2 * sum(found.values())
 
 
 def output_of(linear: nn.Module, x: torch.Tensor) -> torch.Tensor:

@@ -4,6 +4,7 @@ Rows x become (x / d) (P1 x P2) with a diagonal d, columns of the weight W diag(
 invertible factors, so they are learned freely on the error that quantization makes.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from quantize.transforms.hadamard import hadamard_matrix
 from quantize.transforms.kronecker import balanced_factors, kronecker_apply, kronecker_inverse, nearest_kronecker
 from quantize.transforms.orthogonal import random_orthogonal
+from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.wush import wush
 
 CLIP = 4.0
@@ -155,6 +157,78 @@ def affine_from_dense(matrix: torch.Tensor, factors: tuple[int, int] | None = No
     left, right, error = nearest_kronecker(matrix, a, b)
     kronecker_inverse(left, right)
     return AffineTransform(left, right, matrix.new_ones(len(matrix))), error
+
+
+def log_determinant(transform: AffineTransform) -> torch.Tensor:
+    """Returns log |det| of the map, a scalar; differentiable."""
+    left, right = torch.linalg.slogdet(transform.left), torch.linalg.slogdet(transform.right)
+    size_left, size_right = len(transform.left), len(transform.right)
+    return size_right * left.logabsdet + size_left * right.logabsdet - transform.diagonal.abs().log().sum()
+
+
+def cost_of(transform: AffineTransform, cost: RoundingCost) -> torch.Tensor:
+    """Returns what rounding costs behind the map, a scalar; differentiable."""
+    return cost(transform(cost.rows), transform.inverse_weight(cost.weight), log_determinant(transform))
+
+
+def learned_affine(
+    start: AffineTransform, cost: RoundingCost, steps: int = 80, rate: float = 0.01
+) -> tuple[AffineTransform, float, float]:
+    """Returns the map after Adam's steps on the cost, the best one on the way, in float32; and the cost before and after.
+
+    The diagonal is learned by its logarithm, so that it keeps its signs. The rate falls to a tenth by a cosine.
+
+    Args:
+        start: where the steps begin.
+        cost: of rounding, with the rows and weights that it is measured on.
+        steps: 0 returns the start.
+        rate: of Adam, for entries of factors whose squares have a mean of 1 over the width.
+
+    Raises:
+        ValueError: for steps below 0 or a rate that is not above 0.
+    """
+    if steps < 0:
+        raise ValueError(f"steps: {steps} is not valid: expected 0 or more")
+    if not rate > 0:
+        raise ValueError(f"rate: {rate} is not valid: expected a number above 0, such as 0.01")
+    begun = normalised(start)
+    left, right = (p.detach().clone().requires_grad_() for p in (begun.left, begun.right))
+    signs, logs = begun.diagonal.detach().sign(), begun.diagonal.detach().abs().log().requires_grad_()
+    optimizer = torch.optim.Adam([left, right, logs], lr=rate, betas=(0.9, 0.95))
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, max(1, steps), rate / 10)
+    best, least, first = begun, float("inf"), float("inf")
+    with torch.enable_grad():
+        for step in range(steps + 1):
+            now = _functional(left, right, signs * logs.exp())
+            loss = cost_of(now, cost)
+            value = float(loss.detach())
+            first = value if step == 0 else first
+            if value < least:
+                best, least = AffineTransform(left, right, signs * logs.exp()), value
+            if step == steps or not math.isfinite(value):
+                break
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step()
+    return best, first, least
+
+
+def normalised(transform: AffineTransform) -> AffineTransform:
+    """Returns the same map but for a number, in float32: both factors with squares of mean 1 a row, a diagonal of geometric mean 1."""
+    left, right, diagonal = (p.detach().double() for p in (transform.left, transform.right, transform.diagonal))
+    left, right = (f * (len(f) ** 0.5 / torch.linalg.norm(f)) for f in (left, right))
+    diagonal = diagonal / diagonal.abs().log().mean().exp()
+    return AffineTransform(left.float(), right.float(), diagonal.float())
+
+
+def _functional(left: torch.Tensor, right: torch.Tensor, diagonal: torch.Tensor) -> AffineTransform:
+    """Returns a map of these very tensors, which gradients reach."""
+    transform = AffineTransform(left, right, diagonal)
+    for name, tensor in (("left", left), ("right", right), ("diagonal", diagonal)):
+        delattr(transform, name)
+        setattr(transform, name, tensor)
+    return transform
 
 
 def _positive(matrix: torch.Tensor) -> torch.Tensor:

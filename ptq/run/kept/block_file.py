@@ -16,6 +16,7 @@ from ptq.network.network import Block, Network, replace_module
 from quantize.modules.cache import CacheFormat
 from quantize.modules.hadamard import OnlineHadamard
 from quantize.modules.online import INPUT, OUTPUT, Shared, attach_input, attach_output
+from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
 from quantize.modules.reordered import Reordered
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
@@ -178,7 +179,11 @@ def _quantizer(module: InputQuantizer) -> dict[str, Any]:
 
 
 def _class(module: nn.Module) -> str:
-    return f"{type(module).__module__}.{type(module).__qualname__}"
+    return _full_name(type(module))
+
+
+def _full_name(kind: type) -> str:
+    return f"{kind.__module__}.{kind.__qualname__}"
 
 
 def _spec(spec: QuantSpec | None) -> dict[str, Any] | None:
@@ -204,5 +209,7 @@ def _built(facts: Mapping[str, Any]) -> nn.Module:
     return module
 
 
-ONLINE: dict[str, type[OnlineHadamard]] = {"quantize.modules.hadamard.OnlineHadamard": OnlineHadamard}
+ONLINE: dict[str, type[OnlineHadamard | OnlineBlocks | OnlineKronecker]] = {
+    _full_name(kind): kind for kind in (OnlineHadamard, OnlineBlocks, OnlineKronecker)
+}
 """Classes of online transforms by their full name that have ``description`` and ``from_description``."""

@@ -1,0 +1,176 @@
+"""Maps of what Linears read, planned one block at a time from the moments of calibration samples: what wush and affine share."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import ClassVar
+
+import torch
+
+from ptq.calibration.samples import Samples
+from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError
+from ptq.network.network import Block, weight_of
+from ptq.steps._moments import samples_of
+from ptq.steps._solving import Rows, specs_of
+from ptq.steps._step import INPUT, WEIGHT_INPUT, Context, StepPlan, Transform
+from quantize.modules.online import Shared, attach_input, online_input
+from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
+from quantize.solvers.gptq import Hessian
+from quantize.spec.quant_spec import QuantSpec
+from quantize.transforms.rounding_cost import RoundingCost
+
+OnlineMap = OnlineBlocks | OnlineKronecker
+KEPT_VALUES = 3 << 18
+"""Numbers of one input on which the cost of rounding is measured, about."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One tensor that Linears of a block read.
+
+    Attributes:
+        names: their full names.
+        hessian: its second moments X^T X / tokens, float32 (in, in).
+        weight: their weights, one above the other, float32 (out, in).
+        spec: format of the tensor.
+        cost: of rounding it and the weights.
+    """
+
+    names: tuple[str, ...]
+    hessian: torch.Tensor
+    weight: torch.Tensor
+    spec: QuantSpec
+    cost: RoundingCost
+
+
+class InputMaps(Transform):
+    """Lets a map act online on every tensor that the scheme rounds and Linears read, and its inverse on their columns.
+
+    All Linears that read one tensor share the map. A Linear whose input something else acts on already is left alone.
+    """
+
+    acts: ClassVar[frozenset[str]] = frozenset({INPUT, WEIGHT_INPUT})
+    title: ClassVar[str]
+    """The step's name, for messages."""
+
+    def captures(self, scheme: SchemeConfig) -> frozenset[str]:
+        """Needs nothing that is not planned with. `UserError` where the scheme leaves all inputs alone."""
+        if not any([scheme.input, *(o.tensors.get("input") for o in scheme.overrides)]):
+            raise UserError(
+                f"steps.{self.title}: scheme.input is null, and a map of inputs serves their rounding: ~steps.{self.title}"
+            )
+        return frozenset()
+
+    def choose(self, reading: Reading) -> tuple[OnlineMap, str]:
+        """Returns the map of one tensor, and a few words on it for the log. Raises `ValueError` where there is none."""
+        raise TypeError(f"{type(self).__name__} does not say which map it takes")
+
+    def plan(self, context: Context) -> StepPlan:
+        """Chooses every map, on the network as the steps before leave it."""
+        if context.ids is None:
+            raise UserError(f"steps.{self.title}: needs calibration samples, and none were drawn")
+        flow = context.stream.open(context.ids, context.batch_size)
+        search = _Search(self, context, Samples(context.stream, flow))
+        context.show(search, flow, self.title)
+        return StepPlan(search.tensors, stale=True)
+
+    @torch.no_grad()
+    def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
+        """Attaches the block's maps, and gives the Linears' columns the inverse."""
+        for stage in context.stages(block):
+            for names in _alike(context, stage):
+                made = _built(plan.tensors, names[0])
+                if made is None:
+                    continue
+                shared = Shared(made.to(weight_of(context.module(names[0])).device))
+                for name in names:
+                    linear = context.module(name)
+                    weight_of(linear).copy_(made.inverse_weight(weight_of(linear)))
+                    attach_input(linear, shared)
+
+
+def tensors_of(name: str, made: OnlineMap) -> dict[str, torch.Tensor]:
+    """Returns a map as a plan holds it, under the name of the first Linear that reads behind it."""
+    return {f"{name}|{key}": tensor for key, tensor in made.state_dict().items()}
+
+
+def _built(tensors: Mapping[str, torch.Tensor], name: str) -> OnlineMap | None:
+    """Returns the map of these `tensors` for the Linear `name`, or None where it has none."""
+    if (matrices := tensors.get(f"{name}|matrices")) is not None:
+        return OnlineBlocks(matrices)
+    if f"{name}|left" in tensors:
+        return OnlineKronecker(*(tensors[f"{name}|{key}"] for key in ("left", "right", "diagonal")))
+    return None
+
+
+def _alike(context: Context, stage: tuple[str, ...]) -> list[tuple[str, ...]]:
+    """Returns the Linears of a stage whose inputs are rounded, those of one format together."""
+    of: dict[QuantSpec, list[str]] = {}
+    for name in stage:
+        spec = specs_of(context, name).input
+        if spec is not None:
+            of.setdefault(spec, []).append(name)
+    return [tuple(names) for names in of.values()]
+
+
+class _Search:
+    """The visitor that chooses the maps of a block."""
+
+    def __init__(self, step: InputMaps, context: Context, samples: Samples):
+        self.step, self.context, self.samples = step, context, samples
+        self.tensors: dict[str, torch.Tensor] = {}
+
+    def enter(self, block: Block) -> None:
+        """Lets the samples pass once, then chooses."""
+        read = [names for stage in self.context.stages(block) for names in _alike(self.context, stage)]
+        taken = [names for names in read if online_input(self.context.module(names[0])) is not None]
+        for names in taken:
+            self.context.note(f"{self.step.title}: {names[0]} left alone: another step acts on its input online")
+        read = [names for names in read if names not in taken]
+        weights = {names: [weight_of(self.context.module(name)) for name in names] for names in read}
+        moments = {names: Hessian(w[0].shape[1], w[0].device) for names, w in weights.items()}
+        rows = {names: Rows(KEPT_VALUES, self.samples.tokens) for names in read}
+        watchers = {names[0]: partial(_see, moments[names], rows[names]) for names in read}
+        if watchers:
+            self.samples.feed(block, watchers)
+        for names in read:
+            if rows[names].empty:
+                self.context.note(f"{self.step.title}: {names[0]} left alone: no calibration token reaches it")
+                continue
+            weight = torch.cat([w.detach().float() for w in weights[names]])
+            self._choose(names, rows[names].kept().float(), moments[names].matrix / 2, weight)
+
+    def leave(self, block: Block) -> None:
+        """Does nothing."""
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes the block's maps."""
+        own = {key: tensor for key, tensor in self.tensors.items() if key.partition("|")[0] in block.linears}
+        StepPlan(own).save(path)
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up what `write` has written."""
+        self.tensors |= StepPlan.load(path, self.context.stream.device).tensors
+
+    def _choose(self, names: tuple[str, ...], rows: torch.Tensor, hessian: torch.Tensor, weight: torch.Tensor) -> None:
+        specs = specs_of(self.context, names[0])
+        if specs.input is None:
+            return
+        try:
+            cost = RoundingCost.of(rows, hessian, weight, specs.input, specs.weight)
+            made, words = self.step.choose(Reading(names, hessian, weight, specs.input, cost))
+        except ValueError as error:
+            self.context.note(f"{self.step.title}: {names[0]} left alone: {error}")
+            return
+        self.context.note(f"{self.step.title}: {', '.join(names)}: {words}")
+        self.tensors |= tensors_of(names[0], made)
+
+
+def _see(moments: Hessian, rows: Rows, x: torch.Tensor, tokens: slice) -> None:
+    """Adds a batch, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
+    flat = x.reshape(-1, x.shape[-1])
+    for sample in samples_of(x):
+        moments.update(flat[sample])
+    rows.add(x, tokens)
