@@ -20,7 +20,19 @@ from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
-from ptq.steps._step import KEY, QUERY, REFERENCE, RESIDUAL, SAMPLES, STATISTICS, TRANSFORM, Context, Step, StepPlan
+from ptq.steps._step import (
+    INPUT,
+    KEY,
+    QUERY,
+    REFERENCE,
+    RESIDUAL,
+    SAMPLES,
+    STATISTICS,
+    TRANSFORM,
+    Context,
+    Step,
+    StepPlan,
+)
 from quantize.spec.rules import TENSORS
 
 
@@ -56,7 +68,9 @@ def context_of(
     Raises:
         UserError: when the scheme quantizes something inside attentions that cannot be reached.
     """
-    sums = REFERENCE in captures_of_steps(scheme, steps) or any(RESIDUAL in step.acts for step in steps.values())
+    # What acts on an input online may be asked to by the Linear's place: rotate's down and out are those that write to the stream.
+    places = {RESIDUAL, INPUT}
+    sums = REFERENCE in captures_of_steps(scheme, steps) or any(step.acts & places for step in steps.values())
     inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
     traces = trace_links(network, stream, sums) if traces_of is None else traces_of(sums)
     for line in describe(traces):

@@ -172,7 +172,7 @@ def cost_of(transform: AffineTransform, cost: RoundingCost) -> torch.Tensor:
 
 
 def learned_affine(
-    start: AffineTransform, cost: RoundingCost, steps: int = 80, rate: float = 0.01
+    start: AffineTransform, cost: RoundingCost, steps: int = 40, rate: float = 0.02
 ) -> tuple[AffineTransform, float, float]:
     """Returns the map after Adam's steps on the cost, the best one on the way, in float32; and the cost before and after.
 
@@ -190,7 +190,7 @@ def learned_affine(
     if steps < 0:
         raise ValueError(f"steps: {steps} is not valid: expected 0 or more")
     if not rate > 0:
-        raise ValueError(f"rate: {rate} is not valid: expected a number above 0, such as 0.01")
+        raise ValueError(f"rate: {rate} is not valid: expected a number above 0, such as 0.02")
     begun = normalised(start)
     left, right = (p.detach().clone().requires_grad_() for p in (begun.left, begun.right))
     signs, logs = begun.diagonal.detach().sign(), begun.diagonal.detach().abs().log().requires_grad_()

@@ -16,6 +16,8 @@ import torch
 from quantize.grid.affine import grouped
 from quantize.spec.quant_spec import QuantSpec
 
+WEIGHT_VALUES = 1 << 18
+"""Numbers of the weights that the cost looks at, about."""
 FLOAT_STEP = 1 / 6
 """Step of E2M1 beside a block's greatest magnitude, about."""
 
@@ -26,7 +28,8 @@ class RoundingCost:
 
     Attributes:
         rows: some tokens of the input, float32 (tokens, in).
-        weight: all weights that read it, one above the other, float32 (out, in).
+        weight: evenly spaced rows of all weights that read it, float32 (some, in).
+        share: rows of the weights for each of these.
         input: format of the input; None leaves it alone.
         weights: format of the weights; None leaves them alone.
         log_volume: log det(H) / in, of the second moments of the input with some damping.
@@ -35,6 +38,7 @@ class RoundingCost:
 
     rows: torch.Tensor
     weight: torch.Tensor
+    share: float
     input: QuantSpec | None
     weights: QuantSpec | None
     log_volume: float
@@ -50,7 +54,7 @@ class RoundingCost:
         weights: QuantSpec | None,
         damping: float = 0.01,
     ) -> Self:
-        """Returns the cost for an input with second moments `hessian` = X^T X / tokens, (in, in).
+        """Returns the cost for an input with second moments `hessian` = X^T X / tokens, (in, in), and all `weight` (out, in).
 
         `damping`, a share of the mean of its diagonal, is added to it as a solver would.
 
@@ -64,16 +68,16 @@ class RoundingCost:
         damped = wide + damping * mean * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
         log_volume = float(torch.linalg.slogdet(damped).logabsdet) / len(wide)
         energy = float(((weight.double() @ wide) * weight.double()).sum())
-        return cls(
-            rows.float(), weight.float(), input, weights, log_volume, max(energy, torch.finfo(torch.float32).tiny)
-        )
+        some = weight[:: max(1, weight.numel() // WEIGHT_VALUES)].float()
+        energy = max(energy, torch.finfo(torch.float32).tiny)
+        return cls(rows.float(), some, len(weight) / len(some), input, weights, log_volume, energy)
 
     def __call__(self, rows: torch.Tensor, weight: torch.Tensor, log_determinant: torch.Tensor) -> torch.Tensor:
         """Returns the cost behind a map, a scalar; differentiable.
 
         Args:
             rows: the mapped tokens (tokens, in).
-            weight: the weights that read them (out, in).
+            weight: the mapped `weight` (some, in).
             log_determinant: log |det| of the map.
         """
         total = rows.new_zeros(())
@@ -87,7 +91,7 @@ class RoundingCost:
             steps = _steps(_groups(weight, self.weights), self.weights).square()
             volume = torch.exp(self.log_volume + 2 * log_determinant / width)
             total = total + steps.mean(-1).sum() * width * volume / 12
-        return total / self.energy
+        return total * (self.share / self.energy)
 
 
 def _groups(x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:

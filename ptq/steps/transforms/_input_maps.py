@@ -22,7 +22,7 @@ from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.rounding_cost import RoundingCost
 
 OnlineMap = OnlineBlocks | OnlineKronecker
-KEPT_VALUES = 3 << 18
+KEPT_VALUES = 1 << 18
 """Numbers of one input on which the cost of rounding is measured, about."""
 
 

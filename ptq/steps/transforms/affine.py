@@ -9,14 +9,15 @@ from typing import ClassVar
 
 import torch
 
-from ptq.errors import UserError, nearest
+from ptq.config.options import option
+from ptq.errors import UserError
 from ptq.steps.transforms._input_maps import InputMaps, OnlineMap, Reading
 from quantize.modules.online_maps import OnlineKronecker
 from quantize.transforms.affine import AffineTransform, affine_from_moments, affine_from_scale, cost_of, learned_affine
 from quantize.transforms.smooth import smoothing_scale
 
 STARTS = ("wush", "smooth", "hadamard")
-DAMPINGS = (1e-2, 1e-1, 1.0)
+DAMPINGS = (0.1, 1.0)
 """Dampings of the closed form that are tried."""
 
 
@@ -32,25 +33,14 @@ class Options:
         rate: of Adam; falls to a tenth by a cosine.
     """
 
-    starts: tuple[str, ...] = STARTS
-    alpha: float = 0.3
-    steps: int = 80
-    rate: float = 0.01
+    starts: tuple[str, ...] = option(STARTS, choices=STARTS)
+    alpha: float = option(0.5, least=0, most=1)
+    steps: int = option(40, least=0)
+    rate: float = option(0.02, least=1e-6, most=1)
 
     def __post_init__(self) -> None:
-        for start in self.starts:
-            if start not in STARTS:
-                raise UserError(
-                    f"steps.affine.starts: {start!r} is not valid: expected {', '.join(STARTS)}{nearest(start, STARTS)}"
-                )
         if not self.starts:
             raise UserError("steps.affine.starts: empty: list some of wush, smooth, hadamard")
-        if not 0 <= self.alpha <= 1:
-            raise UserError(f"steps.affine.alpha: {self.alpha} is not between 0 and 1: use 0.3")
-        if self.steps < 0:
-            raise UserError(f"steps.affine.steps: {self.steps} is too small: use 0 or more")
-        if not self.rate > 0:
-            raise UserError(f"steps.affine.rate: {self.rate} is not valid: expected a number above 0: use 0.01")
 
 
 class Step(InputMaps):

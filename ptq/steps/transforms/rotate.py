@@ -1,11 +1,17 @@
-"""QuaRot (Ashkboos et al. 2024): the residual stream and the heads turned by Hadamard matrices, outliers spread over all channels."""
+"""QuaRot (Ashkboos et al. 2024): the residual stream and the heads turned by Hadamard matrices, outliers spread over all channels.
 
+The stream's rotation may be learned on calibration tokens, by SpinQuant's steps (Liu et al. 2024) or DartQuant's; block formats are
+turned inside their blocks (MR-GPTQ, Egiazarian et al. 2025).
+"""
+
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
 from torch import nn
 
+from ptq.calibration.samples import Samples
 from ptq.config.options import MOST_SEED, option
 from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
@@ -25,10 +31,13 @@ from ptq.steps._step import (
     StepPlan,
     Transform,
 )
+from ptq.steps.transforms._stream_rows import StreamRows
 from ptq.steps.transforms.smooth import kind_of
 from quantize.modules.hadamard import OnlineHadamard
 from quantize.modules.online import Shared, attach_input, attach_output
+from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.hadamard import factorise, hadamard_matrix, hadamard_transform, random_signs
+from quantize.transforms.learned_rotation import LOSSES, STEPS, learned_rotation, rotation_loss
 from quantize.transforms.residual import center_embedding, center_writer, fold_gain, rotate_reader, rotate_writer
 
 ONLINE = ("down", "out", "heads")
@@ -44,15 +53,33 @@ class Options:
         values: turn each head's value, and the columns of the output projection that read it.
         online: what is turned each time that it is computed: ``down`` (what an MLP's last Linear reads), ``out`` (what an
             attention's output projection reads, across heads, instead of `values`), ``heads`` (query and key after rotary embeddings).
+        block: consecutive channels that are turned together, such as the group size of a format with scales for groups; null
+            for all.
         seed: of the random signs of the residual stream's rotation.
+        seeds: how many are tried, counted from `seed`: the one of least `loss` on calibration tokens is taken.
+        learn: steps that change the stream's rotation from there: ``cayley`` (SpinQuant's) or ``qr`` (DartQuant's); null for none.
+        loss: what they lower: ``range``, the error that rounding the turned tokens leaves at the outputs of their readers, or
+            ``whip``, DartQuant's, which flattens their distribution.
+        steps: how many.
+        rate: angle of the first, in radians; falls to 0 by a cosine.
     """
 
     residual: bool = True
     values: bool = True
     online: tuple[str, ...] = option(("down",), choices=ONLINE)
+    block: int | None = option(None, least=2)
     seed: int = option(0, least=0, most=MOST_SEED, only_with={"residual": (True,)})
+    seeds: int = option(1, least=1, most=1000, only_with={"residual": (True,)})
+    learn: str | None = option(None, choices=tuple(STEPS), only_with={"residual": (True,)})
+    loss: str = option("range", choices=LOSSES)
+    steps: int = option(60, least=1, only_with={"learn": tuple(STEPS)})
+    rate: float = option(0.3, least=1e-6, most=1.5, only_with={"learn": tuple(STEPS)})
 
     def __post_init__(self) -> None:
+        if self.loss != "range" and self.learn is None and self.seeds == 1:
+            raise UserError(
+                f"steps.rotate.loss: {self.loss!r} changes nothing beside learn=null and seeds=1: use steps.rotate.learn=qr, or leave it out"
+            )
         for place in self.online:
             if place not in ONLINE:
                 raise UserError(
@@ -80,14 +107,76 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Finds the rotation of the residual stream, and says what widths are made of."""
+        for words in dict.fromkeys(self._online_widths(context)):
+            context.note(f"rotate: online: {words}")
         if not self.options.residual:
             return StepPlan(stale=True)
         width = int(context.network.model.config.get_text_config().hidden_size)
-        context.note(f"rotate: residual stream: {factorise(width).describe()}")
+        size = _size("the residual stream", width, self.options.block)
+        context.note(f"rotate: residual stream: {_blocks(width, size)}{factorise(size).describe()}")
         centred = self._check(context, width)
-        signs = random_signs(width, self.options.seed)
-        matrix = hadamard_matrix(width, signs, device=context.stream.device)
-        return StepPlan({"signs": signs.to(context.stream.device)}, basis=Basis.rotation(matrix, centred), stale=True)
+        options, device = self.options, context.stream.device
+        seed, rows = options.seed, None
+        if options.learn or options.seeds > 1:
+            rows = self._rows(context, width, centred)
+        matrix = self._start(width, seed, device)
+        if rows is not None and options.seeds > 1:
+            tried = range(seed, seed + options.seeds)
+            losses = {s: self._loss(rows, self._start(width, s, device), context) for s in tried}
+            seed = min(losses, key=lambda s: losses[s])
+            context.note(
+                f"rotate: seed {seed} of {options.seeds}: loss {losses[seed]:.4g}, {max(losses.values()):.4g} at most"
+            )
+            matrix = self._start(width, seed, device)
+        if rows is not None and options.learn:
+            matrix = self._learned(rows, matrix, size, context)
+        return StepPlan(basis=Basis.rotation(matrix, centred), stale=True)
+
+    def _online_widths(self, context: Context) -> Iterator[str]:
+        """Yields what the widths that are turned online are made of."""
+        for block in context.network.blocks:
+            writers = self._writers(block, context)
+            for name in (name for place in ("down", "out") if place in self.options.online for name in writers[place]):
+                width = weight_of(context.module(name)).shape[1]
+                size = _size(name, width, self.options.block)
+                yield f"{_blocks(width, size)}{factorise(size).describe()}"
+
+    def _start(self, width: int, seed: int, device: torch.device) -> torch.Tensor:
+        """Returns the Hadamard matrix of a seed, float64 (width, width)."""
+        return hadamard_matrix(width, random_signs(width, seed), self.options.block, device=device)
+
+    def _rows(self, context: Context, width: int, centred: bool) -> torch.Tensor:
+        """Returns tokens of the stream as `StreamRows` weighs them."""
+        if context.ids is None:
+            raise UserError("steps.rotate.learn: needs calibration samples, and none were drawn")
+        flow = context.stream.open(context.ids, context.batch_size)
+        seen = StreamRows(
+            context, Samples(context.stream, flow), lambda block: _stream_links(context, block, width), centred
+        )
+        context.show(seen, flow, "rotate")
+        return seen.rows
+
+    def _loss(self, rows: torch.Tensor, matrix: torch.Tensor, context: Context) -> float:
+        return float(rotation_loss(rows @ matrix.to(rows), self.options.loss, _dynamic(context)))
+
+    def _learned(self, rows: torch.Tensor, matrix: torch.Tensor, size: int, context: Context) -> torch.Tensor:
+        """Returns the rotation that was learned, every block of `size` channels by itself."""
+        o, parts, before, after = self.options, [], 0.0, 0.0
+        spec = _dynamic(context) if size == len(matrix) else None
+        for start in range(0, len(matrix), size):
+            own = slice(start, start + size)
+            kind = o.learn or ""
+            try:
+                part, first, last = learned_rotation(
+                    rows[:, own], matrix[own, own], o.loss, kind, o.steps, o.rate, spec
+                )
+            except ValueError as error:
+                raise UserError(f"steps.rotate.learn: {error}: use more calibration samples") from None
+            parts, before, after = [*parts, part], before + first, after + last
+        context.note(
+            f"rotate: {o.steps} {o.learn} steps on {len(rows)} tokens: {o.loss} loss of held-out tokens {before:.4g} -> {after:.4g}"
+        )
+        return torch.block_diag(*parts)
 
     def _check(self, context: Context, width: int) -> bool:
         """Returns whether the norms take the mean out. Raises `UserError` where the stream's norms or readers are not found."""
@@ -146,12 +235,16 @@ class Step(Transform):
         if self.options.values and "out" not in self.options.online:
             for link in context.links(block):
                 if kind_of(link, context.roles) == "v_o" and link.head_dim:
-                    _turn_values(link, context)
+                    _turn_values(
+                        link, context, _size(f"a head of {link.producer}", link.head_dim, self.options.block, True)
+                    )
         writers = self._writers(block, context)
         for place in ("down", "out"):
             for name in writers[place] if place in self.options.online else ():
                 linear = context.module(name)
-                online = OnlineHadamard(weight_of(linear).shape[1]).to(weight_of(linear).device)
+                width = weight_of(linear).shape[1]
+                size = _size(name, width, self.options.block)
+                online = OnlineHadamard(width, block=None if size == width else size).to(weight_of(linear).device)
                 weight_of(linear).copy_(online(weight_of(linear).double()))
                 attach_input(linear, Shared(online))
         if "heads" in self.options.online:
@@ -208,9 +301,28 @@ def _stream_links(context: Context, block: Block, width: int) -> list[Link]:
     return found
 
 
-def _turn_values(link: Link, context: Context) -> None:
-    """Turns each head's value in the rows of v and the columns of o (QuaRot, section 4, stage 1c)."""
-    size, value = link.head_dim, context.module(link.producer)
+def _size(what: str, width: int, block: int | None, fits: bool = False) -> int:
+    """Returns how many channels of `what` are turned together: all, or `block`; all where `fits` and they are fewer."""
+    if block is None or (fits and width < block):
+        return width
+    if width % block:
+        close = min((d for d in range(2, width + 1) if width % d == 0), key=lambda d: abs(d - block))
+        raise UserError(f"steps.rotate.block: {block} does not divide the {width} channels of {what}: use {close}")
+    return block
+
+
+def _blocks(width: int, size: int) -> str:
+    return "" if size == width else f"{width // size} blocks: "
+
+
+def _dynamic(context: Context) -> QuantSpec | None:
+    """Returns the scheme's format of inputs, whose groups and zero points the loss of a rotation has."""
+    return context.scheme.input
+
+
+def _turn_values(link: Link, context: Context, size: int) -> None:
+    """Turns each head's value in the rows of v and the columns of o (QuaRot, section 4, stage 1c), `size` channels together."""
+    value = context.module(link.producer)
     turned, bias = rotate_writer(weight_of(value), value.bias, lambda rows: hadamard_transform(rows, block=size))
     weight_of(value).copy_(turned)
     if bias is not None:

@@ -72,6 +72,11 @@ class Step(Transform):
     def plan(self, context: Context) -> StepPlan:
         """Chooses the scale of every link, and rewrites the statistics of what it touches."""
         planning = _Formula(self.options, context)
+        if not self.options.search and any(plan.basis is not None for plan in context.plans.values()):
+            context.note(
+                "smooth: its formula goes by the greatest magnitudes of channels, which a rotation of the stream has made alike, and was "
+                "found to hurt after one (arXiv 2507.17417): search=true tries it by output error, ~steps.smooth leaves it out"
+            )
         if not self.options.search:
             for block in context.network.blocks:
                 with context.shown(block):

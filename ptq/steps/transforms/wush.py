@@ -5,6 +5,7 @@ from typing import ClassVar
 
 import torch
 
+from ptq.config.options import option
 from ptq.errors import UserError
 from ptq.steps.transforms._input_maps import InputMaps, OnlineMap, Reading
 from quantize.modules.online_maps import OnlineBlocks
@@ -25,16 +26,14 @@ class Options:
         hadamard: spread what the decomposition concentrates by a Hadamard matrix at the end, as published.
     """
 
-    block: int | None = None
+    block: int | None = option(None, least=2)
     dampings: tuple[float, ...] = DAMPINGS
     hadamard: bool = True
 
     def __post_init__(self) -> None:
-        if self.block is not None and self.block < 2:
-            raise UserError(f"steps.wush.block: {self.block} is not valid: expected 2 or more channels, such as 64")
-        if not self.dampings or any(not damping > 0 for damping in self.dampings):
+        if not self.dampings or any(not 0 < damping <= 1 for damping in self.dampings):
             raise UserError(
-                f"steps.wush.dampings: {list(self.dampings)} is not valid: list numbers above 0, such as [0.01, 1]"
+                f"steps.wush.dampings: {list(self.dampings)} is not valid: list numbers above 0, up to 1, such as [0.01, 1.0]"
             )
 
 
@@ -69,4 +68,4 @@ class Step(InputMaps):
     def _behind(self, made: OnlineBlocks, reading: Reading) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Returns rows and weights behind the map, and the logarithm of its determinant."""
         volume = torch.linalg.slogdet(made.matrices.double()).logabsdet.sum()
-        return block_apply(reading.cost.rows, made.matrices), made.inverse_weight(reading.weight), volume.float()
+        return block_apply(reading.cost.rows, made.matrices), made.inverse_weight(reading.cost.weight), volume.float()

@@ -2,12 +2,14 @@
 
 import dataclasses
 import json
+import re
 
 import pytest
 
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
+from ptq.steps._registry import build_steps
 from ptq.steps._step import STATISTICS
 from ptq.steps.transforms.rotate import Options, Step
 from ptq.testing import ARCHITECTURES, byte_tokenizer, random_tiny
@@ -47,9 +49,9 @@ def saved(tmp_path, architecture):
 
 
 @pytest.mark.parametrize("architecture", TURNED)
-@pytest.mark.parametrize("online", [[], ["down", "out"]])
-def test_a_turned_network_computes_what_it_did_on_every_architecture(tmp_path, architecture, online):
-    m = metrics(run(make(tmp_path, saved(tmp_path, architecture), {}, {"rotate": {"online": online}})))
+@pytest.mark.parametrize("options", [{"online": []}, {"online": ["down", "out"], "block": 8}])
+def test_a_turned_network_computes_what_it_did_on_every_architecture(tmp_path, architecture, options):
+    m = metrics(run(make(tmp_path, saved(tmp_path, architecture), {}, {"rotate": options})))
     assert m["kl_mean"] < 1e-6 and m["top1_agreement"] == 1
 
 
@@ -98,16 +100,75 @@ def test_a_network_whose_norms_do_not_show_who_reads_the_stream_is_refused(tmp_p
         run(make(tmp_path, saved(tmp_path, "bloom"), {}, {"rotate": {}}))
 
 
+@pytest.mark.parametrize("options", [{"learn": "cayley"}, {"learn": "qr", "loss": "whip", "block": 32}, {"seeds": 3}])
+def test_a_rotation_chosen_on_calibration_tokens_is_proved_and_flattens_tokens_that_were_held_out(
+    tmp_path, tiny_llama, options
+):
+    folder = run(make(tmp_path, tiny_llama, W4A4, {"rotate": options, "rtn": {}}))
+    log = (folder / "run.log").read_text()
+    assert "rotate: proved on every block" in log
+    if "seeds" in options:
+        assert re.search(r"rotate: seed \d of 3: loss", log)
+    else:
+        before, after = map(float, re.search(r"held-out tokens ([\d.]+) -> ([\d.]+)", log).groups())
+        assert after < 0.99 * before
+
+
+def test_blocks_of_the_formats_groups_serve_it_and_a_size_that_does_not_divide_is_refused(
+    tmp_path, tiny_llama_outliers
+):
+    block = {"bits": 4, "granularity": "group", "group_size": 32}
+    scheme = {"weight": block, "input": {**block, "dynamic": True}}
+    plain = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"gptq": {}})))
+    rotate = {"block": 32, "online": ["down", "out"]}
+    turned = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": rotate, "gptq": {}})))
+    assert turned["difference"] < plain["difference"]
+    with pytest.raises(UserError, match=r"steps.rotate.block: 48 does not divide the \d+ channels of .*: use \d+"):
+        run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": {"block": 48}, "gptq": {}}))
+
+
+def test_a_width_without_a_hadamard_matrix_says_what_is_used(tmp_path):
+    folder = run(make(tmp_path, saved(tmp_path, "llama"), {}, {"rotate": {"block": 16, "online": ["down"]}}))
+    assert "3 blocks: width 16 = 2^4: a Hadamard matrix" in (folder / "run.log").read_text()
+
+
+def test_smoothing_by_the_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
+    steps = {"rotate": {}, "smooth": {"links": ["up_down"]}, "rtn": {}}
+    log = (run(make(tmp_path, tiny_llama, W4A4, steps)) / "run.log").read_text()
+    assert "smooth: its formula goes by" in log
+    with pytest.raises(UserError, match="steps.rotate: a transform after the solver gptq"):
+        build_steps({"gptq": {}, "rotate": {}})
+
+
 @pytest.mark.parametrize(
     ("options", "words"),
     [
         ({"online": ("dwon",)}, "did you mean 'down'"),
+        ({"loss": "whip"}, "steps.rotate.loss: 'whip' changes nothing"),
         ({"residual": False, "values": False, "online": ()}, "turns nothing"),
     ],
 )
 def test_what_makes_no_sense_is_refused(options, words):
     with pytest.raises(UserError, match=words):
         Options(**options)
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"learn": "caley"}, "did you mean 'cayley'"),
+        (
+            {"learn": "qr", "residual": False},
+            "steps.rotate.learn: qr changes nothing beside steps.rotate.residual=false",
+        ),
+        ({"seeds": 0}, "steps.rotate.seeds: 0 is too small"),
+        ({"learn": "qr", "rate": 2.0}, "steps.rotate.rate: 2.0 is too great"),
+        ({"steps": 5}, "steps.rotate.steps: 5 changes nothing beside steps.rotate.learn=null"),
+    ],
+)
+def test_a_value_without_effect_or_out_of_bounds_is_refused(options, words):
+    with pytest.raises(UserError, match=words):
+        build_steps({"rotate": options})
 
 
 def test_a_step_acts_where_its_options_say():
