@@ -105,7 +105,7 @@ def online_bytes(linears: Iterable[nn.Module]) -> int:
 
     What is made from a seed stores nothing.
     """
-    found = {}
+    found: dict[int, int] = {}
     for linear in linears:
         for transform in (online_input(linear), online_output(linear)):
             if transform is not None:

@@ -161,7 +161,8 @@ class Step(Transform):
 
     def _learned(self, rows: torch.Tensor, matrix: torch.Tensor, size: int, context: Context) -> torch.Tensor:
         """Returns the rotation that was learned, every block of `size` channels by itself."""
-        o, parts, before, after = self.options, [], 0.0, 0.0
+        o, before, after = self.options, 0.0, 0.0
+        parts: list[torch.Tensor] = []
         spec = _dynamic(context) if size == len(matrix) else None
         for start in range(0, len(matrix), size):
             own = slice(start, start + size)

@@ -19,6 +19,7 @@ from ptq.steps._solving import Rows, specs_of
 from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
 from quantize.codecs.registry import codec_of
 from quantize.kernels.matmul import product
+from quantize.modules.online import online_input
 from quantize.modules.simulated import InputQuantizer, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.smooth import divide_norm, divide_rows, multiply_columns, shared_scale, smoothing_scale
@@ -148,6 +149,8 @@ def _in_order(context: Context, block: Block) -> list[Link]:
 
 def _reason(link: Link, kind: str, context: Context) -> str:
     """Returns why the link cannot be smoothed exactly, or ""."""
+    if between := [name for name in link.readers if online_input(context.module(name)) is not None]:
+        return f"a step before acts online on what {between[0]} reads"
     module = context.module(link.producer)
     if kind == "fc1_fc2" and not link.homogeneous:
         return f"{type(module).__name__} does not commute with positive scales as ReLU does"

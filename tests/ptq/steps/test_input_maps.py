@@ -6,7 +6,7 @@ import re
 import pytest
 from safetensors.torch import load_file
 
-from ptq.config.schema import recipe_from
+from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.testing import ARCHITECTURES, byte_tokenizer, random_tiny

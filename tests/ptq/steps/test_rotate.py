@@ -133,9 +133,12 @@ def test_a_width_without_a_hadamard_matrix_says_what_is_used(tmp_path):
 
 
 def test_smoothing_by_the_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
-    steps = {"rotate": {}, "smooth": {"links": ["up_down"]}, "rtn": {}}
-    log = (run(make(tmp_path, tiny_llama, W4A4, steps)) / "run.log").read_text()
+    log = (run(make(tmp_path, tiny_llama, W4A4, {"rotate": {}, "smooth": {}, "rtn": {}})) / "run.log").read_text()
     assert "smooth: its formula goes by" in log
+    assert (
+        "smooth: model.layers.0.mlp.up_proj left alone: a step before acts online on what model.layers.0.mlp.down"
+        in log
+    )
     with pytest.raises(UserError, match="steps.rotate: a transform after the solver gptq"):
         build_steps({"gptq": {}, "rotate": {}})
 
