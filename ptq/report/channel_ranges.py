@@ -1,16 +1,22 @@
 """What statistics look like: a table of the most outlying links, and one picture of their channels' ranges."""
 
+import json
+import math
 import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from rich.table import Table
 
 from group_methods.reorder import expand, ranges_of
 from ptq.calibration.statistics import ChannelStatistics, Statistics
-from ptq.files.atomic import write_atomic
+from ptq.files.atomic import write_atomic, write_text
 from ptq.report.plain import plain_text, printable
+
+LINKS, PLACES = 3, 256
+"""How many links' ranges ``channels.json`` holds, and in how many places at most: enough to look at."""
 
 
 def outlier_ratios(statistics: Statistics) -> list[tuple[str, float, int]]:
@@ -56,6 +62,8 @@ def save_transformed(
 ) -> None:
     """Draws the most outlying input before the transforms and after them, with a band for the range of each cluster (PNG).
 
+    The ranges of the `LINKS` most outlying ones go into a JSON file of the same name, for the page of a sweep.
+
     Args:
         before: statistics as they were taken.
         after: as the transforms have rewritten them.
@@ -73,6 +81,20 @@ def save_transformed(
         _Panel(f"after, max/median {_ratio(after.inputs[name]):.1f}", after.inputs[name], labels.get(name)),
     ]
     _draw(path, f"{before.provenance.model}: channel ranges before and after the transforms", panels)
+    links = [_link(name, before.inputs[name], after.inputs[name]) for name, *_ in changed[:LINKS]]
+    write_text(path.with_suffix(".json"), json.dumps({"links": links}, separators=(",", ":")) + "\n")
+
+
+def _link(name: str, before: ChannelStatistics, after: ChannelStatistics) -> dict[str, Any]:
+    """Returns the ranges of an input before and after, in at most `PLACES` places: each the widest of `step` channels."""
+    step = math.ceil(len(before.min) / PLACES)
+
+    def pooled(figures: ChannelStatistics) -> dict[str, list[float]]:
+        low = [float(f"{float(part.min()):.4g}") for part in figures.min.float().split(step)]
+        high = [float(f"{float(part.max()):.4g}") for part in figures.max.float().split(step)]
+        return {"low": low, "high": high}
+
+    return {"name": name, "step": step, "before": pooled(before), "after": pooled(after)}
 
 
 @dataclass(frozen=True)

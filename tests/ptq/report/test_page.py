@@ -1,0 +1,165 @@
+"""The page of a sweep, in a real browser where there is one: no errors, figures drawn, sorting works, names are only names."""
+
+import csv
+import html
+import json
+import os
+import pathlib
+import re
+import shutil
+import subprocess
+import time
+
+import pytest
+
+from ptq.report.page.build import build_page
+from ptq.report.page.content import PageInput, PointOfPage, gather
+
+CHROMIUM = os.environ.get("PTQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
+browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, then make test-page")
+EVIL = "</script><script>document.title='broken'</script><img src=x onerror=\"document.title='broken'\">'\"&{{ 7 * 7 }}<b>$x_{</b>"
+
+
+def run_folder(folder: pathlib.Path, number: int, linears: int = 8) -> pathlib.Path:
+    """What a finished run leaves, as far as the page reads it."""
+    folder.mkdir(parents=True)
+    metrics = {
+        "model": EVIL, "evaluation_source": "docs/test", "baseline_perplexity": 6.0, "windows": 8, "tokens": 800, "confidence": 0.95,
+        "identity": f"{number:064x}", "weight_fingerprint": "ab" * 32, "evaluation_fingerprint": "cd" * 32,
+        "token_statistics": {"kl": {"median": 0.001 * number, "p90": 0.01, "p95": 0.02, "p99": 0.05, "p99_9": 0.2, "max": 1.5}},
+        "seconds": {"load": 0.5, "quantize": 1.0 + number, EVIL: 0.1},
+        "size": {"before_bytes": 2_000_000, "after_bytes": 600_000 + number, "parameters": 1_000_000},
+    }  # fmt: skip
+    (folder / "metrics.json").write_text(json.dumps(metrics))
+    (folder / "environment.json").write_text(
+        json.dumps({"ptq": "0.1.0", "packages": {"torch": "2.0"}, "git": {"commit": "f" * 40}})
+    )
+    with (folder / "layers.csv").open("w", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["name", "output_error"])
+        writer.writerows(
+            [f"model.layers.{i // 4}.{EVIL if i % 4 == 3 else f'proj{i % 4}'}", 0.01 * (i + number)]
+            for i in range(linears)
+        )
+        writer.writerow(["model.layers.0.unreached", ""])
+    ranges = {"low": [-1.0] * 16, "high": [2.0] * 16}
+    links = [{"name": EVIL, "step": 1, "before": ranges, "after": ranges}]
+    (folder / "channels.json").write_text(json.dumps({"links": links}))
+    return folder
+
+
+def page_of(tmp_path: pathlib.Path, count: int = 6, linears: int = 8, **changes) -> PageInput:
+    """A sweep of `count` points: the last one failed."""
+    points = []
+    for n in range(1, count + 1):
+        options = {
+            "steps.smooth.alpha": str(round(0.1 + 0.8 * (n * 7 % 10) / 10, 2)),
+            "data.name": EVIL if n % 2 else "plain",
+        }
+        done = n < count
+        figures = {
+            "quantized_perplexity": 6 + (n * 5 % 7) / 10, "difference": (n * 5 % 7) / 10, "difference_low": (n * 5 % 7) / 10 - 0.1,
+            "difference_high": (n * 5 % 7) / 10 + 0.1, "kl_mean": 0.01 * n, "kl_p99": 0.1, "top1_agreement": 0.9, "bits_per_weight": 4.2,
+            "bytes": 600_000.0 + n, "model_bits": 4.8 + n / 10, "seconds": 3.0,
+        }  # fmt: skip
+        folder = run_folder(tmp_path / str(n), n, linears) if done else ""
+        values = {
+            "point": n,
+            "status": "done" if done else "failed",
+            **options,
+            "folder": str(folder),
+            "line": "" if done else EVIL,
+        }
+        points.append(
+            PointOfPage({**values, **(figures if done else dict.fromkeys(figures))}, options, f"python main.py {EVIL}")
+        )
+    return PageInput(
+        EVIL, str(tmp_path), f"python main.py -m {EVIL}", ["steps.smooth.alpha", "data.name"], points, **changes
+    )
+
+
+def shown(path: pathlib.Path, fragment: str = "") -> tuple[str, list[str]]:
+    """Opens a page in headless Chromium without a network. Returns its elements after the scripts have run, and what the console said."""
+    command = [
+        str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--proxy-server=127.0.0.1:9",
+        "--window-size=1200,900", "--virtual-time-budget=20000", "--dump-dom", f"file://{path}{fragment}",
+    ]  # fmt: skip
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
+    return re.sub(r"<script.*?</script>", "", done.stdout, flags=re.S), console
+
+
+def order(dom: str) -> list[int]:
+    return [int(n) for n in re.findall(r'<tr data-point="(\d+)"', dom)]
+
+
+@browser
+def test_the_page_draws_every_figure_and_says_nothing_in_the_console(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(build_page(page_of(tmp_path)))
+    dom, console = shown(path)
+    assert console == []
+    assert 'data-ready="1"' in dom
+    figures = re.findall(r'data-figure="([^"]+)"', dom)
+    assert set(figures) == {
+        "perplexity", "kl", "option-0", "option-1", "errors", "percentiles", "ranges", "bytes", "seconds",
+    }  # fmt: skip
+    assert dom.count("main-svg") >= 2 * len(figures)
+    assert 'class="none"' not in dom
+    perplexities = {n: 6 + (n * 5 % 7) / 10 for n in range(1, 6)}
+    assert order(dom) == [*sorted(perplexities, key=lambda n: (perplexities[n], n)), 6]
+    # Names are shown as they are, and have done nothing.
+    title = re.search(r"<title>(.*?)</title>", dom, re.S)[1]
+    assert html.unescape(title).startswith(EVIL)
+    assert "49" not in re.search(r"<h1>(.*?)</h1>", dom, re.S)[1]
+    assert not re.search(r"<img[^>]+src=\"?x", dom)
+
+
+@browser
+def test_the_table_sorts_filters_and_remembers_it_in_the_address(tmp_path):
+    path = tmp_path / "page.html"
+    path.write_text(build_page(page_of(tmp_path)))
+    dom, console = shown(path, "#sort=-kl_mean&filter=plain&theme=dark")
+    assert console == []
+    assert order(dom) == [4, 2, 6]
+    assert re.search(r'data-name="kl_mean" aria-sort="descending"', dom)
+    assert 'data-theme="dark"' in dom
+    assert "3 of 6 points" in dom
+
+
+@browser
+def test_a_sweep_without_a_finished_point_has_a_page_too(tmp_path):
+    point = PointOfPage({"point": 1, "status": "waiting", "line": "", "folder": ""}, {"a": "1"}, "")
+    path = tmp_path / "page.html"
+    path.write_text(build_page(PageInput("x", "x", "x", ["a"], [point], refresh=3600)))
+    dom, console = shown(path)
+    assert console == []
+    assert order(dom) == [1] and "No point is done yet." in dom
+    assert '<meta http-equiv="refresh" content="3600">' in dom
+
+
+def test_two_hundred_points_make_a_page_of_less_than_ten_megabytes_in_less_than_fifteen_seconds(tmp_path):
+    page = page_of(tmp_path, count=200, linears=210)
+    begun = time.monotonic()
+    text = build_page(page)
+    assert time.monotonic() - begun < 15
+    assert len(text.encode()) < 10e6
+
+
+def test_nothing_that_a_name_holds_ends_the_data_or_asks_the_network(tmp_path):
+    text = build_page(page_of(tmp_path))
+    data = re.search(r'<script type="application/json" id="data">(.*?)</script>', text, re.S)[1]
+    assert json.loads(data)["points"][0]["options"]["data.name"] == EVIL
+    assert "<" not in data and EVIL not in text.replace(data, "")
+    ours = text.replace(re.search(r"<script>(/\*\*.*?)</script>", text, re.S)[1], "") if "/**" in text else text
+    assert not re.search(r"(src|href)=[\"']?(https?:)?//", ours)
+
+
+def test_a_run_whose_files_are_gone_leaves_gaps(tmp_path):
+    page = page_of(tmp_path)
+    shutil.rmtree(tmp_path / "1")
+    (tmp_path / "2" / "metrics.json").write_text("{")
+    (tmp_path / "3" / "layers.csv").write_text("other\n1\n")
+    points = gather(page)["points"]
+    assert (points[0]["metrics"], points[0]["errors"], points[1]["metrics"], points[2]["errors"]) == ({}, [], {}, [])
+    assert len(points[3]["errors"]) == 8
