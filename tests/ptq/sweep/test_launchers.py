@@ -1,0 +1,91 @@
+"""Launchers: the same sweep gives equal figures whoever runs its points; what is not installed or there is told in a line."""
+
+import importlib.util
+import sys
+
+import pytest
+
+from ptq.errors import UserError
+from ptq.sweep.launchers import base
+from ptq.sweep.launchers.base import LAUNCHERS, Ended, Task, build_launcher
+from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
+
+FIGURES = ("quantized_perplexity", "kl_mean", "difference_low", "top1_agreement", "model_bits")
+WORDS = {
+    "processes": ["--jobs", "2"],
+    "slurm": ["--jobs", "2", "launcher.cluster=local", "launcher.timeout_min=10"],
+    "ray": ["--jobs", "2"],
+}
+
+
+@pytest.mark.parametrize("launcher", list(WORDS))
+def test_every_launcher_gives_the_figures_of_points_run_here(sweeps, swept, launcher, monkeypatch, capsys):
+    if LAUNCHERS[launcher].extra and importlib.util.find_spec({"slurm": "submitit"}.get(launcher, launcher)) is None:
+        pytest.skip(f"the extra {LAUNCHERS[launcher].extra} is not installed")
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    words = [*WORDS[launcher], "--threads", "1", "steps.smooth.alpha=0.3,0.5", "scheme.weight.bits=8"]
+    with threads_set(1):
+        assert sweeps.run(*words, launcher=launcher) == 0
+    got = [[row[name] for name in FIGURES] for row in sweeps.table()]
+    expected = [[r[name] for name in FIGURES] for r in swept.table(swept.main) if r["scheme.weight.bits"] == "8"]
+    assert got == expected
+    assert "2 done" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "said"),
+    [
+        ("slrum", {}, "--launcher: 'slrum' is no launcher; did you mean 'slurm'?"),
+        ("processes", {"partition": "gpu"}, "launcher.partition: no such option of processes"),
+        ("slurm", {"cluster": "locl"}, "launcher.cluster: 'locl' is neither slurm nor local"),
+        ("slurm", {"partition": "gpu"}, "this machine has no srun"),
+        ("slurm", {"cluster": "local", "partitoin": "gpu"}, "launcher.partitoin: no such parameter of Slurm jobs; did you mean 'partition'?"),
+        ("ray", {"adress": "x"}, "launcher.adress: no such option of ray; did you mean 'address'?"),
+        ("ray", {"num_gpus": "two"}, "launcher.num_gpus: 'two' is no number of GPUs"),
+    ],
+)  # fmt: skip
+def test_what_a_launcher_does_not_know_is_one_line(tmp_path, name, options, said, monkeypatch):
+    monkeypatch.setenv("PATH", "")
+    if name in {"slurm", "ray"}:
+        pytest.importorskip({"slurm": "submitit", "ray": "ray"}[name])
+    with pytest.raises(UserError) as error:
+        build_launcher(name, 1, 1, options, str(tmp_path))
+    assert said in str(error.value)
+
+
+@pytest.mark.parametrize(("name", "library"), [("ray", "ray"), ("slurm", "submitit")])
+def test_a_library_that_is_not_installed_names_the_extra(tmp_path, name, library, monkeypatch):
+    monkeypatch.delitem(sys.modules, base.LAUNCHERS[name].module, raising=False)
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(
+        UserError,
+        match=rf"--launcher: '{name}' needs {library}, which is not installed: pip install 'ptq-framework\[{name}\]'",
+    ):
+        build_launcher(name, 1, 1, {}, str(tmp_path))
+
+
+def test_a_process_that_is_killed_ends_its_own_point_only(sweeps, monkeypatch):
+    from ptq.sweep.launchers.processes import Processes
+
+    launcher = Processes(2, 1)
+    # No sweep is there: every point fails in its process, by an exception, and the launcher goes on.
+    ended = [e for e in launcher.run(Task(str(sweeps.folder), 1), [1, 2, 3]) if e is not None]
+    assert sorted(e.number for e in ended) == [1, 2, 3]
+    assert all("holds no sweep" in e.problem for e in ended)
+    assert isinstance(ended[0], Ended)
+
+
+def test_threads_and_memory_are_divided(swept, monkeypatch):
+    from ptq.sweep.points import read_sweep
+
+    with threads_set(4):
+        assert [threads_for(n) for n in (1, 2, 3, 8)] == [4, 2, 1, 1]
+    recipes = [p.recipe for p in read_sweep(swept.main).points if p.recipe is not None]
+    assert jobs_that_fit(1, recipes) == (1, "")
+    monkeypatch.setattr("ptq.sweep.resources.memory_of", lambda recipe: 3 << 30)
+    monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: 1 << 30)
+    assert jobs_that_fit(8, recipes) == (3, "memory: some 1.0 GiB a point, 3.0 GiB there: 3 at once instead of 8")
+    monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: 4 << 30)
+    assert jobs_that_fit(2, recipes)[0] == 1
+    monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: None)
+    assert jobs_that_fit(2, recipes) == (2, "")
