@@ -23,7 +23,7 @@ import torch
 from torch.nn.functional import cross_entropy
 
 from experiments.bench.loading import status
-from ptq.calibration.statistics import StatisticsVisitor
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.data.sampling import sample_tokens
 from ptq.evaluation.token_comparison import window_losses

@@ -1,6 +1,7 @@
 """Calibration statistics: running per-channel figures of every Linear's input and of its weight, as a file with provenance."""
 
 import dataclasses
+import hashlib
 import json
 import pathlib
 from collections.abc import Mapping
@@ -10,11 +11,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import nn
 
 from ptq.errors import UserError
 from ptq.files.atomic import write_atomic
-from ptq.network.network import Block, weight_of
+from ptq.files.bounded import parse_json
 
 FILE_KIND = "ptq-statistics/1"
 CHUNK_ROWS = 512
@@ -225,6 +225,15 @@ class Statistics:
 
     def check_fits(self, weight_fingerprint: str, linears: Mapping[str, tuple[int, int]]) -> None:
         """Raises `UserError` with the reason when these are not statistics of the model with `linears` (out, in)."""
+        self.check_linears(linears)
+        p = self.provenance
+        if p.weight_fingerprint != weight_fingerprint:
+            raise UserError(
+                f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again"
+            )
+
+    def check_linears(self, linears: Mapping[str, tuple[int, int]]) -> None:
+        """Raises `UserError` when these are not statistics of the Linears with these shapes (out, in), of each and no other."""
         p = self.provenance
         missing = [name for name in linears if name not in self.weights]
         if missing:
@@ -237,9 +246,10 @@ class Statistics:
                 raise UserError(
                     f"calibration.statistics: {name} has {seen} channels in {p.model}, {columns} here: take them again"
                 )
-        if p.weight_fingerprint != weight_fingerprint:
+        other = [name for name in self.weights if name not in linears]
+        if other:
             raise UserError(
-                f"calibration.statistics: taken from other weights ({p.model}, {p.weight_fingerprint[:12]}): take them again"
+                f"calibration.statistics: taken from {p.model}, whose {other[0]:.80} this model has not: take them from this model"
             )
 
     def to_tensors(self) -> dict[str, torch.Tensor]:
@@ -261,7 +271,11 @@ class Statistics:
         """Writes a safetensors file with the provenance in its metadata; an old file of that name stays whole on failure."""
         tensors = self.to_tensors()
         unshared = {key: value.clone() for key, value in tensors.items()}
-        metadata = {"kind": FILE_KIND, "provenance": json.dumps(dataclasses.asdict(self.provenance))}
+        metadata = {
+            "kind": FILE_KIND,
+            "provenance": json.dumps(dataclasses.asdict(self.provenance)),
+            "digest": _digest(tensors),
+        }
         write_atomic(path, lambda temporary: save_file(unshared, temporary, metadata=metadata))
 
     @classmethod
@@ -282,15 +296,27 @@ class Statistics:
                 f"calibration.statistics: {path} is cut short or damaged ({error}): take the statistics again"
             ) from None
         try:
-            return _assemble(tensors, _provenance(metadata.get("provenance"))).to(device)
+            found = _assemble(tensors, _provenance(metadata.get("provenance")))
+            if metadata.get("digest") != _digest(tensors):
+                raise ValueError("its figures are not those that were written")
+            return found.to(device)
         except ValueError as error:
             raise UserError(f"calibration.statistics: {path} is damaged ({error}): take the statistics again") from None
+
+
+def _digest(tensors: Mapping[str, torch.Tensor]) -> str:
+    """Returns the SHA-256 over all figures and their names: entries that change places are not the same."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _provenance(text: str | None) -> Provenance:
     """Returns what `text`, JSON, says. Raises ValueError for anything but the fields of `Provenance`."""
     try:
-        found = Provenance(**json.loads(text or ""))
+        found = Provenance(**parse_json(text or ""))
     except (ValueError, TypeError, RecursionError):
         raise ValueError("its provenance is not what gen_act_stat.py writes") from None
     for field in dataclasses.fields(Provenance):
@@ -350,86 +376,3 @@ def _check_figures(name: str, inputs: ChannelStatistics | None, weights: WeightS
         slack = 1e-5 * inputs.absmax + torch.finfo(torch.float32).tiny  # what rounding may carry a mean beyond the ends
         if bool(((inputs.mean < inputs.min - slack) | (inputs.mean > inputs.max + slack)).any()):
             raise ValueError(f"{name} has a mean outside its least and greatest value")
-
-
-_NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
-"""Of the statistics of one block, which are part of a pass that is under way."""
-
-
-class StatisticsVisitor:
-    """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
-
-    Linears that read the very same tensor (q, k, v) share one computation.
-
-    Args:
-        device: where statistics that are taken up from a file go: that of the arithmetic. Weights may be on no device by then.
-    """
-
-    def __init__(self, device: torch.device | str = "cpu") -> None:
-        self.device = device
-        self.inputs: dict[str, ChannelStatistics] = {}
-        self.weights: dict[str, WeightStatistics] = {}
-        self._handles: list[Any] = []
-        self._owner: dict[str, str] = {}
-        self._last: tuple[torch.Tensor, str] | None = None
-
-    def enter(self, block: Block) -> None:
-        """Attaches a hook to every Linear of the block and takes its weight's statistics."""
-        for name, module in block.linears.items():
-            weight = weight_of(module)
-            self.weights[name] = WeightStatistics.of(weight)
-            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
-
-    def leave(self, block: Block) -> None:
-        """Removes the hooks. Raises `UserError` naming the first module whose input was not finite.
-
-        A Linear that no token reached has its weight's statistics only.
-        """
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
-        self._last = None
-        for name in self._gathered(block):
-            if not bool(self.inputs[name].is_finite()):
-                raise UserError(
-                    f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
-                )
-
-    def write(self, block: Block, path: pathlib.Path) -> None:
-        """Writes the statistics of a finished block."""
-        names = self._gathered(block)
-        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.linears}, _NOBODY)
-        own.save(path)
-
-    def read(self, block: Block, path: pathlib.Path) -> None:
-        """Takes up what `write` has written."""
-        if not block.linears:
-            return
-        found = Statistics.load(path, torch.device(self.device))
-        self.inputs |= found.inputs
-        self.weights |= found.weights
-
-    def _gathered(self, block: Block) -> list[str]:
-        """Returns the block's Linears that tokens have reached, each with the statistics of the tensor that it reads."""
-        names = [name for name in block.linears if name in self._owner]
-        for name in names:
-            self.inputs[name] = self.inputs[self._owner[name]]
-        return names
-
-    def result(self, provenance: Provenance) -> Statistics:
-        """Returns what was gathered."""
-        return Statistics(self.inputs, self.weights, provenance)
-
-    def _hook(self, name: str) -> Any:
-        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-            x = args[0]
-            if self._last is not None and self._last[0] is x:
-                self._owner.setdefault(name, self._last[1])
-                if self._owner[name] == self._last[1]:
-                    return
-            self._last = (x, name)
-            self._owner[name] = name
-            statistics = self.inputs.setdefault(name, ChannelStatistics.empty(x.shape[-1], x.device))
-            statistics.update(x.detach())
-
-        return hook

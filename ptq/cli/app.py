@@ -3,7 +3,6 @@
 import argparse
 import difflib
 import errno
-import os
 import pathlib
 import sys
 from collections.abc import Callable
@@ -11,6 +10,7 @@ from typing import Any
 
 import ptq
 from ptq.cli import catalog, compare_commands, completion, files, reference, store_commands, sweep_commands
+from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
 from ptq.config.schema import Recipe
@@ -39,23 +39,20 @@ def main(arguments: list[str] | None = None, program: str | None = None) -> int:
         arguments: the command line without the program's name; None takes it from `sys.argv`.
         program: how the user calls this, for the usage, where that is not ``ptq <command>``.
     """
-    try:
-        with stopping():
-            return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
-    except UserError as error:
-        return _fail("error", str(error), EXIT_MISTAKE)
-    except Stopped as error:
-        return _fail("stopped", f"{error.name}; {_KEPT}", 128 + error.number)
-    except KeyboardInterrupt:
-        return _fail("stopped", f"interrupted; {_KEPT}", EXIT_STOPPED)
-    except BrokenPipeError:
-        # The reader (such as `head`) has gone: nothing is left to say, and Python must not try again while it exits.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 0
-    except Exception as error:
-        if (line := _of_the_system(error)) is None:
-            raise
-        return _fail("error", line, EXIT_MISTAKE)
+    with unbroken():
+        try:
+            with stopping():
+                return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
+        except UserError as error:
+            return _fail("error", str(error), EXIT_MISTAKE)
+        except Stopped as error:
+            return _fail("stopped", f"{error.name}; {_KEPT}", 128 + error.number)
+        except KeyboardInterrupt:
+            return _fail("stopped", f"interrupted; {_KEPT}", EXIT_STOPPED)
+        except Exception as error:
+            if (line := _of_the_system(error)) is None:
+                raise
+            return _fail("error", line, EXIT_MISTAKE)
 
 
 def run_command(arguments: list[str]) -> int:

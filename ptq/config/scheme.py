@@ -2,11 +2,12 @@
 
 import fnmatch
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.rules import TENSORS
 
 ATTENTION_TENSORS = ("query", "key", "value", "attention_probs")
 
@@ -63,6 +64,7 @@ def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]], h
         _matches(f"scheme.overrides[{i}].modules", override.modules, names)
     for i, pattern in enumerate(scheme.exclude):
         _matches(f"scheme.exclude[{i}]", pattern, names)
+    _check_effect(scheme, list(linears), sorted(parents))
     for name, (_, columns) in linears.items():
         specs = linear_specs(scheme, name)
         for tensor, spec in (("weight", specs.weight), ("input", specs.input)):
@@ -71,6 +73,30 @@ def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]], h
         for tensor, spec in attention_specs(scheme, parent).items():
             if tensor != "attention_probs":
                 _divides(f"scheme.{tensor}.group_size", spec, head_dim, f"the {head_dim} channels of an attention head")
+
+
+def _check_effect(scheme: SchemeConfig, linears: Sequence[str], attentions: Sequence[str]) -> None:
+    """Raises `UserError` for an override or an exclusion without which every module would have the same formats, and for a
+    scheme whose formats are nowhere.
+    """
+
+    def formats(of: SchemeConfig) -> list[object]:
+        return [linear_specs(of, name) for name in linears] + [attention_specs(of, name) for name in attentions]
+
+    everything = formats(scheme)
+    without = {
+        f"overrides[{i}]": replace(scheme, overrides=(*scheme.overrides[:i], *scheme.overrides[i + 1 :]))
+        for i in range(len(scheme.overrides))
+    } | {
+        f"exclude[{i}]": replace(scheme, exclude=(*scheme.exclude[:i], *scheme.exclude[i + 1 :]))
+        for i in range(len(scheme.exclude))
+    }
+    for field, other in without.items():
+        if formats(other) == everything:
+            raise UserError(f"scheme.{field}: changes nothing beside the rest of the scheme: leave it out")
+    asked = any(getattr(scheme, tensor) for tensor in TENSORS) or bool(scheme.overrides)
+    if asked and not any(found.any if isinstance(found, LinearSpecs) else found for found in everything):
+        raise UserError("scheme: quantizes nothing, overrides and exclude leave nothing of it: leave some of them out")
 
 
 def check_attention(scheme: SchemeConfig, attentions: int) -> None:

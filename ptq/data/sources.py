@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import hashlib
 import importlib
-import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
@@ -14,6 +13,7 @@ from typing import Any
 
 from ptq.config.schema import DataConfig, TextConfig
 from ptq.errors import UserError, nearest
+from ptq.files.bounded import parse_json
 
 SPLITS = ("train", "validation", "test")
 SUFFIXES = (".txt", ".jsonl", ".parquet")
@@ -178,9 +178,9 @@ def _jsonl(path: pathlib.Path, column: str, field: str) -> tuple[str, ...]:
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UserError(f"{field}.path: {path} line {number} is no JSON ({error.msg}): mend the line") from None
+            row = parse_json(line)
+        except ValueError as error:
+            raise UserError(f"{field}.path: {path} line {number} is no JSON ({error}): mend the line") from None
         if not isinstance(row, dict) or not isinstance(row.get(column), str):
             keys = list(row) if isinstance(row, dict) else []
             raise UserError(

@@ -9,6 +9,8 @@ import struct
 from ptq.errors import UserError
 
 # Bytes of a metadata value by its type number; 8 is a string, 9 an array.
+MOST, MOST_DIMENSIONS = 5_000_000, 8
+"""More metadata, tensors or texts, and more dimensions of a tensor, than any model has: a header that says so is damaged."""
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
@@ -28,7 +30,7 @@ def check_gguf(path: pathlib.Path) -> str:
             raise UserError(f"model.path: {path} is no GGUF file: its first bytes are not 'GGUF'")
         try:
             header, promised = _extent(data)
-        except (struct.error, ValueError, KeyError, OverflowError):
+        except (struct.error, ValueError, KeyError, OverflowError, MemoryError):
             raise UserError(
                 f"model.path: {path} is truncated or damaged (its header cannot be read): download it again"
             ) from None
@@ -43,6 +45,8 @@ def _extent(data: mmap.mmap) -> tuple[int, int]:
 
     _, tensors, entries = struct.unpack_from("<IQQ", data, 4)
     position, alignment = 24, 32
+    if tensors > MOST or entries > MOST:
+        raise ValueError(f"{max(tensors, entries)} tensors or entries")
     for _ in range(entries):
         (length,) = struct.unpack_from("<Q", data, position)
         key = data[position + 8 : position + 8 + length]
@@ -50,11 +54,15 @@ def _extent(data: mmap.mmap) -> tuple[int, int]:
         (kind,) = struct.unpack_from("<I", data, position)
         if key == b"general.alignment":
             (alignment,) = struct.unpack_from("<I", data, position + 4)
+            if kind != 4 or alignment == 0 or alignment % 8:
+                raise ValueError(f"an alignment of {alignment}")
         position = _skip_value(data, position + 4, kind)
     end = 0
     for _ in range(tensors):
         position = _skip_value(data, position, 8)
         (dimensions,) = struct.unpack_from("<I", data, position)
+        if dimensions > MOST_DIMENSIONS:
+            raise ValueError(f"a tensor of {dimensions} dimensions")
         *shape, kind, offset = struct.unpack_from(f"<{dimensions}QIQ", data, position + 4)
         position += 4 + 8 * dimensions + 12
         block, size = GGML_QUANT_SIZES[GGMLQuantizationType(kind)]
@@ -70,6 +78,10 @@ def _skip_value(data: mmap.mmap, position: int, kind: int) -> int:
         return position + SIZES[kind]
     inner, count = struct.unpack_from("<IQ", data, position)
     position += 12
+    if inner == 9:
+        raise ValueError("an array of arrays")
+    if inner == 8 and count > MOST:
+        raise ValueError(f"{count} texts")
     if inner in SIZES:
         return position + int(count) * SIZES[inner]
     for _ in range(count):

@@ -10,6 +10,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from ptq.files.bounded import parse_json
 from ptq.files.scratch import scratch_path, start_of, this_host
 
 BEAT_SECONDS = 5.0
@@ -109,7 +110,7 @@ def _beat(path: pathlib.Path, token: dict[str, object], ended: threading.Event) 
 def _read(path: pathlib.Path) -> dict[str, object] | None:
     """Returns what a lease's file says; None without one. A damaged one has no host, so its age alone tells."""
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
     except OSError:
         return None
     except ValueError:

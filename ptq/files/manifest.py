@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from io import BufferedReader
 
 from ptq.files.atomic import write_text
+from ptq.files.bounded import parse_json
 
 MANIFEST = "manifest.json"
 FORMAT = "ptq-entry/1"
@@ -63,7 +64,7 @@ def read_manifest(folder: pathlib.Path) -> Manifest:
         if not stat.S_ISDIR(folder.lstat().st_mode):
             raise DamagedEntry("it is no folder")
         with _opened(folder / MANIFEST) as file:
-            content = json.loads(file.read(_LARGEST))
+            content = parse_json(file.read(_LARGEST))
         if content["format"] != FORMAT:
             raise DamagedEntry("its manifest is of another version")
         found = Manifest(content["kind"], dict(content["key"]), str(content["about"]), float(content["made"]), {})

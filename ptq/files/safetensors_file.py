@@ -1,6 +1,5 @@
 """What a safetensors file holds, read with bounds, and one tensor of it, read piece by piece."""
 
-import json
 import math
 import pathlib
 import struct
@@ -11,6 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from ptq.files.atomic import write_atomic
+from ptq.files.bounded import parse_json
 
 PIECE = 1 << 23
 DTYPES = {
@@ -83,7 +83,7 @@ def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
         (length,) = struct.unpack("<Q", head)
         if length > size - 8:
             raise ValueError("the file ends inside its header")
-        header = json.loads(file.read(length))
+        header = parse_json(file.read(length))
     tensors: dict[str, StoredTensor] = {}
     try:
         for name, entry in header.items():

@@ -1,6 +1,5 @@
 """What a model file holds: header, tensors, sizes, the greatest error that rounding can have made. For any file written here."""
 
-import json
 import pathlib
 from dataclasses import dataclass
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 from rich.table import Table
 
 from ptq.errors import UserError
+from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.inspect import q8_readers as readers
 from ptq.inspect.gguf_reader import read_gguf
@@ -118,7 +118,7 @@ def _folder(path: pathlib.Path) -> Report:
     config = path / "config.json"
     if config.is_file():
         try:
-            content = json.loads(config.read_text(encoding="utf-8"))
+            content = parse_json(config.read_text(encoding="utf-8"))
             quantization = dict(content.get("quantization_config") or {})
             header = {"model_type": content.get("model_type"), **quantization}
         except (ValueError, AttributeError, TypeError, RecursionError):

@@ -23,6 +23,8 @@ from ptq.models.weights import Weights, check_config, check_directory, digest_fi
 
 _CONVERTERS = ("ptq.models", "ptq.files")
 """The code that makes folders out of GGUF files: of other code they are made again, not of any change in the framework."""
+MOST_BLOCKS = 1000
+"""More blocks than any model has: a config that asks for more would keep the machine busy for nothing."""
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
 
 
@@ -70,6 +72,7 @@ def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> 
     found = _config(source, store, weights)
     if source.location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
         raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
+    _check_sizes(config, found)
     # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
     encoder = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
     causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
@@ -81,6 +84,23 @@ def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> 
             f"model.path: {config.path} is a {kind!r}, no causal language model: expected a decoder such as LLaMA or OPT"
         )
     return found
+
+
+def _check_sizes(config: ModelConfig, found: Any) -> None:
+    """Refuses a config that asks for more blocks than any model has, or for code on the hub (``owner/repo`` as attention)."""
+    blocks = getattr(found, "num_hidden_layers", None)
+    if isinstance(blocks, int) and blocks > MOST_BLOCKS:
+        raise UserError(
+            f"model.path: the config of {config.path} asks for {blocks} blocks: more than {MOST_BLOCKS} are no model's: mend it"
+        )
+    parts = (found, *(value for value in vars(found).values() if isinstance(value, transformers.PretrainedConfig)))
+    for part in parts:
+        for name in ("_attn_implementation", "_experts_implementation"):
+            asked = getattr(part, name, None)
+            if isinstance(asked, str) and "/" in asked:
+                raise UserError(
+                    f"model.path: the config of {config.path} has {name} {asked!r:.80}, which is code on the hub: take it out"
+                )
 
 
 def _config(source: ModelSource, store: Store | None, weights: bool = True) -> Any:

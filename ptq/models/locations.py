@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import huggingface_hub.errors as hub
 import transformers
+from huggingface_hub.utils import validate_repo_id
 
 from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
@@ -31,8 +32,20 @@ class Location:
 
 
 def locate(config: ModelConfig) -> Location:
-    """Returns where the model is; imports no package. Raises `UserError` when a local path or a package is not there."""
-    path = config.path
+    """Returns where the model is; imports no package.
+
+    Raises:
+        UserError: when a local path or a package is not there, or for a revision of what is not on the hub.
+    """
+    found = _located(config.path)
+    if found.kind != "hub" and config.revision is not None:
+        raise UserError(
+            f"model.revision: {config.revision!r} changes nothing: {config.path} is no repository on the hub: leave it out"
+        )
+    return found
+
+
+def _located(path: str) -> Location:
     if not path.strip():
         raise UserError("model.path: empty: expected a hub id, a folder, a .gguf file or package:<module>/<file>")
     if path.startswith("package:"):
@@ -52,6 +65,12 @@ def locate(config: ModelConfig) -> Location:
         )
     if path.startswith(("/", "./", "../", "~")) or path.count("/") > 1:
         raise UserError(f"model.path: {path} is not there{_beside(local)}")
+    try:
+        validate_repo_id(path)
+    except hub.HFValidationError:
+        raise UserError(
+            f"model.path: {path!r:.200} is neither a path that exists nor a hub id (owner/name): check its spelling"
+        ) from None
     return Location("hub", path)
 
 

@@ -5,7 +5,7 @@ import json
 import os
 import pathlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
 
@@ -14,6 +14,7 @@ from torch import nn
 
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
+from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import PIECE, StoredTensor, read_header
 from ptq.files.store import Store
 from ptq.models.resident_memory import return_freed_memory
@@ -105,7 +106,7 @@ def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
 
 def _read_json(path: pathlib.Path) -> dict[str, Any]:
     try:
-        value = json.loads(path.read_text(encoding="utf-8"))
+        value = parse_json(path.read_text(encoding="utf-8"))
     except (ValueError, OSError) as error:
         raise UserError(
             f"model.path: {path} is no JSON ({' '.join(str(error).split())}): download the model again"
@@ -134,6 +135,34 @@ def check_directory(folder: pathlib.Path) -> None:
             raise UserError(f"model.path: {shard} is truncated or damaged ({reason}): download it again") from None
 
 
+def check_shapes(
+    folder: pathlib.Path, shapes: Mapping[str, tuple[int, ...]], blocks: Mapping[str, Sequence[str]]
+) -> None:
+    """Raises `UserError` when a weight on disk has another shape than the model that its config.json describes, or a block has none.
+
+    Args:
+        folder: the model's.
+        shapes: of the model's parameters by full name; what is stored under other names is for transformers to tell.
+        blocks: by name of a block the full names of its Linears.
+    """
+    found: set[str] = set()
+    for shard in shards_of(folder):
+        for name, stored in read_header(shard).items():
+            found.add(name)
+            expected = shapes.get(name, stored.shape)
+            if stored.shape != expected:
+                raise UserError(
+                    f"model.path: {name} is {list(stored.shape)} in {shard.name} and {list(expected)} by config.json: "
+                    "download the model again"
+                )
+    there = {block: any(f"{name}.weight" in found for name in linears) for block, linears in blocks.items()}
+    absent = [block for block, is_there in there.items() if not is_there]
+    if absent and len(absent) < len(there):
+        raise UserError(
+            f"model.path: {folder} has no weights of {absent[0]}, one of {len(there)} blocks by config.json: download the model again"
+        )
+
+
 def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
     """Returns the weights' files that transformers reads in this folder."""
     single, index = folder / "model.safetensors", folder / "model.safetensors.index.json"
@@ -148,7 +177,13 @@ def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
     weight_map = _read_json(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"model.path: {index} names no shards: download the model again")
-    shards = [folder / name for name in sorted({str(name) for name in weight_map.values()})]
+    names = sorted({str(name) for name in weight_map.values()})
+    for name in names:
+        if pathlib.PurePath(name).name != name or "\0" in name or not name.endswith(".safetensors"):
+            raise UserError(
+                f"model.path: {index} names {name!r:.80}, which is no safetensors file of this folder: download the model again"
+            )
+    shards = [folder / name for name in names]
     for shard in shards:
         if not shard.is_file():
             raise UserError(f"model.path: {folder} lacks {shard.name}, which its index names: download the model again")

@@ -12,6 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ptq.files.bounded import parse_json
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
@@ -268,7 +269,7 @@ def load_traces(path: pathlib.Path) -> dict[int, Trace]:
     """Reads what `save_traces` wrote. Raises ValueError for anything else."""
     try:
         with safe_open(path, framework="pt") as file:
-            plain = json.loads((file.metadata() or {})["traces"])
+            plain = parse_json((file.metadata() or {})["traces"])
         return {int(index): _trace(facts) for index, facts in plain.items()}
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it holds no links ({' '.join(str(error).split())})") from None

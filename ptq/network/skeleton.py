@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.module import register_module_module_registration_hook
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ptq.config.schema import ModelConfig
@@ -17,6 +18,8 @@ from ptq.models.locations import quiet
 from ptq.network.network import Network, build_network
 
 NAME = "ptq_shapes"
+MOST_MODULES = 60_000
+"""More than any model that is held block by block has."""
 
 
 class NotTraceable(Exception):
@@ -40,20 +43,42 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
         UserError: when it is not there, damaged, or no causal language model.
     """
     config = check(model, store, weights)
-    with torch.device("meta"):
+    with torch.device("meta"), _counted(model):
         try:
             built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         except ValueError as error:
             raise UserError(
                 f"model.path: {model.path} is no causal language model ({str(error).splitlines()[0]})"
             ) from None
-        except (ArithmeticError, AttributeError, KeyError, RuntimeError, TypeError) as error:
+        except UserError:
+            raise
+        except Exception as error:  # a config may make transformers, or code of the model's own, raise anything
             reason = " ".join(f"{type(error).__name__}: {error}".split())[:160]
             raise UserError(
                 f"model.path: {model.path}: no model of its config.json can be built ({reason}): mend the config"
             ) from None
         built.tie_weights()
     return build_network(built)
+
+
+@contextmanager
+def _counted(model: ModelConfig) -> Iterator[None]:
+    """Inside, a model of more than `MOST_MODULES` modules is refused while it is built, instead of for hours."""
+    count = 0
+
+    def registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
+        nonlocal count
+        count += 1
+        if count > MOST_MODULES:
+            raise UserError(
+                f"model.path: the config of {model.path} asks for more than {MOST_MODULES} modules: mend its sizes"
+            )
+
+    handle = register_module_module_registration_hook(registered)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 @contextmanager

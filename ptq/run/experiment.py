@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import json
 import pathlib
 import shutil
 import sys
@@ -18,6 +17,7 @@ from ptq.errors import UserError
 from ptq.evaluation.token_comparison import compare_tokens
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
+from ptq.files.bounded import parse_json
 from ptq.files.source_digest import PACKAGES, module_digest
 from ptq.integrations.cache import use_packed_cache
 from ptq.models.shared import Shared
@@ -124,7 +124,7 @@ def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
 
 def _show_finished(folder: pathlib.Path) -> None:
     """Says what a finished run has found."""
-    metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+    metrics = parse_json((folder / METRICS).read_text(encoding="utf-8"))
     print(f"finished before: {summary(metrics)}; --force runs it again")
     print(f"results: {folder}")
 

@@ -1,7 +1,6 @@
 """Exports of runs: adapted and checked before the work, written after it, or later from a finished run's folder."""
 
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 from typing import Any
@@ -18,7 +17,7 @@ from ptq.export.base import Exported, Exporter, refuse_existing
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
 from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
-from ptq.files.bounded_yaml import load_yaml
+from ptq.files.bounded import load_yaml, parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.network.network import Block, Network
 from ptq.run.record.journal import Journal
@@ -140,7 +139,7 @@ def _finished(folder: pathlib.Path) -> tuple[Recipe, str]:
         raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
     try:
         recipe = recipe_from(load_yaml(folder / "recipe.yaml"))
-        fingerprint = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))["weight_fingerprint"]
+        fingerprint = parse_json((folder / "metrics.json").read_text(encoding="utf-8"))["weight_fingerprint"]
     except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
         raise UserError(
             f"--run: the files in {folder} are damaged ({str(error).splitlines()[0]}): run it again"

@@ -6,7 +6,8 @@ from typing import Any
 
 import torch
 
-from ptq.calibration.statistics import Provenance, StatisticsVisitor
+from ptq.calibration.statistics import Provenance
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.checking import check_specs
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import check_scheme

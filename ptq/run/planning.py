@@ -9,7 +9,8 @@ from safetensors import SafetensorError
 
 from ptq.calibration.rotary import rotary_layouts
 from ptq.calibration.samples import Samples
-from ptq.calibration.statistics import Statistics, StatisticsVisitor
+from ptq.calibration.statistics import Statistics
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, check_attention
 from ptq.errors import UserError

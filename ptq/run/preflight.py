@@ -4,8 +4,6 @@ import pathlib
 from collections.abc import Mapping
 from typing import Any
 
-import torch
-
 from ptq.calibration.statistics import Statistics
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_attention, check_scheme
@@ -17,11 +15,12 @@ from ptq.files.atomic import check_folder
 from ptq.files.store import store_of
 from ptq.models.loading import load_tokenizer
 from ptq.models.locations import locate
+from ptq.models.weights import check_shapes
 from ptq.network.skeleton import skeleton
 from ptq.run.exports import check_export
 from ptq.run.memory_estimate import check_memory
-from ptq.run.session import calibration_tokens, evaluation_tokens
-from ptq.steps._step import Step
+from ptq.run.session import calibration_tokens, device_of, evaluation_tokens
+from ptq.steps._step import SOLVER, Step
 
 
 def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list[str]:
@@ -38,7 +37,13 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         UserError: for the first thing that would stop the run later.
     """
     lines: list[str] = []
-    _check_device(recipe)
+    device_of(recipe)
+    solvers = [name for name, step in (steps or {}).items() if step.kind == SOLVER]
+    if solvers and not _quantizes(recipe):
+        raise UserError(
+            f"scheme: quantizes nothing, so that steps.{solvers[0]} has nothing to do: choose a scheme such as scheme=w8a8, "
+            "or compare the baseline with itself by method=none"
+        )
     if not recipe.steps and _quantizes(recipe):
         raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
     check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
@@ -55,6 +60,9 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         _check_statistics_file(recipe)
         return lines
     network = skeleton(recipe.model, store_of(recipe))
+    if (place := locate(recipe.model)).kind == "directory":
+        shapes = {name: tuple(parameter.shape) for name, parameter in network.model.named_parameters()}
+        check_shapes(pathlib.Path(place.base), shapes, {block.name: list(block.linears) for block in network.blocks})
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     if not getattr(network.model, "_supports_attention_backend", False):
         check_attention(recipe.scheme, 0)
@@ -69,7 +77,7 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         lines += (f"export: {note}" for note in notes)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     lines.append(check_memory(recipe, network, steps or {}))
-    _check_statistics_file(recipe)
+    _check_statistics_file(recipe, network.shapes)
     return lines
 
 
@@ -91,24 +99,16 @@ def check_positions(recipe: Recipe, positions: int | None) -> None:
             )
 
 
-def _check_device(recipe: Recipe) -> None:
-    name = recipe.execution.device
-    if name == "auto":
+def _check_statistics_file(recipe: Recipe, linears: Mapping[str, tuple[int, int]] | None = None) -> None:
+    """Reads the file of statistics; `linears` are the shapes (out, in) of the model's, where they are known."""
+    if recipe.calibration.statistics is None:
         return
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise UserError(f"execution.device: {name!r} is no device: use auto, cpu, cuda or cuda:0") from None
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"execution.device: {name!r}, but this machine has no CUDA device: use auto or cpu")
-
-
-def _check_statistics_file(recipe: Recipe) -> None:
-    if recipe.calibration.statistics is not None:
-        Statistics.load(pathlib.Path(recipe.calibration.statistics).expanduser())
+    found = Statistics.load(pathlib.Path(recipe.calibration.statistics).expanduser())
+    if linears is not None:
+        found.check_linears(linears)
 
 
 def _quantizes(recipe: Recipe) -> bool:
     s = recipe.scheme
-    tensors = (s.weight, s.input, s.query, s.key, s.value, s.attention_probs, *s.overrides)
-    return any(t is not None for t in tensors)
+    tensors = (s.weight, s.input, s.query, s.key, s.value, s.attention_probs)
+    return any(t is not None for t in (*tensors, *(t for o in s.overrides for t in o.tensors.values())))

@@ -1,12 +1,12 @@
 """What a run gives to Python: metrics, tables, the quantized model, pictures."""
 
 import functools
-import json
 import pathlib
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from ptq.errors import UserError
+from ptq.files.bounded import parse_json
 from ptq.run.kept.identity import METRICS
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ class Result:
     @functools.cached_property
     def metrics(self) -> dict[str, Any]:
         """What metrics.json holds."""
-        found: dict[str, Any] = json.loads((self.folder / METRICS).read_text(encoding="utf-8"))
+        found: dict[str, Any] = parse_json((self.folder / METRICS).read_text(encoding="utf-8"))
         return found
 
     @property

@@ -12,6 +12,7 @@ import torch
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
 from ptq.data.sampling import Tokens, sample_tokens
+from ptq.errors import UserError
 from ptq.files.scratch import remove_stale
 from ptq.files.store import Store, store_of
 from ptq.models.loading import LoadedModel, load
@@ -210,6 +211,22 @@ def open_session(
 
 
 def device_of(recipe: Recipe) -> torch.device:
-    """Returns the device that the recipe asks for; ``auto`` is CUDA where there is one."""
+    """Returns the device that the recipe asks for; ``auto`` is CUDA where there is one.
+
+    Raises:
+        UserError: for a device that this machine has not.
+    """
     name = recipe.execution.device
-    return torch.device(("cuda" if torch.cuda.is_available() else "cpu") if name == "auto" else name)
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in {"cpu", "cuda"}:
+        raise UserError(f"execution.device: {name!r:.80} is no device: use auto, cpu, cuda or cuda:0")
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise UserError(f"execution.device: {name!r}, but this machine has no CUDA device: use auto or cpu")
+    if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()) > 0:
+        raise UserError(f"execution.device: {name!r}, but this machine has {there} CUDA devices: use cuda:{there - 1}")
+    return device

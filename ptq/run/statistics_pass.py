@@ -5,7 +5,8 @@ import pathlib
 from collections.abc import Mapping
 
 import ptq
-from ptq.calibration.statistics import Provenance, Statistics, StatisticsVisitor
+from ptq.calibration.statistics import Provenance, Statistics
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.run.session import Session

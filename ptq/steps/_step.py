@@ -16,6 +16,7 @@ from torch import nn
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import Provenance, Statistics
 from ptq.config.schema import SchemeConfig
+from ptq.files.bounded import parse_json
 from ptq.network.basis import Basis
 from ptq.network.block_stream import BlockStream, Flow, Kept, Visitor
 from ptq.network.links import Link, Trace
@@ -86,7 +87,7 @@ class StepPlan:
     def load(cls, path: pathlib.Path, device: torch.device) -> Self:
         """Reads what `save` wrote, its tensors on `device`."""
         with safe_open(path, framework="pt") as file:
-            facts: dict[str, Any] = json.loads(file.metadata()["facts"])
+            facts: dict[str, Any] = parse_json(file.metadata()["facts"])
             found = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
         parts: dict[str, dict[str, torch.Tensor]] = {"tensors": {}, "labels": {}, "basis": {}, "statistics": {}}
         for key, tensor in found.items():

@@ -1,7 +1,6 @@
 """Any two runs on the same tokens, paired over windows; and the points of a sweep against one of them."""
 
 import csv
-import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -10,6 +9,7 @@ from typing import Any
 
 from ptq.errors import UserError
 from ptq.evaluation.paired import Paired, holm, paired
+from ptq.files.bounded import parse_json
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ def read_run(folder: pathlib.Path) -> Run:
     if not path.is_file():
         raise UserError(f"{folder}: holds no finished run: give a folder with metrics.json, outputs/<recipe>/<hash>")
     try:
-        metrics = json.loads(path.read_text(encoding="utf-8"))
+        metrics = parse_json(path.read_text(encoding="utf-8"))
         losses = tuple(float(value) for value in metrics["window_losses"]["quantized"])
         str(metrics["evaluation_fingerprint"]), float(metrics["kl_mean"])
         with (folder / "layers.csv").open(encoding="utf-8", newline="") as file:

@@ -12,6 +12,7 @@ from ptq.config.building import recipe_from
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
+from ptq.files.bounded import parse_json
 
 DEFINITION = "sweep.json"
 
@@ -94,7 +95,7 @@ def read_sweep(folder: pathlib.Path) -> Sweep:
     if not path.is_file():
         raise UserError(f"{folder}: holds no sweep: give a folder with {DEFINITION}, outputs/sweeps/<recipe>/<hash>")
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        found = parse_json(path.read_text(encoding="utf-8"))
         points = tuple(_point(entry) for entry in found["points"])
         return Sweep(str(found["name"]), folder, points, tuple(found["command"]), str(found["cwd"]))
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:

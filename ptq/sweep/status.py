@@ -7,6 +7,7 @@ from dataclasses import asdict, dataclass
 
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
+from ptq.files.bounded import parse_json
 from ptq.files.lease import is_held
 from ptq.run.experiment import run_folder
 from ptq.sweep.points import Point
@@ -41,7 +42,7 @@ def status_of(sweep: pathlib.Path, point: Point) -> Status:
     if point.refused or point.recipe is None:
         return Status(REFUSED, line=point.refused)
     try:
-        found = json.loads(_file(sweep, point.number).read_text(encoding="utf-8"))
+        found = parse_json(_file(sweep, point.number).read_text(encoding="utf-8"))
         status = Status(**found)
     except (OSError, ValueError, TypeError):
         return Status(WAITING)
@@ -69,7 +70,7 @@ def log_of(sweep: pathlib.Path, number: int) -> pathlib.Path:
 def metrics_of(status: Status) -> Mapping[str, object] | None:
     """Returns what the metrics.json of a point's run holds, None where there is none that can be read."""
     try:
-        found = json.loads((pathlib.Path(status.folder) / "metrics.json").read_text(encoding="utf-8"))
+        found = parse_json((pathlib.Path(status.folder) / "metrics.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return None
     return found if isinstance(found, dict) else None

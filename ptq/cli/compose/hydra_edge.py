@@ -34,7 +34,7 @@ from ptq.config.building import recipe_from
 from ptq.config.checking import named
 from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
-from ptq.files.bounded_yaml import load_yaml
+from ptq.files.bounded import load_yaml
 
 BEST = "best"
 """The choice of a method that goes by the scheme."""
@@ -296,8 +296,12 @@ def _one_line(config: pathlib.Path) -> Iterator[None]:
         mark, problem = getattr(error, "problem_mark", None), getattr(error, "problem", None)
         place = f"{mark.name}, line {mark.line + 1}" if mark else str(config)
         raise UserError(f"{place}: not valid YAML: {problem or _flat(error)}: mend the file") from None
+    except UserError:
+        raise
     except UnicodeDecodeError:
         raise UserError(f"{config}: not a text file in UTF-8: name a recipe in YAML") from None
+    except ValueError as error:  # a number of thousands of digits, which Python refuses to read
+        raise UserError(f"{config.name}: a value cannot be read ({_flat(error)[:120]}): write another") from None
 
 
 def _missing(error: MissingConfigException) -> str:

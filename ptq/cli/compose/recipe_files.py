@@ -19,7 +19,7 @@ from omegaconf.resolvers import oc
 
 from ptq.cli.catalog import config_folder
 from ptq.errors import UserError
-from ptq.files.bounded_yaml import read_yaml
+from ptq.files.bounded import read_yaml
 
 TARGET = "_target_"
 REMOTE = "trust_remote_code"
@@ -53,6 +53,8 @@ def check_file(path: pathlib.Path) -> None:
         if isinstance(error, UnicodeDecodeError):
             raise
         raise UserError(f"{path}: {error}: name a recipe") from None
+    if content is not None and not isinstance(content, dict):
+        raise UserError(f"{path}: holds no mapping: a recipe has keys such as model and scheme")
     header = "\n".join(line for line in text.splitlines() if re.match(r"\s*#\s*@", line))
     keys = [str(key) for key in content] if isinstance(content, dict) else []
     entries = (content.get("defaults") if isinstance(content, dict) else None) or []

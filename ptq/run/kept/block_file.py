@@ -11,6 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ptq.files.bounded import parse_json
 from ptq.network.attention import CHILD, PREFIX, AttentionQuantizers, CacheFormats, Prefix, attach_quantizers
 from ptq.network.network import Block, Network, replace_module
 from quantize.modules.cache import CacheFormat
@@ -90,7 +91,7 @@ def write_block(block: Block, path: pathlib.Path, figures: Mapping[str, Any]) ->
 def read_figures(path: pathlib.Path) -> dict[str, Any]:
     """Returns the `figures` that `write_block` was given."""
     with safe_open(path, framework="pt") as file:
-        figures: dict[str, Any] = json.loads(file.metadata()["figures"])
+        figures: dict[str, Any] = parse_json(file.metadata()["figures"])
     return figures
 
 
@@ -102,7 +103,7 @@ def rebuild(block: Block, path: pathlib.Path, network: Network, device: torch.de
         Unbuildable: for a module of a class that has no ``from_description``.
     """
     with safe_open(path, framework="pt") as file:
-        description: dict[str, Any] = json.loads(file.metadata()["description"])
+        description: dict[str, Any] = parse_json(file.metadata()["description"])
         tensors = {key: file.get_tensor(key).to(device) for key in file.keys()}  # noqa: SIM118
     model = network.model
     for name, facts in description["norms"].items():

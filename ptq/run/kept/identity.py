@@ -9,6 +9,7 @@ from typing import Any
 import torch
 import transformers
 
+from ptq.files.bounded import parse_json
 from ptq.files.source_digest import package_digest
 
 METRICS = "metrics.json"
@@ -41,7 +42,7 @@ def machine(device: torch.device) -> dict[str, object]:
 def finished(folder: pathlib.Path, identity: str) -> bool:
     """Returns whether a run that has this identity has ended in `folder`."""
     try:
-        metrics = json.loads((folder / METRICS).read_text(encoding="utf-8"))
+        metrics = parse_json((folder / METRICS).read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return False
     return isinstance(metrics, dict) and metrics.get("identity") == identity

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import torch
 
 from ptq.files.atomic import write_atomic, write_text
+from ptq.files.bounded import parse_json
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
 
@@ -118,7 +119,7 @@ class KeptPass:
 
     def _entries(self) -> list[dict[str, Any]]:
         try:
-            found = json.loads((self.folder / PROGRESS).read_text(encoding="utf-8"))
+            found = parse_json((self.folder / PROGRESS).read_text(encoding="utf-8"))
             if found["key"] != self.key:
                 self.say("what an interrupted run left was made from other weights, data, options or code: done again")
                 return []

@@ -2,13 +2,13 @@
 
 import contextlib
 import fcntl
-import json
 import os
 import pathlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ptq.errors import UserError
+from ptq.files.bounded import parse_json
 from ptq.report.tables import summary
 from ptq.run.kept.identity import METRICS
 from ptq.run.kept.kept_pass import PROGRESS, RESUME
@@ -87,7 +87,7 @@ def _holder(folder: pathlib.Path) -> str | None:
 
 def _pass(path: pathlib.Path) -> str:
     try:
-        entry = json.loads(path.read_text(encoding="utf-8"))["entries"][0]
+        entry = parse_json(path.read_text(encoding="utf-8"))["entries"][0]
         return f"{path.parent.name}: {int(entry['blocks'])} of {int(entry['of'])} blocks"
     except (OSError, ValueError, KeyError, TypeError, IndexError):
         return f"{path.parent.name}: what it kept is damaged, and will be done again"
@@ -95,6 +95,6 @@ def _pass(path: pathlib.Path) -> str:
 
 def _finding(folder: pathlib.Path) -> str:
     try:
-        return f"finished: {summary(json.loads((folder / METRICS).read_text(encoding='utf-8')))}"
+        return f"finished: {summary(parse_json((folder / METRICS).read_text(encoding='utf-8')))}"
     except (OSError, ValueError, KeyError, TypeError):
         return "finished, but its metrics.json is damaged: run it again with --force"

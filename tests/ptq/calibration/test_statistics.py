@@ -10,7 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, StatisticsVisitor, WeightStatistics
+from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, WeightStatistics
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.errors import UserError
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream

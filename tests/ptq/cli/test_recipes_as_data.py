@@ -14,7 +14,7 @@ from ptq.cli.app import main
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.cli.compose.override_words import quoted
 from ptq.errors import UserError
-from ptq.files.bounded_yaml import MOST_DEPTH, MOST_NODES, check_yaml
+from ptq.files.bounded import MOST_DEPTH, MOST_NODES, check_yaml
 
 MODULE = """
 import pathlib

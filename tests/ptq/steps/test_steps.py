@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from ptq.calibration.samples import Samples
-from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, StatisticsVisitor, WeightStatistics
+from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, WeightStatistics
+from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.models.weights import ResidentWeights

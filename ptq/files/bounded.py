@@ -1,5 +1,6 @@
-"""YAML of whoever: how much it would grow to is known before it is built, so that a few lines cannot fill the memory."""
+"""YAML and JSON of whoever: nested too deep is a ValueError like any other, and what YAML would grow to is known before it is built."""
 
+import json
 import pathlib
 from typing import Any
 
@@ -8,6 +9,14 @@ import yaml
 MOST_BYTES = 1 << 20
 MOST_NODES = 20_000
 MOST_DEPTH = 50
+
+
+def parse_json(text: str | bytes) -> Any:
+    """Returns what a JSON text holds. Raises ValueError for no JSON, and for what is nested deeper than Python can read."""
+    try:
+        return json.loads(text)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
 
 
 def load_yaml(path: pathlib.Path) -> Any:

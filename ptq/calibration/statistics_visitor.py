@@ -1,0 +1,93 @@
+"""Taking statistics: hooks on the Linears of a block while the calibration samples pass through it."""
+
+import pathlib
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, WeightStatistics
+from ptq.errors import UserError
+from ptq.network.network import Block, weight_of
+
+_NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
+"""Of the statistics of one block, which are part of a pass that is under way."""
+
+
+class StatisticsVisitor:
+    """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
+
+    Linears that read the very same tensor (q, k, v) share one computation.
+
+    Args:
+        device: where statistics that are taken up from a file go: that of the arithmetic. Weights may be on no device by then.
+    """
+
+    def __init__(self, device: torch.device | str = "cpu") -> None:
+        self.device = device
+        self.inputs: dict[str, ChannelStatistics] = {}
+        self.weights: dict[str, WeightStatistics] = {}
+        self._handles: list[Any] = []
+        self._owner: dict[str, str] = {}
+        self._last: tuple[torch.Tensor, str] | None = None
+
+    def enter(self, block: Block) -> None:
+        """Attaches a hook to every Linear of the block and takes its weight's statistics."""
+        for name, module in block.linears.items():
+            weight = weight_of(module)
+            self.weights[name] = WeightStatistics.of(weight)
+            self._handles.append(module.register_forward_pre_hook(self._hook(name)))
+
+    def leave(self, block: Block) -> None:
+        """Removes the hooks. Raises `UserError` naming the first module whose input was not finite.
+
+        A Linear that no token reached has its weight's statistics only.
+        """
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        self._last = None
+        for name in self._gathered(block):
+            if not bool(self.inputs[name].is_finite()):
+                raise UserError(
+                    f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
+                )
+
+    def write(self, block: Block, path: pathlib.Path) -> None:
+        """Writes the statistics of a finished block."""
+        names = self._gathered(block)
+        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.linears}, _NOBODY)
+        own.save(path)
+
+    def read(self, block: Block, path: pathlib.Path) -> None:
+        """Takes up what `write` has written."""
+        if not block.linears:
+            return
+        found = Statistics.load(path, torch.device(self.device))
+        self.inputs |= found.inputs
+        self.weights |= found.weights
+
+    def _gathered(self, block: Block) -> list[str]:
+        """Returns the block's Linears that tokens have reached, each with the statistics of the tensor that it reads."""
+        names = [name for name in block.linears if name in self._owner]
+        for name in names:
+            self.inputs[name] = self.inputs[self._owner[name]]
+        return names
+
+    def result(self, provenance: Provenance) -> Statistics:
+        """Returns what was gathered."""
+        return Statistics(self.inputs, self.weights, provenance)
+
+    def _hook(self, name: str) -> Any:
+        def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
+            x = args[0]
+            if self._last is not None and self._last[0] is x:
+                self._owner.setdefault(name, self._last[1])
+                if self._owner[name] == self._last[1]:
+                    return
+            self._last = (x, name)
+            self._owner[name] = name
+            statistics = self.inputs.setdefault(name, ChannelStatistics.empty(x.shape[-1], x.device))
+            statistics.update(x.detach())
+
+        return hook
