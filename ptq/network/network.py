@@ -10,6 +10,8 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
+from ptq.network.experts.linears import Piece, mixtures_of, take_apart
+from ptq.network.experts.trace import Mixture, find_mixtures
 from quantize.kernels.matmul import use_fast_linears
 from quantize.modules.packed import PackedLinear
 
@@ -32,12 +34,38 @@ def weight_of(module: nn.Module) -> torch.Tensor:
 
 @dataclass
 class Block:
-    """One decoder block: `name` is its full module name, `linears` its Linear and Conv1D modules by full name."""
+    """One decoder block.
+
+    Attributes:
+        index: its number.
+        name: its full module name.
+        module: the block.
+        linears: its Linear and Conv1D modules by full name, those of its experts too.
+        gates: by full name, what chooses among experts or weighs them: modules with a ``weight`` (rows, in) that stays in
+            floating point.
+        mixtures: its mixtures of experts; names in them are those inside the block.
+    """
 
     index: int
     name: str
     module: nn.Module
     linears: dict[str, nn.Module]
+    gates: dict[str, nn.Module] = field(default_factory=dict)
+    mixtures: list[Mixture] = field(default_factory=list)
+
+    @property
+    def experts(self) -> dict[str, tuple[str, ...]]:
+        """Full names of the Linears of each expert, by the expert's full name (of several that it has, the first)."""
+        found: dict[str, tuple[str, ...]] = {}
+        for mixture in self.mixtures:
+            places = {f"{self.name}.{holder}.": holder for holder in mixture.holders}
+            for name in self.linears:
+                place = next((p for p in places if name.startswith(p)), None)
+                if place is not None:
+                    number = name.removeprefix(place).split(".")[0]
+                    expert = f"{self.name}.{mixture.holders[0]}.{number}"
+                    found[expert] = (*found.get(expert, ()), name)
+        return found
 
 
 @dataclass(frozen=True)
@@ -60,6 +88,8 @@ class Network:
     parameters: int
     uncovered: list[Uncovered] = field(default_factory=list)
     returns_tuple: bool | None = None
+    pieces: dict[str, Piece] = field(default_factory=dict)
+    """Where the parameters of experts' Linears lie in the tensors that the model held, by full name."""
 
     @property
     def outside(self) -> list[str]:
@@ -107,7 +137,8 @@ class Network:
 def build_network(model: nn.Module) -> Network:
     """Finds the blocks of `model`: the ModuleList that holds the most parameters. Needs no weights (meta works).
 
-    The model's `nn.Linear` become `quantize.kernels.matmul.Linear`, which differ from them only inside `fast_linears`.
+    The model's `nn.Linear` become `quantize.kernels.matmul.Linear`, which differ from them only inside `fast_linears`. Experts
+    that are held in one tensor become Linears (`ptq.network.experts`), for good.
 
     Raises:
         UserError: when no list of blocks is found.
@@ -119,19 +150,40 @@ def build_network(model: nn.Module) -> Network:
             f"model.path: {type(model).__name__} holds no list of blocks with Linears: not a decoder-only Transformer"
         )
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
+    pieces = _take_experts_apart(model, {f"{name}.{i}": module for i, module in enumerate(modules)})
     blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
     uncovered = [u for block in blocks for u in _uncovered(block)]
     use_fast_linears(model)
-    return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered)
+    return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered, pieces=pieces)
+
+
+def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> dict[str, Piece]:
+    """Makes Linears of all experts. Blocks that hold the same modules and shapes are looked at once."""
+    known: dict[tuple[object, ...], list[Mixture]] = {}
+    pieces: dict[str, Piece] = {}
+    for name, block in blocks.items():
+        wide = tuple((n, tuple(p.shape)) for n, p in block.named_parameters() if p.dim() >= 2)
+        key = (type(block), wide)
+        if key not in known:
+            if not known and hasattr(model, "set_experts_implementation"):
+                # The model's own code, which takes one expert's matrix after another.
+                model.set_experts_implementation("eager")
+            known[key] = find_mixtures(block, int(model.config.get_text_config().hidden_size))
+        for mixture in known[key]:
+            # Those of an earlier call of this function hold no tensors any more, and are known by their modules.
+            pieces |= take_apart(block, name, mixture)
+    return pieces
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:
-    linears = {f"{name}.{n}": m for n, m in module.named_modules() if is_linear(m)}
-    return Block(index, name, module, linears)
+    mixtures = mixtures_of(module)
+    gates = {f"{name}.{gate}": module.get_submodule(gate) for mixture in mixtures for gate in mixture.gates}
+    linears = {f"{name}.{n}": m for n, m in module.named_modules() if is_linear(m) and f"{name}.{n}" not in gates}
+    return Block(index, name, module, linears, gates, mixtures)
 
 
 def _uncovered(block: Block) -> Iterator[Uncovered]:
-    held = {id(m.weight) for m in block.linears.values()}
+    held = {id(m.weight) for m in (*block.linears.values(), *block.gates.values())}
     for name, parameter in block.module.named_parameters():
         if parameter.dim() >= 2 and id(parameter) not in held:
             yield Uncovered(f"{block.name}.{name}", parameter.numel())

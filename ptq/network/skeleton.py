@@ -1,7 +1,7 @@
 """A model without its weights, as a network: enough for every check of shapes, and for passes of shapes through it."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,7 +15,8 @@ from ptq.errors import UserError
 from ptq.files.store import Store
 from ptq.models.loading import check
 from ptq.models.locations import quiet
-from ptq.network.network import Network, build_network
+from ptq.network.experts.trace import Routing
+from ptq.network.network import Block, Network, build_network, replaced_forward, weight_of
 
 NAME = "ptq_shapes"
 MOST_MODULES = 60_000
@@ -85,7 +86,8 @@ def _counted(model: ModelConfig) -> Iterator[None]:
 def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
     """Inside, a network on the meta device can be called: where values would be looked at, its parts do without them.
 
-    Attentions that use transformers' interface multiply tokens with tokens and nothing else, and are added to `seen`.
+    Attentions that use transformers' interface multiply tokens with tokens and nothing else, and are added to `seen`. Of a
+    mixture the first expert stands for all: it gets as many tokens as all of them are handed.
     """
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
@@ -99,10 +101,14 @@ def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
     with quiet():
         try:
             model.set_attn_implementation(NAME)
-            if network.uncovered and hasattr(model, "set_experts_implementation"):
-                # The other ways to run experts look up which tokens go where, and there are no values to look up.
-                model.set_experts_implementation("batched_mm")
-            yield
+            routed = [
+                (block.module.get_submodule(mixture.routing.module), _experts_of_shapes(block, mixture.routing))
+                for block in network.blocks
+                for mixture in block.mixtures
+                if mixture.routing is not None
+            ]
+            with replaced_forward([module for module, _ in routed], lambda i: routed[i][1]):
+                yield
         finally:
             model.set_attn_implementation(before)
 
@@ -114,6 +120,22 @@ def _attention_of_shapes(
     repeat = query.shape[1] // key.shape[1]
     key, value = key.repeat_interleave(repeat, 1), value.repeat_interleave(repeat, 1)
     return (query @ key.transpose(2, 3) @ value).transpose(1, 2).contiguous(), None
+
+
+def _experts_of_shapes(block: Block, routing: Routing) -> Callable[..., torch.Tensor]:
+    """The products of a mixture's experts and nothing else, all of them in the first one."""
+
+    def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
+        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        hidden: torch.Tensor = next(iter(given.values()))
+        tokens = given[routing.index].numel()
+        first = next(names for names in block.experts.values())
+        for name in first:
+            linear = block.linears[name]
+            linear(hidden.new_empty(tokens, weight_of(linear).shape[1]))
+        return torch.empty_like(hidden)
+
+    return forward
 
 
 def flat_inputs(network: Network) -> frozenset[str]:
@@ -136,4 +158,7 @@ def flat_inputs(network: Network) -> frozenset[str]:
             twin.model(input_ids=tokens, attention_mask=tokens)
     except Exception as error:  # remote code may raise anything
         raise NotTraceable.because(error) from error
+    for block in twin.blocks:
+        if any(name in found for names in block.experts.values() for name in names):
+            found |= {name for names in block.experts.values() for name in names}
     return frozenset(found)
