@@ -35,6 +35,10 @@ BOS, EOS = 256, 257
 ARCHITECTURES = (
     "opt", "llama", "mistral", "qwen2", "qwen3", "gemma3", "gpt_neox", "phi", "bloom", "falcon", "gpt2", "mixtral",
 )  # fmt: skip
+MIXTURES = (
+    "mixtral", "qwen2_moe", "qwen3_moe", "olmoe", "granitemoe", "deepseek_v3", "gpt_oss", "llama4", "dbrx", "jetmoe", "phimoe",
+)  # fmt: skip
+"""Mixtures of experts, each of which holds its experts, its router and shared experts in a way of its own."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,7 @@ _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
 }  # fmt: skip
+_ROUTED: dict[str, Any] = {"num_experts": 6, "num_experts_per_tok": 2}
 _RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "opt": ("opt", {"vocab_size": 64, "hidden_size": 32, "ffn_dim": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
                     "max_position_embeddings": 64, "word_embed_proj_dim": 32}),
@@ -68,6 +73,27 @@ _RANDOM: dict[str, tuple[str, dict[str, Any]]] = {
     "falcon": ("falcon", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4}),
     "gpt2": ("gpt2", {"vocab_size": 64, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions": 64}),
     "mixtral": ("mixtral", {**_LLAMA_LIKE, "num_local_experts": 4}),
+    "qwen2_moe": ("qwen2_moe", {**_LLAMA_LIKE, **_ROUTED, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}),
+    "qwen3_moe": ("qwen3_moe", {**_LLAMA_LIKE, **_ROUTED, "moe_intermediate_size": 24, "head_dim": 8}),
+    "olmoe": ("olmoe", {**_LLAMA_LIKE, **_ROUTED}),
+    "granitemoe": ("granitemoe", {**_LLAMA_LIKE, "num_local_experts": 6, "num_experts_per_tok": 2}),
+    "deepseek_v3": ("deepseek_v3", {
+        **_LLAMA_LIKE, "num_key_value_heads": 4, "n_routed_experts": 8, "n_group": 2, "topk_group": 1, "first_k_dense_replace": 1,
+        "num_experts_per_tok": 2, "q_lora_rank": 16, "kv_lora_rank": 12, "qk_rope_head_dim": 4, "qk_nope_head_dim": 8,
+        "v_head_dim": 8, "moe_intermediate_size": 24,
+    }),
+    "gpt_oss": ("gpt_oss", {**_LLAMA_LIKE, "num_local_experts": 6, "num_experts_per_tok": 2, "head_dim": 8,
+                            "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}),
+    "llama4": ("llama4_text", {**_LLAMA_LIKE, "num_local_experts": 4, "intermediate_size_mlp": 40, "head_dim": 8,
+                               "interleave_moe_layer_step": 1}),
+    "dbrx": ("dbrx", {
+        "vocab_size": 64, "d_model": 32, "n_heads": 4, "n_layers": 2, "max_seq_len": 64,
+        "ffn_config": {"ffn_hidden_size": 24, "moe_num_experts": 4, "moe_top_k": 2, "ffn_act_fn": {"name": "silu"}},
+        "attn_config": {"kv_n_heads": 2, "clip_qkv": 8, "rope_theta": 1e4},
+    }),
+    "jetmoe": ("jetmoe", {"vocab_size": 64, "hidden_size": 32, "num_hidden_layers": 2, "num_key_value_heads": 2,
+                          "kv_channels": 8, "intermediate_size": 48, "num_local_experts": 4, "num_experts_per_tok": 2}),
+    "phimoe": ("phimoe", {**_LLAMA_LIKE, "num_local_experts": 4}),
 }  # fmt: skip
 
 
@@ -75,7 +101,7 @@ def random_tiny(architecture: str, seed: int = 0) -> Any:
     """Returns a tiny random causal language model in fp32 with non-trivial norm gains and biases; vocabulary 64.
 
     Args:
-        architecture: one of `ARCHITECTURES`.
+        architecture: one of `ARCHITECTURES` or `MIXTURES`.
         seed: of the weights.
     """
     model_type, options = _RANDOM[architecture]

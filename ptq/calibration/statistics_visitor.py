@@ -15,7 +15,7 @@ _NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
 
 
 class StatisticsVisitor:
-    """Gathers statistics of the Linears of each block by forward pre-hooks, while samples pass through it.
+    """Gathers statistics of the Linears and gates of each block by forward pre-hooks, while samples pass through it.
 
     Linears that read the very same tensor (q, k, v) share one computation.
 
@@ -32,8 +32,8 @@ class StatisticsVisitor:
         self._last: tuple[torch.Tensor, str] | None = None
 
     def enter(self, block: Block) -> None:
-        """Attaches a hook to every Linear of the block and takes its weight's statistics."""
-        for name, module in block.linears.items():
+        """Attaches a hook to every Linear and gate of the block and takes its weight's statistics."""
+        for name, module in block.readers.items():
             weight = weight_of(module)
             self.weights[name] = WeightStatistics.of(weight)
             self._handles.append(module.register_forward_pre_hook(self._hook(name)))
@@ -56,12 +56,12 @@ class StatisticsVisitor:
     def write(self, block: Block, path: pathlib.Path) -> None:
         """Writes the statistics of a finished block."""
         names = self._gathered(block)
-        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.linears}, _NOBODY)
+        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.readers}, _NOBODY)
         own.save(path)
 
     def read(self, block: Block, path: pathlib.Path) -> None:
         """Takes up what `write` has written."""
-        if not block.linears:
+        if not block.readers:
             return
         found = Statistics.load(path, torch.device(self.device))
         self.inputs |= found.inputs
@@ -69,7 +69,7 @@ class StatisticsVisitor:
 
     def _gathered(self, block: Block) -> list[str]:
         """Returns the block's Linears that tokens have reached, each with the statistics of the tensor that it reads."""
-        names = [name for name in block.linears if name in self._owner]
+        names = [name for name in block.readers if name in self._owner]
         for name in names:
             self.inputs[name] = self.inputs[self._owner[name]]
         return names
@@ -81,6 +81,8 @@ class StatisticsVisitor:
     def _hook(self, name: str) -> Any:
         def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
             x = args[0]
+            if not x.numel():  # an expert that is called for no token
+                return
             if self._last is not None and self._last[0] is x:
                 self._owner.setdefault(name, self._last[1])
                 if self._owner[name] == self._last[1]:

@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.experts.linears import Expert
 from ptq.network.network import Network, weight_of
 from quantize.grid.affine import Grid, dequantize, grouped, integer_range
 from quantize.kernels.matmul import Linear
@@ -92,7 +93,7 @@ class ResidentSource:
         for block in network.blocks:
             for name, module in block.module.named_modules():
                 ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
-                if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer):
+                if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
                     raise UserError(
                         f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
                         "which no format can hold: leave the step out"

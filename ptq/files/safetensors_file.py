@@ -68,6 +68,18 @@ class StoredTensor:
         most = torch.finfo(dtype).max
         return self.dtype.is_floating_point and any(bool((piece.float().abs() > most).any()) for piece in self.pieces())
 
+    def row(self, shape: tuple[int, ...], index: int) -> "StoredTensor":
+        """Returns one of the tensors that this one, seen as `shape`, has along its first dimension.
+
+        Raises:
+            ValueError: when the shape has another number of values.
+        """
+        if math.prod(shape) != math.prod(self.shape):
+            raise ValueError(f"{self.shape} has no {shape[0]} tensors of {shape[1:]}")
+        size = (self.end - self.start) // shape[0]
+        start = self.start + index * size
+        return StoredTensor(self.file, start, start + size, self.dtype, shape[1:])
+
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:
     """Returns what a safetensors file holds, by name, without reading it.

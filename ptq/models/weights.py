@@ -27,14 +27,39 @@ class Weights(Protocol):
     def resident(self) -> bool:
         """Whether everything is in memory all the time."""
 
+    def take_apart(self, pieces: Mapping[str, "Piece"]) -> None:
+        """Notes that parameters of these full names are pieces of tensors that the model held before."""
+
     def hold(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Inside the context, the parameters of the submodules `names` are in memory."""
+
+
+class Piece(Protocol):
+    """One matrix, or some of its rows, of the tensor `source`, which holds `shape`[0] of them."""
+
+    @property
+    def source(self) -> str:
+        """Full name of the tensor."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The tensor's, with the matrices first."""
+
+    @property
+    def expert(self) -> int:
+        """Which matrix."""
+
+    def of(self, tensor: torch.Tensor) -> torch.Tensor:
+        """Returns the piece of the matrix."""
 
 
 class ResidentWeights:
     """Everything is in memory all the time."""
 
     resident = True
+
+    def take_apart(self, pieces: Mapping[str, Piece]) -> None:
+        """Does nothing."""
 
     @contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
@@ -67,6 +92,11 @@ class OffloadedWeights:
     ):
         self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
         self._rounding, self._arithmetic = rounding, arithmetic
+        self._pieces: dict[str, Piece] = {}
+
+    def take_apart(self, pieces: Mapping[str, Piece]) -> None:
+        """Notes that parameters of these full names are pieces of tensors that are stored."""
+        self._pieces.update(pieces)
 
     @contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
@@ -75,11 +105,8 @@ class OffloadedWeights:
         read: dict[StoredTensor, torch.Tensor] = {}
         try:
             for owner, name, full in self._missing(names):
-                stored = self._stored[full]
-                if stored not in read:
-                    read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
                 held.append((owner, name, owner[name]))
-                owner[name] = _in_place_of(owner[name], read[stored])
+                owner[name] = _in_place_of(owner[name], self._read(full, read))
             # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
             read.clear()
             yield
@@ -87,6 +114,22 @@ class OffloadedWeights:
             for owner, name, before in held:
                 owner[name] = before
             return_freed_memory()
+
+    def _read(self, full: str, read: dict[StoredTensor, torch.Tensor]) -> torch.Tensor:
+        piece = self._pieces.get(full)
+        stored = self._stored[full if piece is None else piece.source]
+        if piece is not None:
+            stored = stored.row(piece.shape, piece.expert)
+        if stored not in read:
+            read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
+        if piece is None:
+            return read[stored]
+        value = piece.of(read[stored])
+        # Its other pieces are asked for next, and after them nobody holds the whole.
+        own = value.clone(memory_format=torch.contiguous_format)
+        for other in [s for s in read if s is not stored and s.file == stored.file and s.shape == stored.shape]:
+            del read[other]
+        return own
 
     def _missing(self, names: Iterable[str]) -> Iterator[tuple[dict[str, Any], str, str]]:
         """Yields (the dictionary that holds it, name in it, full name) of the parameters and buffers that are on meta."""

@@ -135,6 +135,7 @@ class BlockStream:
         progress: Progress | None = None,
     ):
         self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
+        weights.take_apart(network.pieces)
         self.progress = progress or (lambda what, done, total: None)
         self.outside: list[Callable[[], None]] = []
         """What the transforms do to embedding, final norm and head, in order; done each time that these are held."""

@@ -3,7 +3,7 @@
 import json
 import pathlib
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -14,9 +14,12 @@ from torch import nn
 
 from ptq.files.bounded import parse_json
 from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.experts.recorded import Seen, record_block
+from ptq.network.experts.routing import evenly, rerouted
+from ptq.network.experts.twins import Twins, in_stages
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
-from ptq.network.residual import find_norm_sums, find_sums
+from ptq.network.residual import find_norm_sums, find_sums, find_weighed_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
 """Powers of two: scaling by them is exact, so a true link shows no error but the summation's."""
@@ -30,7 +33,7 @@ class Link:
         kind: ``norm``, ``activation`` (an activation function that is a module) or ``linear`` (v -> o, up -> down).
         block: index of the block.
         producer: full name of the module that writes the tensor.
-        readers: full names of the Linears that read it, in the order of the calls.
+        readers: full names of the Linears that read it, in the order of the calls; before them, of the gates that do.
         repeat: for v -> o with grouped-query attention, how many query heads read one value head; otherwise 1.
         head_dim: channels of a head, for v -> o; otherwise 0.
         source: for kind ``activation``, the Linear whose output the activation function reads, or "".
@@ -57,6 +60,7 @@ class Link:
 class Trace:
     """What a tiny input showed of a block: its links, its notes, the roles of its Linears, its `stages` (the Linears in the
     order of their calls, those that read one tensor together), and the `sums` that their outputs, and the norms' (`norm_sums`), are part of.
+    `weighed_sums` are those of outputs that a number for each token is multiplied with first: experts', and what a gate weighs.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -65,15 +69,17 @@ class Trace:
     roles: dict[str, str] = field(default_factory=dict)
     sums: dict[str, str] = field(default_factory=dict)
     norm_sums: dict[str, str] = field(default_factory=dict)
+    weighed_sums: dict[str, str] = field(default_factory=dict)
 
 
 def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> dict[int, Trace]:
     """Traces every block on one tiny input and returns, for each block, its proved links, its notes and the roles of its Linears.
 
-    A norm or an activation function is linked to the Linears whose input is the very object it returned. A Linear whose
-    input nobody returned is tried against the Linears beside it (same parent, fitting shape). Every candidate is proved:
-    scaling the producer's output and the readers' input by reciprocal factors must leave the block's output alone. All this
-    is computed in float32 or float64, so that a model has the same links whatever it runs in.
+    A norm or an activation function is linked to the Linears whose input is the very object it returned, or tokens of it. A
+    Linear whose input nobody returned is tried against the Linears beside it (same parent or expert, fitting shape). Every
+    candidate is proved: scaling the producer's output and the readers' input by reciprocal factors must leave the block's
+    output alone. All this is computed in float32 or float64, so that a model has the same links whatever it runs in, and
+    with every token sent to every expert, so that all of them are looked at.
 
     Args:
         network: the model.
@@ -98,60 +104,69 @@ class _Tracer:
     def enter(self, block: Block) -> None:
         """Traces the block."""
         hidden = self.flow.hidden[:1].to(self.stream.device)
-        dtype = telling_dtype(self.stream, self.flow, block, hidden)
-        with precise_block(self.stream, self.flow, block, dtype) as call:
-            self.traces[block.index] = self._trace(block, call, hidden.to(dtype))
+        routings = [(m.routing, m.experts) for m in block.mixtures if m.routing is not None]
+        with rerouted(block.module, routings, evenly):
+            dtype = telling_dtype(self.stream, self.flow, block, hidden)
+            with precise_block(self.stream, self.flow, block, dtype) as call:
+                self.traces[block.index] = self._trace(block, call, hidden.to(dtype))
 
     def _trace(self, block: Block, call: Call, hidden: torch.Tensor) -> Trace:
-        names = {module: f"{block.name}.{name}" for name, module in block.module.named_modules() if name}
-        producers, inputs, fed, keep = _record(call, hidden, names)
-        readings: dict[int, list[str]] = {}
-        for name, tensor in inputs.items():
-            readings.setdefault(id(tensor), []).append(name)
-        trace = Trace(stages=[tuple(names) for names in readings.values()])
-        found: dict[str, list[str]] = {}
-        free: list[str] = []
-        for name, tensor in inputs.items():
-            if id(tensor) in producers:
-                found.setdefault(producers[id(tensor)], []).append(name)
-            else:
-                free.append(name)
-        del keep
+        seen = record_block(block, call, hidden)
+        trace = Trace(stages=in_stages(block, seen.inputs))
+        twins = Twins(block, list(seen.inputs))
+        found, free = _readers(seen, twins)
         probe = _Probe(self.network, call, hidden, call(hidden))
         for producer, readers in found.items():
             module = self.network.model.get_submodule(producer)
             if not is_linear(module):
                 kind = "norm" if any(True for _ in module.parameters()) else "activation"
                 link = Link(kind, block.index, producer, tuple(readers))
-                source = producers.get(fed.get(producer, 0), "") if kind == "activation" else ""
+                source = seen.producers.get(seen.fed.get(producer, 0), "") if kind == "activation" else ""
                 if source and is_linear(self.network.model.get_submodule(source)):
                     link = replace(link, source=source)
                     link = replace(link, homogeneous=probe.holds(replace(link, producer=source)))
                 _add(trace, probe, link)
+        seen.keep.clear()
+        order = [name for stage in trace.stages for name in stage]
         for reader in free:
-            self._linear_pair(trace, probe, block, reader, list(inputs))
-        _roles(trace, list(inputs), self.network.head_dim)
+            if reader in block.linears and not twins.is_twin(reader):
+                self._linear_pair(trace, probe, twins, reader, order)
+        self._pairs_of_twins(trace, probe, twins)
+        _roles(trace, list(seen.inputs), self.network.head_dim)
         if self.sums:
-            trace.sums, trace.norm_sums = find_sums(call, block, hidden), find_norm_sums(call, block, hidden)
+            trace.norm_sums = find_norm_sums(call, block, hidden)
+            trace.sums = find_sums(call, block, hidden, trace.norm_sums)
+            trace.weighed_sums = find_weighed_sums(call, block, hidden, set(trace.sums))
         return trace
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
 
-    def _linear_pair(self, trace: Trace, probe: "_Probe", block: Block, reader: str, order: list[str]) -> None:
+    def _linear_pair(self, trace: Trace, probe: "_Probe", twins: Twins, reader: str, order: list[str]) -> None:
         channels = weight_of(self.network.model.get_submodule(reader)).shape[1]
-        parent = reader.rpartition(".")[0]
-        beside = [
-            n for n in order if n.rpartition(".")[0] == parent and n != reader and order.index(n) < order.index(reader)
-        ]
+        beside = [n for n in order[: order.index(reader)] if n != reader and twins.beside(n, reader)]
         for producer in reversed(beside):
             width = weight_of(self.network.model.get_submodule(producer)).shape[0]
             head_dim = self.network.head_dim if width != channels else 0
             if channels % width or (width != channels and (head_dim == 0 or width % head_dim)):
                 continue
-            link = Link("linear", block.index, producer, (reader,), channels // width, head_dim)
+            link = Link("linear", twins.block.index, producer, (reader,), channels // width, head_dim)
             if _add(trace, probe, link):
                 return
+
+    def _pairs_of_twins(self, trace: Trace, probe: "_Probe", twins: Twins) -> None:
+        """Links all experts as the first one is: proved together, or one after another where that does not hold."""
+        of_first = [x for x in trace.links if x.kind == "linear" and twins.is_first(x.producer)]
+        links = [
+            replace(link, producer=producer, readers=(reader,))
+            for link in of_first
+            for producer, reader in twins.of(link.producer, link.readers[0])
+        ]
+        if links and probe.all_hold(links):
+            trace.links += links
+            return
+        for link in links:
+            _add(trace, probe, link)
 
 
 @dataclass(frozen=True)
@@ -165,14 +180,26 @@ class _Probe:
 
     def holds(self, link: Link) -> bool:
         """Returns whether the block's output stays the same when the link is scaled there and back."""
+        return self.all_hold([link])
+
+    def all_hold(self, links: list[Link]) -> bool:
+        """Returns whether the block's output stays the same when all these links are scaled there and back."""
+        with ExitStack() as stack:
+            for link in links:
+                stack.enter_context(self._scaled(link))
+            output = self.call(self.hidden)
+        return self._unchanged(output)
+
+    def _scaled(self, link: Link) -> AbstractContextManager[None]:
         model = self.network.model
         channels = weight_of(model.get_submodule(link.readers[0])).shape[1] // link.repeat
         generator = torch.Generator().manual_seed(link.block)
         pick = torch.randint(len(PROBE_SCALES), (channels,), generator=generator)
         scale = torch.tensor(PROBE_SCALES)[pick].to(self.hidden)
-        back = link.reader_scale(scale)
-        with _scaled(model.get_submodule(link.producer), scale, [model.get_submodule(r) for r in link.readers], back):
-            output = self.call(self.hidden)
+        readers = [model.get_submodule(name) for name in link.readers]
+        return _scaled(model.get_submodule(link.producer), scale, readers, link.reader_scale(scale))
+
+    def _unchanged(self, output: torch.Tensor) -> bool:
         return change_error(self.hidden, self.reference, output) <= tolerance_of(self.hidden, self.reference)
 
 
@@ -185,35 +212,24 @@ def _add(trace: Trace, probe: _Probe, link: Link) -> bool:
     return proved
 
 
-def _record(
-    call: Call, hidden: torch.Tensor, names: dict[nn.Module, str]
-) -> tuple[dict[int, str], dict[str, torch.Tensor], dict[str, int], list[Any]]:
-    """Runs the block once; returns id of output -> module name, Linear name -> input, module name -> id of its input,
-    and the tensors that keep ids unique.
+def _readers(seen: Seen, twins: Twins) -> tuple[dict[str, list[str]], list[str]]:
+    """Returns the readers of each producer whose output they read, or tokens of it, and those whose input nobody returned.
+
+    An expert that got no tokens reads what the others do.
     """
-    producers: dict[int, str] = {}
-    fed: dict[str, int] = {}
-    inputs: dict[str, torch.Tensor] = {}
-    keep: list[Any] = []
-
-    def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-        keep.append((args, output))
-        if args:
-            fed[names[module]] = id(args[0])
-        if is_linear(module) and args:
-            inputs[names[module]] = args[0]
-        passes_through = any(output is a for a in args)
-        if isinstance(output, torch.Tensor) and not passes_through:
-            producers.setdefault(id(output), names[module])
-
-    # Containers return what their last child returned; `setdefault` keeps the child, whose hook runs first.
-    handles = [module.register_forward_hook(hook) for module in names]
-    try:
-        call(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
-    return producers, inputs, fed, keep
+    found: dict[str, list[str]] = {}
+    free: list[str] = []
+    for name, tensor in (*seen.gate_inputs.items(), *seen.inputs.items()):
+        producer = seen.producers.get(id(tensor)) or seen.giver_of(tensor)
+        if producer:
+            found.setdefault(producer, []).append(name)
+        else:
+            free.append(name)
+    for producer, readers in found.items():
+        alike = dict.fromkeys(other for name in readers for other in twins.alike(name))
+        found[producer] = [*readers, *(name for name in alike if name not in readers)]
+        free = [name for name in free if name not in alike]
+    return found, free
 
 
 @contextmanager
@@ -284,4 +300,5 @@ def _trace(facts: dict[str, Any]) -> Trace:
         facts["roles"],
         facts["sums"],
         facts["norm_sums"],
+        facts["weighed_sums"],
     )

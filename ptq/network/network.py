@@ -54,6 +54,11 @@ class Block:
     mixtures: list[Mixture] = field(default_factory=list)
 
     @property
+    def readers(self) -> dict[str, nn.Module]:
+        """What multiplies its input by a ``weight`` (rows, in), by full name: gates and Linears."""
+        return {**self.gates, **self.linears}
+
+    @property
     def experts(self) -> dict[str, tuple[str, ...]]:
         """Full names of the Linears of each expert, by the expert's full name (of several that it has, the first)."""
         found: dict[str, tuple[str, ...]] = {}

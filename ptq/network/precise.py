@@ -73,7 +73,7 @@ def precise_module(module: nn.Module, dtype: torch.dtype = torch.float32) -> Ite
 def telling_dtype(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor) -> torch.dtype:
     """Returns float32 where its rounding leaves enough to tell what the block does to `hidden`, else float64.
 
-    A block that cannot be computed in float64 (grouped products of experts, some devices) stays in float32, with its tolerance.
+    A block that cannot be computed in float64 (some devices) stays in float32, with its tolerance.
     """
     if hidden.dtype == torch.float64:
         return torch.float64

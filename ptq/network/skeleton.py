@@ -126,7 +126,8 @@ def _experts_of_shapes(block: Block, routing: Routing) -> Callable[..., torch.Te
     """The products of a mixture's experts and nothing else, all of them in the first one."""
 
     def forward(*args: Any, **kwargs: Any) -> torch.Tensor:
-        given: dict[int | str, Any] = {**dict(enumerate(args)), **kwargs}
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update((key, value) for key, value in kwargs.items())
         hidden: torch.Tensor = next(iter(given.values()))
         tokens = given[routing.index].numel()
         first = next(names for names in block.experts.values())

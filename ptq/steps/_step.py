@@ -182,6 +182,10 @@ class Context:
         """Returns the same for the block's norms: those whose output is added to the residual stream."""
         return self.traces[block.index].norm_sums if block.index in self.traces else {}
 
+    def weighed_sums(self, block: Block) -> dict[str, str]:
+        """Returns the same for Linears whose output is weighed token by token first: those of experts, and what a gate weighs."""
+        return self.traces[block.index].weighed_sums if block.index in self.traces else {}
+
     def stages(self, block: Block) -> list[tuple[str, ...]]:
         """Returns the block's Linears in the order of their calls, those that read one tensor together."""
         known = self.traces[block.index].stages if block.index in self.traces else []

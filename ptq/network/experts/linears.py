@@ -1,5 +1,6 @@
 """A fused tensor's experts as Linears, and what the module that held it finds in its place."""
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -49,7 +50,9 @@ class ExpertLinears(StandIn):
         parts: names of the Linears, inside the expert, whose outputs make up a product; "" for the expert being the Linear.
     """
 
-    def __init__(self, owner: nn.Module, fused: Fused, parts: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype):
+    def __init__(
+        self, owner: nn.Module, fused: Fused, parts: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
+    ):
         super().__init__(f"{fused.owner}.{fused.name}", shape, dtype, torch.device("meta"))
         self.owner, self.fused, self.parts = owner, fused, parts
 
@@ -61,10 +64,11 @@ class ExpertLinears(StandIn):
     def viewed(self, shape: torch.Size) -> StandIn:
         return ExpertLinears(self.owner, self.fused, self.parts, tuple(shape), self.dtype)
 
-    def linears(self, expert: int) -> list[nn.Module]:
-        """Returns what multiplies for this expert now."""
-        held = self.owner._modules[str(expert)]
-        return [held if not part else held._modules[part] for part in self.parts]  # type: ignore[union-attr, misc]
+    def linears(self, expert: int) -> Iterator[nn.Module]:
+        """Yields what multiplies for this expert, as it stands when its turn comes: a solver may replace it between two."""
+        for part in self.parts:
+            held = self.owner.get_submodule(str(expert))
+            yield held.get_submodule(part) if part else held
 
     def product(self, x: torch.Tensor, expert: int | None, flipped: bool) -> torch.Tensor:
         outputs = [linear(x) for linear in self.linears(int(expert or 0))]
@@ -109,19 +113,20 @@ def _take_apart(owner: nn.Module, full: str, fused: Fused) -> dict[str, Piece]:
     parts = part_names(fused)
     pieces: dict[str, Piece] = {}
     with torch.no_grad():
+        matrices = _each(weight.view(fused.shape))
+        biases = [] if bias is None else _each(bias)
         for expert in range(fused.shape[0]):
             held = owner._modules.get(str(expert))
             if held is None and parts[0][0]:
-                held = Expert()
-                owner.add_module(str(expert), held)
+                owner._modules[str(expert)] = held = Expert()
             for part, rows in parts:
                 of = {"weight": Piece(f"{full}.{fused.name}", fused.shape, expert, fused.flipped, rows)}
-                tensors = {"weight": of["weight"].of(weight.view(fused.shape)[expert])}
+                tensors = {"weight": of["weight"].of(matrices[expert])}
                 if bias is not None:
                     of["bias"] = Piece(f"{full}.{fused.bias}", tuple(bias.shape), expert, False, rows)
-                    tensors["bias"] = of["bias"].of(bias[expert])
+                    tensors["bias"] = of["bias"].of(biases[expert])
                 linear = _linear(tensors, weight.requires_grad)
-                (owner if held is None or not part else held).add_module(part or str(expert), linear)
+                (owner if held is None or not part else held)._modules[part or str(expert)] = linear
                 name = ".".join(p for p in (full, str(expert), part) if p)
                 pieces |= {f"{name}.{kind}": piece for kind, piece in of.items()}
     names = tuple(part for part, _ in parts)
@@ -129,6 +134,15 @@ def _take_apart(owner: nn.Module, full: str, fused: Fused) -> dict[str, Piece]:
     if bias is not None:
         owner.__dict__[fused.bias] = ExpertLinears(owner, fused, names, tuple(bias.shape), bias.dtype)
     return pieces
+
+
+def _each(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
+    """Returns the tensors along the first dimension. On meta they are one: a mixture may have thousands, all alike."""
+    return (
+        [torch.empty(tensor.shape[1:], dtype=tensor.dtype, device="meta")] * len(tensor)
+        if tensor.is_meta
+        else tensor.unbind()
+    )
 
 
 def part_names(fused: Fused) -> list[tuple[str, Rows]]:
@@ -161,6 +175,7 @@ def _linear(tensors: dict[str, torch.Tensor], requires_grad: bool) -> nn.Linear:
     linear.out_features, linear.in_features = tensors["weight"].shape
     for name in ("weight", "bias"):
         value = tensors.get(name)
-        own = None if value is None else value.clone(memory_format=torch.contiguous_format)
-        linear.register_parameter(name, None if own is None else nn.Parameter(own, requires_grad))
+        if value is not None and not value.is_meta:
+            value = value.clone(memory_format=torch.contiguous_format)
+        linear._parameters[name] = None if value is None else nn.Parameter(value, requires_grad)
     return linear

@@ -45,8 +45,8 @@ def _keeping(scores: list[torch.Tensor], item: int) -> Callable[..., None]:
 
 def _changing(routing: Routing, choice: Choice, scores: list[torch.Tensor], experts: int) -> Callable[..., Any]:
     def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        given: dict[int | str, Any] = {**kwargs}
-        given.update(enumerate(args))
+        given: dict[int | str, Any] = dict(enumerate(args))
+        given.update((key, value) for key, value in kwargs.items())
         seen = scores[0].reshape(-1, experts) if scores else None
         index, weights = choice(given[routing.index], given[routing.weights], seen)
         given[routing.index], given[routing.weights] = index, weights
@@ -67,24 +67,27 @@ def evenly(experts: int) -> Choice:
     return choose
 
 
-def with_others(index: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def with_others(
+    index: torch.Tensor, weights: torch.Tensor, wanted: torch.Tensor, scores: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the choice with more experts, which see the tokens and give nothing to the output.
 
     Args:
         index: experts that were chosen, int64 (tokens, k).
         weights: theirs (tokens, k).
         wanted: bool (tokens, experts); true for those that shall see the token beside the chosen ones.
+        scores: the router's (tokens, experts).
 
     Returns:
-        Numbers and weights (tokens, n): the chosen ones first, as they were, then the others with weight 0. Where a token has
-        fewer others than the one with most, its first choice is named again, with weight 0.
+        Numbers and weights (tokens, n): the chosen ones first, as they were, then the others with weight 0. All tokens have
+        as many; where fewer are wanted, those with the next scores fill up.
     """
     own = torch.zeros_like(wanted).scatter_(1, index, True)
     more = wanted & ~own
     most = int(more.sum(1).max()) if more.numel() else 0
     if not most:
         return index, weights
-    others = more.to(torch.int8).argsort(1, descending=True, stable=True)[:, :most]
-    real = more.gather(1, others)
-    others = torch.where(real, others, index[:, :1]).to(index.dtype)
+    places = scores.sort(dim=1, descending=True, stable=True).indices.argsort(1)
+    rank = (~more).to(places.dtype) * (scores.shape[1] + 1) + places + own.to(places.dtype) * 4 * scores.shape[1]
+    others = rank.argsort(1)[:, :most].to(index.dtype)
     return torch.cat([index, others], 1), torch.cat([weights, torch.zeros_like(others, dtype=weights.dtype)], 1)

@@ -75,11 +75,11 @@ class StandIn:
 
         `flipped`: the matrix is (in, out), where Linears have (out, in).
         """
-        raise NotImplementedError
+        raise Unsupported(self.place, "multiplied")
 
     def added(self, y: torch.Tensor, expert: int) -> torch.Tensor:
         """Returns a product `y` with the bias of its expert, where `product` has not added that."""
-        raise NotImplementedError
+        raise Unsupported(self.place, "added")
 
     def viewed(self, shape: torch.Size) -> "StandIn":
         """Returns the stand-in for the same numbers in another shape."""
@@ -94,7 +94,10 @@ class StandIn:
 
     def __getitem__(self, index: Any) -> "Matrix | Vector":
         whole = isinstance(index, int) or (
-            isinstance(index, torch.Tensor) and index.numel() == 1 and index.dim() == 0 and not index.is_floating_point()
+            isinstance(index, torch.Tensor)
+            and index.numel() == 1
+            and index.dim() == 0
+            and not index.is_floating_point()
         )
         if not whole or index.__class__ is bool:
             raise Unsupported(self.place, f"indexed by {type(index).__name__}")

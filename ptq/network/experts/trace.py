@@ -107,7 +107,8 @@ def find_mixtures(block: nn.Module, width: int) -> list[Mixture]:
         if owner in done or parameter is None or _alone(parameter, modules[owner]):
             continue
         for host in _above(owner):
-            mixture = _mixture(modules, host, [p for p in places if _inside(p[0], host)], width)
+            with torch.device("cpu"):  # a model is built on meta by making that the default
+                mixture = _mixture(modules, host, [p for p in places if _inside(p[0], host)], width)
             if mixture is not None:
                 found.append(mixture)
                 done |= {p[0] for p in places if _inside(p[0], host)}
@@ -301,17 +302,17 @@ def _described(modules: Mapping[str, nn.Module], host: str, notes: _Notes) -> Mi
     around = host if "." not in host else host.rpartition(".")[0]
     gates += _narrow_linears(modules, around, experts)
     holders = tuple(dict.fromkeys(f.owner for f in fused))
-    return Mixture(
-        experts, holders, tuple(fused), tuple(dict.fromkeys(gates)), _routing(host, fused, experts, notes)
-    )
+    return Mixture(experts, holders, tuple(fused), tuple(dict.fromkeys(gates)), _routing(host, fused, experts, notes))
 
 
 def _routing(host: str, fused: list[Fused], experts: int, notes: _Notes) -> Routing | None:
     """Returns how the innermost module that is handed numbers of experts, and weights, is handed them."""
     for name in _above(fused[0].owner):
         for called, args, kwargs in notes.calls:
-            items = [*enumerate(args), *kwargs.items()]
-            index = [(at, v) for at, v in items if isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.dim() == 2]
+            items: list[tuple[int | str, Any]] = [*enumerate(args), *kwargs.items()]
+            index = [
+                (at, v) for at, v in items if isinstance(v, torch.Tensor) and v.dtype == torch.int64 and v.dim() == 2
+            ]
             if called != name or len(index) != 1:
                 continue
             at, numbers = index[0]
@@ -330,12 +331,13 @@ def _routing(host: str, fused: list[Fused], experts: int, notes: _Notes) -> Rout
 def _scores(experts: int, notes: _Notes) -> tuple[str, int] | None:
     for name, output in notes.outputs:
         for i, item in enumerate(output if isinstance(output, tuple) else (output,)):
-            if isinstance(item, torch.Tensor) and item.is_floating_point() and item.shape[-1] == experts:
-                if item.numel() == TOKENS * experts:
-                    return name, i
+            floating = isinstance(item, torch.Tensor) and item.is_floating_point()
+            if floating and item.shape[-1] == experts and item.numel() == TOKENS * experts:
+                return name, i
     return None
 
 
+@torch.enable_grad()
 def _halves(product: _Product, products: list[_Product]) -> tuple[str, bool]:
     """Returns `Fused.halves` and `Fused.gate_first` of what made this product, by what the next one of its expert reads.
 

@@ -150,7 +150,8 @@ class _Grouping:
         links = [x for block in context.network.blocks for x in context.links(block) if x.kind == "norm"]
         # A norm inside the attention (on heads) has another width than the residual stream.
         width = context.network.model.config.get_text_config().hidden_size
-        readers = [name for link in links for name in link.readers if len(statistics.inputs[name].min) == width]
+        names = [name for link in links for name in link.readers if name in statistics.inputs]
+        readers = [name for name in names if len(statistics.inputs[name].min) == width]
         if not readers:
             return None
         return cluster(self._features(readers), count, self.options.seed, extent=_extent(readers, statistics)).labels
@@ -159,6 +160,9 @@ class _Grouping:
         """Returns the clusters of the channels that the link's producer writes, or None for no clusters."""
         kind, counts, seed = kind_of(link, self.context.roles), self.options.clusters, self.options.seed
         reader, statistics = link.readers[0], self.statistics
+        if reader not in statistics.inputs:
+            self.context.note(f"cluster: {link.producer} left alone: no calibration token reaches {reader}")
+            return None
         if kind == "norm":
             if shared is not None and len(shared) == len(statistics.inputs[reader].min):
                 return shared
@@ -200,7 +204,8 @@ class _Grouping:
         self.orders |= {f"{key}|written": written, f"{key}|read": read}
         for name in link.readers:
             self.labels[name] = repeated[read]
-            inputs[name] = inputs[name].reordered(read)
+            if name in inputs:
+                inputs[name] = inputs[name].reordered(read)
             weights[name] = weights[name].reordered_inputs(read)
         for name in writers:
             weights[name] = weights[name].reordered_outputs(written)

@@ -261,7 +261,11 @@ class Step(Transform):
             for name in link.readers:
                 reader = context.module(name)
                 weight, bias = fold_gain(
-                    weight_of(reader), reader.bias, norm.weight, gain_offset(norm) or 0.0, getattr(norm, "bias", None)
+                    weight_of(reader),
+                    getattr(reader, "bias", None),
+                    norm.weight,
+                    gain_offset(norm) or 0.0,
+                    getattr(norm, "bias", None),
                 )
                 weight_of(reader).copy_(rotate_reader(weight, basis.matrix))
                 if bias is not None:
@@ -281,16 +285,17 @@ class Step(Transform):
                 writer.bias.copy_(bias)
 
     def _writers(self, block: Block, context: Context) -> dict[str, list[str]]:
-        """Returns the Linears that write to the stream: the MLP's last, called last of all, and the attention's."""
+        """Returns the Linears that write to the stream: the MLP's last, or its experts', and the attention's, called before."""
         order = [name for stage in context.stages(block) for name in stage]
-        writers = sorted(context.sums(block), key=order.index)
-        return {"down": writers[-1:], "out": writers[:-1]}
+        writers = sorted({**context.sums(block), **context.weighed_sums(block)}, key=order.index)
+        first = min(1, len(writers) - 1)
+        return {"down": writers[first:], "out": writers[:first]}
 
 
 def _writers(block: Block, context: Context) -> list[str]:
     """Returns the Linears whose output is added to the residual stream itself, with no norm between."""
-    norms = context.norm_sums(block)
-    return [name for name, place in context.sums(block).items() if place not in norms]
+    norms, sums = context.norm_sums(block), {**context.sums(block), **context.weighed_sums(block)}
+    return [name for name, place in sums.items() if place not in norms]
 
 
 def _stream_links(context: Context, block: Block, width: int) -> list[Link]:

@@ -182,9 +182,10 @@ class Planning:
     def of_block(self, block: Block) -> StepPlan:
         """Returns what has been chosen for one block."""
         inputs, weights = self.statistics.inputs, self.statistics.weights
-        names = list(block.linears)
-        scales = {key: self.scales[key] for key in map(key_of, self.links(block))}
-        own = Statistics({n: inputs[n] for n in names}, {n: weights[n] for n in names}, self.statistics.provenance)
+        names = list(block.readers)
+        scales = {key: self.scales[key] for key in map(key_of, self.links(block)) if key in self.scales}
+        reached = {n: inputs[n] for n in names if n in inputs}
+        own = Statistics(reached, {n: weights[n] for n in names}, self.statistics.provenance)
         return StepPlan(scales, statistics=own)
 
     def add(self, chosen: StepPlan) -> None:
@@ -205,6 +206,9 @@ class Planning:
             return working[name]
 
         for link in self.links(block):
+            if link.readers[0] not in inputs:
+                self.context.note(f"smooth: {link.producer} left alone: no calibration token reaches {link.readers[0]}")
+                continue
             readers = [weight(name) for name in link.readers]
             seen = None if rows is None else rows[link.readers[0]]
             scale = self.scale(link, inputs[link.readers[0]], readers, seen)
@@ -212,7 +216,8 @@ class Planning:
             self.scales[key_of(link)] = scale
             for name in link.readers:
                 multiply_columns(weight(name), back)
-                inputs[name] = inputs[name].divided(back)
+                if name in inputs:
+                    inputs[name] = inputs[name].divided(back)
             if link.kind != "norm":
                 divide_rows(weight(link.source or link.producer), None, scale)
         for name, tensor in working.items():
@@ -242,7 +247,7 @@ class _Formula(Planning):
         )
         if rows is None:
             return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
-        specs = specs_of(self.context, link.readers[0])
+        specs = specs_of(self.context, _of_linear(link, self.context))
         outputs = [product(rows, weight.t()) for weight in readers]
         trial = _Trial(rows, readers, outputs, _clusterless(specs.weight), specs.input, statistics)
         scales = [torch.ones_like(columns)]
@@ -326,6 +331,12 @@ def _clusterless(spec: QuantSpec | None) -> QuantSpec | None:
     """Returns the spec that a trial uses for weights: one range a row, where there will be one a row and cluster."""
     clustered = spec is not None and spec.granularity == "cluster"
     return replace(spec, granularity="channel") if clustered and spec is not None else spec
+
+
+def _of_linear(link: Link, context: Context) -> str:
+    """Returns the first reader that is quantized: gates stay in floating point."""
+    linears = context.network.blocks[link.block].linears
+    return next((name for name in link.readers if name in linears), link.readers[0])
 
 
 def kind_of(link: Link, roles: dict[str, str]) -> str:

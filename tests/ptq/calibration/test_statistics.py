@@ -91,7 +91,8 @@ def test_every_linear_and_conv1d_is_measured_on_its_own_input(architecture, ids)
     model = random_tiny(architecture)
     seen = {}
     network = build_network(model)
-    for name, module in network.linears.items():
+    measured = {name: module for block in network.blocks for name, module in block.readers.items()}
+    for name, module in measured.items():
         module.register_forward_pre_hook(lambda m, a, name=name: seen.setdefault(name, []).append(a[0].flatten(0, -2)))
     with torch.no_grad():
         model(input_ids=ids, use_cache=False)

@@ -9,6 +9,7 @@ from ptq.network.links import Link, describe, trace_links
 from ptq.network.network import build_network
 from ptq.testing import random_tiny
 
+GATES_AND_UPS = [(e, p) for e in range(4) for p in ("gate", "up")]
 QKV = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj")
 GATED = {
     ("norm", "input_layernorm", QKV),
@@ -76,7 +77,16 @@ EXPECTED = {
     ),
     "mixtral": (
         "model.layers",
-        {("norm", "input_layernorm", QKV), ("linear", "self_attn.v_proj", ("self_attn.o_proj",))},
+        {
+            ("norm", "input_layernorm", QKV),
+            ("linear", "self_attn.v_proj", ("self_attn.o_proj",)),
+            (
+                "norm",
+                "post_attention_layernorm",
+                ("mlp.gate", *(f"mlp.experts.{e}.{p}_proj" for e, p in GATES_AND_UPS)),
+            ),
+            *(("linear", f"mlp.experts.{e}.up_proj", (f"mlp.experts.{e}.down_proj",)) for e in range(4)),
+        },
     ),
 }
 
@@ -161,21 +171,24 @@ def test_a_value_head_shared_by_several_query_heads_repeats_its_scale():
 
 
 def test_experts_that_are_no_linears_are_named_with_their_share():
-    network, _ = _stream(random_tiny("mixtral"))
+    # JetMoe's attention hands its experts' products around in a way that no code outside of the block can call.
+    network, _ = _stream(random_tiny("jetmoe"))
     sentence = network.coverage()
     share = sum(u.parameters for u in network.uncovered) / sum(p.numel() for p in network.model.parameters())
-    assert sentence is not None and "experts.gate_up_proj" in sentence and f"{share:.1%}" in sentence
+    assert (
+        sentence is not None and "self_attention.experts.input_linear.weight" in sentence and f"{share:.1%}" in sentence
+    )
 
 
 class _Copies(torch.nn.Module):
-    """Gives its Linear a copy of the input, which no module returned: nothing to find by object identity."""
+    """Gives its Linear other numbers than any module returned: nothing to find."""
 
     def __init__(self, linear):
         super().__init__()
         self.linear = linear
 
     def forward(self, x):
-        return self.linear(x * 1.0)
+        return self.linear(x + 1.0)
 
 
 def test_an_architecture_without_links_says_what_it_cannot_do():

@@ -54,13 +54,7 @@ def test_gelu_commutes_with_scales_in_no_type(architecture, dtype):
 
 @pytest.mark.parametrize(
     ("architecture", "wide"),
-    # torch multiplies Mixtral's experts in float32 at most.
-    [
-        (a, wide)
-        for a in ARCHITECTURES
-        for wide in (torch.float32, torch.float64)
-        if (a, wide.itemsize) != ("mixtral", 8)
-    ],
+    [(a, wide) for a in ARCHITECTURES for wide in (torch.float32, torch.float64)],
 )
 def test_a_precise_block_computes_what_the_block_of_a_wide_copy_of_the_model_computes(architecture, wide):
     model = random_tiny(architecture).to(torch.float16)
@@ -137,10 +131,17 @@ def test_beside_a_huge_residual_stream_only_float64_tells():
     assert tolerance_of(wide, before) < 1e-4
 
 
-def test_experts_that_have_no_product_in_float64_are_looked_at_in_float32():
-    network, stream, flow = _opened(random_tiny("mixtral"))
+def test_a_block_that_has_no_product_in_float64_is_looked_at_in_float32():
+    network, stream, flow = _opened(random_tiny("llama"))
     hidden = flow.hidden.clone()
     hidden[..., 0] += 1e7
+    assert telling_dtype(stream, flow, network.blocks[0], hidden) == torch.float64
+
+    def narrow(module, args):
+        if args[0].dtype == torch.float64:
+            raise RuntimeError("no float64 on this device")
+
+    network.blocks[0].module.mlp.register_forward_pre_hook(narrow)
     assert telling_dtype(stream, flow, network.blocks[0], hidden) == torch.float32
 
 

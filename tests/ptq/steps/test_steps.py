@@ -85,9 +85,8 @@ def test_a_transform_preserves_the_logits_of_every_architecture(architecture, na
     torch.testing.assert_close(prepared.logits(), before, rtol=1e-3, atol=2e-4)
 
 
-# transformers multiplies Mixtral's experts by an operation that has no float64.
 @pytest.mark.parametrize("method", cluster.METHODS)
-@pytest.mark.parametrize("architecture", sorted(set(ARCHITECTURES) - {"mixtral"}))
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
 def test_rounding_in_clusters_gives_the_same_numbers_without_reordering(architecture, method):
     scheme = SchemeConfig(
         weight=QuantSpec(bits=4, granularity="cluster"),
