@@ -28,6 +28,7 @@ from ptq.export.base import (
     require,
     specs_by_linear,
 )
+from ptq.export.published_names import published_names
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_folder_atomic, write_text
 from ptq.network.network import Network
@@ -73,6 +74,14 @@ class Exporter:
         specs = specs_by_linear(scheme, network)
         if not any(s.any for s in specs.values()):
             raise UserError(f"scheme: nothing is quantized, so {NAME} has nothing to hold: use {nearest}")
+        published = published_names(network)
+        inside = [name for block in network.blocks for names in block.experts.values() for name in names]
+        unnamed = next((name for name in inside if specs[name].any and f"{name}.weight" not in published), None)
+        if unnamed is not None:
+            raise UserError(
+                f"export: {NAME} holds experts one by one, and this model's checkpoints hold {unnamed} in one tensor with the "
+                "others, which no runtime reads in pieces: use export=null"
+            )
         for name, spec in specs.items():
             if spec.any and not isinstance(network.linears[name], nn.Linear):
                 kind = type(network.linears[name]).__name__
@@ -90,7 +99,7 @@ class Exporter:
                     raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
                 allowed = dynamic if spec.input.dynamic else {"granularity": ("tensor",)}
                 require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
-        return _flattened(specs, network)
+        return (*_flattened(specs, network), *_unread(specs, network))
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
@@ -120,10 +129,14 @@ class Exporter:
 
 @dataclass(frozen=True)
 class _Groups:
-    """The scheme in the package's words: `schemes` by group name, `of` the group of each quantized Linear."""
+    """The scheme in the package's words: `schemes` by group name, `of` the group of each quantized Linear.
+
+    `published` has the checkpoint's name of each tensor (`published_names`).
+    """
 
     schemes: dict[str, Any]
     of: dict[str, str]
+    published: dict[str, str]
     ignore: list[str]
     exact: bool
 
@@ -166,6 +179,18 @@ def _flattened(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ..
     return (f"this model hands {kinds} (tokens, channels): {rule}; vLLM takes one a token",) if found else ()
 
 
+def _unread(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
+    """Returns a note where transformers does not read experts that are quantized this way."""
+    for name in (name for block in network.blocks for names in block.experts.values() for name in names):
+        weight, inputs = specs[name].weight, specs[name].input
+        if inputs is not None or (weight is not None and not weight.symmetric):
+            return (
+                f"experts ({name}, ...) with {'quantized inputs' if inputs is not None else 'zero points'}: vLLM reads them, "
+                "transformers those without alone",
+            )
+    return ()
+
+
 def _full(spec: QuantSpec | None) -> QuantSpec | None:
     return replace(spec, full_range=True) if spec is not None and spec.affine and spec.symmetric else spec
 
@@ -189,7 +214,7 @@ def _stored(specs: LinearSpecs) -> tuple[Any, ...]:
 
 def _groups(source: QuantizedTensors) -> _Groups:
     """Returns config groups with targets: the class Linear for the only group, else the names of its Linears."""
-    specs = specs_by_linear(source.scheme, source.network)
+    specs, published = specs_by_linear(source.scheme, source.network), published_names(source.network)
     members: dict[tuple[Any, ...], list[str]] = {}
     for name, spec in specs.items():
         if spec.any:
@@ -201,14 +226,20 @@ def _groups(source: QuantizedTensors) -> _Groups:
     for number, names in enumerate(members.values()):
         first = specs[names[0]]
         schemes[f"group_{number}"] = make(
-            targets=["Linear"] if len(members) == 1 else names,
+            targets=["Linear"] if len(members) == 1 else [_module(name, published) for name in names],
             weights=_arguments(first.weight),
             input_activations=_arguments(first.input),
             format="pack-quantized" if first.input is None else "int-quantized",
         )
         of |= dict.fromkeys(names, f"group_{number}")
     exact = all(s.input is None or s.input.full_range or not s.input.symmetric for s in specs.values())
-    return _Groups(schemes, of, sorted(name for name in linears if name not in of), exact)
+    ignored = sorted(_module(name, published) for name in linears if name not in of)
+    return _Groups(schemes, of, published, ignored, exact)
+
+
+def _module(name: str, published: dict[str, str]) -> str:
+    """Returns the checkpoint's name of a Linear."""
+    return published.get(f"{name}.weight", f"{name}.weight").removesuffix(".weight")
 
 
 def _is_linear(module: nn.Module) -> bool:
@@ -228,15 +259,16 @@ def _tensors(source: QuantizedTensors, groups: _Groups) -> Iterator[tuple[str, t
             own += [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
             for name in (f"{owner}.{n}" if owner else n for n in own):
                 if name not in tied:
-                    yield name, lossless(source.tensor(name))
+                    yield groups.published.get(name, name), lossless(source.tensor(name))
 
 
 def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields the tensors of a Linear, compressed by the package where it is quantized."""
+    module = _module(tensors.name, groups.published)
     if tensors.bias is not None:
-        yield f"{tensors.name}.bias", lossless(tensors.bias)
+        yield f"{module}.bias", lossless(tensors.bias)
     if tensors.spec is None:
-        yield f"{tensors.name}.weight", lossless(torch.as_tensor(tensors.weight))
+        yield f"{module}.weight", lossless(torch.as_tensor(tensors.weight))
         return
     scheme = groups.schemes[groups.of[tensors.name]]
     scale, zero_point = tensors.row_scales(), tensors.row_zero_points()
@@ -252,7 +284,7 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
     registry = _package().compressors.BaseCompressor
     compressed = registry.get_value_from_registry(scheme.format).compress(state, scheme)
     for name, value in compressed.items():
-        yield f"{tensors.name}.{name}", value.contiguous()
+        yield f"{module}.{name}", value.contiguous()
 
 
 def _one(tensors: LinearTensors) -> bool:

@@ -10,7 +10,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
-from ptq.network.experts.linears import Piece, mixtures_of, take_apart
+from ptq.network.experts.linears import Piece, mixtures_of, pieces_of, take_apart
 from ptq.network.experts.trace import Mixture, find_mixtures
 from quantize.kernels.matmul import use_fast_linears
 from quantize.modules.packed import PackedLinear
@@ -155,17 +155,17 @@ def build_network(model: nn.Module) -> Network:
             f"model.path: {type(model).__name__} holds no list of blocks with Linears: not a decoder-only Transformer"
         )
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    pieces = _take_experts_apart(model, {f"{name}.{i}": module for i, module in enumerate(modules)})
+    _take_experts_apart(model, {f"{name}.{i}": module for i, module in enumerate(modules)})
+    pieces = {name: piece for module in modules for name, piece in pieces_of(module).items()}
     blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
     uncovered = [u for block in blocks for u in _uncovered(block)]
     use_fast_linears(model)
     return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered, pieces=pieces)
 
 
-def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> dict[str, Piece]:
+def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> None:
     """Makes Linears of all experts. Blocks that hold the same modules and shapes are looked at once."""
     known: dict[tuple[object, ...], list[Mixture]] = {}
-    pieces: dict[str, Piece] = {}
     for name, block in blocks.items():
         wide = tuple((n, tuple(p.shape)) for n, p in block.named_parameters() if p.dim() >= 2)
         key = (type(block), wide)
@@ -175,9 +175,7 @@ def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> dict[str, P
                 model.set_experts_implementation("eager")
             known[key] = find_mixtures(block, int(model.config.get_text_config().hidden_size))
         for mixture in known[key]:
-            # Those of an earlier call of this function hold no tensors any more, and are known by their modules.
-            pieces |= take_apart(block, name, mixture)
-    return pieces
+            take_apart(block, name, mixture)
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:

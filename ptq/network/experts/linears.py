@@ -98,7 +98,15 @@ def take_apart(block: nn.Module, prefix: str, mixture: Mixture) -> dict[str, Pie
         pieces |= _take_apart(block.get_submodule(fused.owner), f"{prefix}.{fused.owner}", fused)
     for holder in mixture.holders:
         block.get_submodule(holder).__dict__["ptq_mixture"] = mixture
+    if pieces:
+        block.get_submodule(mixture.holders[0]).__dict__["ptq_pieces"] = pieces
     return pieces
+
+
+def pieces_of(block: nn.Module) -> dict[str, Piece]:
+    """Returns what `take_apart` returned for the mixtures of a block."""
+    held = (module.__dict__.get("ptq_pieces", {}) for module in block.modules())
+    return {name: piece for pieces in held for name, piece in pieces.items()}
 
 
 def mixtures_of(block: nn.Module) -> list[Mixture]:

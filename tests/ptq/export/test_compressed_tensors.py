@@ -11,6 +11,7 @@ import warnings
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import Override, SchemeConfig
@@ -105,7 +106,7 @@ def test_packed_zero_points_load_dequantized_and_a_note_says_so(tmp_path, llama_
     assert "dequantize=True" in exported.notes[0]
 
 
-@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral", "phi", "bloom", "gpt_neox", "mixtral"])
+@pytest.mark.parametrize("architecture", ["qwen2", "qwen3", "gemma3", "mistral", "phi", "bloom", "gpt_neox"])
 def test_other_architectures_reload_too(tmp_path, quantized, architecture):
     simulated, _ = export(random_tiny(architecture), SCHEMES["w8a8"], tmp_path / "out", quantized)
     assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
@@ -118,7 +119,7 @@ def test_where_transformers_will_not_see_the_tokens_a_line_says_so_before_the_wo
     # The line is true: a range over all tokens is another one. Where this fails transformers has changed, and the line goes.
     assert (load(tmp_path / "out") - simulated).abs().max() > 1e-3
     assert Exporter(Options()).check(SCHEMES["w8a8 static"], build_network(random_tiny("opt"))) == ()
-    for architecture in ("llama", "bloom", "mixtral", "gemma3"):
+    for architecture in ("llama", "bloom", "gemma3"):
         assert Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny(architecture))) == ()
 
 
@@ -242,3 +243,43 @@ def test_a_missing_package_is_named(llama_model, monkeypatch):
     monkeypatch.setitem(sys.modules, "compressed_tensors", None)
     with pytest.raises(UserError, match=r"pip install 'ptq-framework\[export\]'"):
         Exporter(Options()).check(SCHEMES["w8a8"], build_network(llama_model()))
+
+
+@pytest.mark.parametrize(
+    ("architecture", "module"),
+    [
+        ("mixtral", "model.layers.1.block_sparse_moe.experts.2.w3"),
+        ("qwen3_moe", "model.layers.1.mlp.experts.2.up_proj"),
+        ("deepseek_v3", "model.layers.1.mlp.experts.2.up_proj"),
+    ],
+)
+def test_experts_have_the_names_of_the_models_own_checkpoints_and_routers_are_left_alone(
+    architecture, module, tmp_path, quantized
+):
+    source = quantized(random_tiny(architecture), SCHEMES["w4a16"])
+    Exporter(Options()).write(source, tmp_path / "out")
+    held = load_file(tmp_path / "out" / "model.safetensors")
+    assert {f"{module}.weight_packed", f"{module}.weight_scale"} <= held.keys()
+    config = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    assert not any(name.endswith("gate.weight_packed") for name in held)
+    experts = [name for name in held if ".experts." in name and name.endswith("weight_packed")]
+    network = source.network
+    assert len(experts) == sum(len(names) for block in network.blocks for names in block.experts.values())
+    assert "lm_head" in config["ignore"]
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "qwen3_moe", "deepseek_v3", "olmoe"])
+def test_transformers_gives_the_simulated_logits_of_packed_experts(architecture, tmp_path, quantized):
+    simulated, exported = export(random_tiny(architecture), SCHEMES["w4a16"], tmp_path / "out", quantized)
+    assert (load(tmp_path / "out") - simulated).abs().max() < 1e-5
+    assert not any("experts" in note for note in exported.notes)
+
+
+def test_a_note_says_which_experts_transformers_does_not_read():
+    notes = Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("mixtral")))
+    assert any("experts.0.gate_proj, ...) with quantized inputs: vLLM reads them" in note for note in notes)
+
+
+def test_experts_that_no_checkpoint_holds_one_by_one_are_refused_by_name():
+    with pytest.raises(UserError, match=r"mlp.experts.0.gate_proj in one tensor with the others.*export=null"):
+        Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("gpt_oss")))
