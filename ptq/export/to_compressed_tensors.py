@@ -28,9 +28,9 @@ from ptq.export.base import (
     require,
     specs_by_linear,
 )
-from ptq.export.published_names import published_names
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_folder_atomic, write_text
+from ptq.network.experts.published_names import published_names
 from ptq.network.network import Network
 from ptq.network.skeleton import NotTraceable, flat_inputs
 from quantize.kernels.matmul import is_plain
