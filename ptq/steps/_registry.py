@@ -55,8 +55,11 @@ def build_steps(steps: dict[str, dict[str, Any]]) -> dict[str, Step]:
 
 
 def _check_order(steps: dict[str, Step], given: dict[str, dict[str, Any]]) -> None:
-    """Transforms come first, then at most one solver: a quantized weight is neither scaled nor quantized again."""
-    solver = ""
+    """Transforms come first, then at most one solver: a quantized weight is neither scaled nor quantized again.
+
+    Of the transforms one that goes by what the others leave comes last.
+    """
+    solver = measured = ""
     for name, step in steps.items():
         if step.kind not in {TRANSFORM, SOLVER}:
             raise UserError(f"steps.{name}: its kind is {step.kind!r}: expected {TRANSFORM!r} or {SOLVER!r}")
@@ -70,6 +73,11 @@ def _check_order(steps: dict[str, Step], given: dict[str, dict[str, Any]]) -> No
             raise UserError(
                 f"steps.{name}: a second solver after {solver}: keep one (~steps.{solver} removes the other)"
             )
+        if measured and step.kind == TRANSFORM:
+            raise UserError(
+                f"steps.{name}: changes what steps.{measured} has measured: put steps.{name} before steps.{measured}"
+            )
+        measured = name if step.last else measured
         solver = name if step.kind == SOLVER else ""
 
 

@@ -256,6 +256,8 @@ class Step:
     """Where a transform acts, of `PLACES`."""
     proved: ClassVar[bool] = True
     """Whether a transform leaves what the network computes as it is; one that changes it on purpose is not proved."""
+    last: ClassVar[bool] = False
+    """Whether what it decides holds only for what the transforms before it leave: no transform may follow."""
 
     def __init__(self, options: Any):
         self.options = options

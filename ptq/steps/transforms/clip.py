@@ -49,6 +49,7 @@ class Step(Transform):
     """
 
     acts: ClassVar[frozenset[str]] = frozenset({INPUT})
+    last: ClassVar[bool] = True
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs what static ranges need. `UserError` where the scheme leaves inputs alone, or nothing is left to search."""

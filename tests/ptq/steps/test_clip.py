@@ -42,3 +42,16 @@ def test_a_search_of_scales_needs_a_format_that_has_them(tmp_path, tiny_llama):
         figures(tmp_path, tiny_llama, {"weight": {"format": "q8_0", "granularity": "group", "group_size": 32}}, {"rtn": {"scales": "block"}})  # fmt: skip
     with pytest.raises(UserError, match=r"steps.rtn.scales: 'blok' is not valid.*block"):
         figures(tmp_path, tiny_llama, {"weight": {"bits": 4}}, {"rtn": {"scales": "blok"}})
+
+
+def test_a_transform_after_the_clips_would_undo_what_they_measured_and_is_refused(tmp_path, tiny_llama):
+    with pytest.raises(UserError, match="steps.smooth: changes what steps.clip has measured: put steps.smooth before"):
+        figures(tmp_path, tiny_llama, {"input": TOKEN}, {"clip": {}, "smooth": {}, "rtn": {}})
+
+
+def test_smoothing_by_a_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
+    scheme = {"weight": {"bits": 8}, "input": {**TOKEN, "bits": 8}}
+    for search in (False, True):
+        steps = {"rotate": {}, "smooth": {"search": search}, "rtn": {}}
+        _, log = figures(tmp_path, tiny_llama, scheme, steps)
+        assert ("smooth: its formula goes by" in log) == (not search)
