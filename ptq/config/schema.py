@@ -157,19 +157,22 @@ class SchemeConfig:
 
 @dataclass(frozen=True)
 class ExecutionConfig:
-    """Where the work happens. None of these change results beyond float rounding.
+    """Where the work happens, and who multiplies. None of these change results beyond float rounding.
 
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         weights: ``resident`` (whole model in memory) or ``offloaded`` (one block in memory, the rest on disk).
         hidden_states: ``memory`` or ``disk`` (memory-mapped).
         save: write the quantized weights (codes and scales) into the run's folder.
+        kernels: who multiplies in quantized Linears: ``simulated`` (floating point, the reference), ``auto`` (integer kernels where
+            a Linear's formats have one, whichever is fastest here; all of them give the same bits), or a kernel by name.
     """
 
     device: str = "auto"
     weights: str = option("resident", choices=("resident", "offloaded"))
     hidden_states: str = option("memory", choices=("memory", "disk"))
     save: bool = False
+    kernels: str = "simulated"
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import dataclasses
 import io
 import pathlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import yaml
 
@@ -124,11 +124,24 @@ class Kernels:
 
     Attributes:
         calibration: for statistics and solvers: ``oneDNN`` where its products of float32 are used on CPUs, else ``torch``.
-        evaluation: for baseline and quantized model: ``torch``, whose bits other programs give too.
+        evaluation: for the baseline, and what is not quantized: ``torch``, whose bits other programs give too.
+        quantized: how many quantized Linears had which kernel: ``simulated``, an integer kernel's name, or ``integer`` where the
+            fastest of several was taken, which all give the same bits.
+        refused: how many Linears were simulated although integers were asked for, by the reason.
     """
 
     calibration: str
     evaluation: str
+    quantized: dict[str, int] = field(default_factory=dict)
+    refused: dict[str, int] = field(default_factory=dict)
+
+    @property
+    def words(self) -> str:
+        """``simulated``, ``by integers``, or how many of both."""
+        simulated, every = self.quantized.get("simulated", 0), sum(self.quantized.values())
+        if simulated == every:
+            return "simulated"
+        return "by integers" if not simulated else f"{every - simulated} Linears by integers, {simulated} simulated"
 
 
 @dataclass(frozen=True)
@@ -170,7 +183,7 @@ class Facts:
     Attributes:
         size: what the weights take.
         baseline: types of the baseline's weights and arithmetic, and the device.
-        simulated: whether the quantized model was simulated in floating point: true of every run.
+        simulated: whether every quantized Linear was simulated in floating point, and none multiplied integers.
         model: the recipe's model.
         revision: commit of the hub's model; null for other models.
         weight_fingerprint: digest of the model's weights.

@@ -33,7 +33,7 @@ def result_table(recipe: Recipe, comparison: Comparison, facts: Facts) -> Table:
     )
     rows = [
         ("baseline perplexity", f"{c.baseline_perplexity:.4f}  ({facts.baseline})"),
-        ("quantized perplexity", f"{c.quantized_perplexity:.4f}  ({c.ratio:.4f} x, simulated)"),
+        ("quantized perplexity", f"{c.quantized_perplexity:.4f}  ({c.ratio:.4f} x, {facts.kernels.words})"),
         ("difference", f"{c.difference:+.4f}  {interval_words(c)}"),
         ("KL(baseline || quantized)", f"mean {c.kl_mean:.5f}, 99th percentile {c.kl_p99:.5f} nats a token"),
         ("top-1 agreement", f"{c.top1_agreement:.2%}"),
@@ -105,9 +105,10 @@ def summary(metrics: Mapping[str, object]) -> str:
     size = metrics["size"]
     if not isinstance(size, Mapping):
         raise TypeError(f"size: {size!r} is no object")
+    how = "simulated" if metrics["simulated"] else "integers"
     perplexities = f"{_figure(metrics['baseline_perplexity'], 4)} -> {_figure(metrics['quantized_perplexity'], 4)}"
     return (
-        f"perplexity {perplexities} ({_figure(metrics['ratio'], 4)} x, simulated), KL {_figure(metrics['kl_mean'], 5)}, "
+        f"perplexity {perplexities} ({_figure(metrics['ratio'], 4)} x, {how}), KL {_figure(metrics['kl_mean'], 5)}, "
         f"{_figure(size['bits_per_weight'], 3)} bits per weight"
     )
 

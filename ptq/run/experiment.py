@@ -29,6 +29,7 @@ from ptq.run.exports import adapted, check_export, check_places, export_session,
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.state import LOCK, alone
+from ptq.run.kernel_choice import choice_of, keep_timings
 from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before, check_tokens
@@ -40,6 +41,7 @@ from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._registry import build_steps, with_defaults
 from ptq.steps._step import Context, Step
+from quantize.kernels.choice import describe
 
 _BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log", LOCK}
 """What a run writes before its first result."""
@@ -174,7 +176,8 @@ def _quantize(
     recipe, stream, samples = session.recipe, session.stream, context.samples
     with session.journal.phase("quantize"):
         flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
-        visitor = QuantizeVisitor(context, steps, flow)
+        kernels = choice_of(session)
+        visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
         kept = context.keep("quantize", carried, visitor)
@@ -183,6 +186,8 @@ def _quantize(
             raise UserError(
                 f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
             )
+        keep_timings(session, kernels)
+        session.journal.note(describe(kernels.ran, kernels.refused))
         if kept is not None and needs_saved_weights(recipe):
             kept.hand_over(session.network.blocks, folder / "quantized")
     return visitor, flow

@@ -21,6 +21,8 @@ from ptq.steps._proof import Proof, prove
 from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
 from quantize.codecs.llm_int8 import outlier_columns
 from quantize.error import relative_error, sqnr_db
+from quantize.kernels.base import SIMULATED
+from quantize.kernels.choice import Choice
 from quantize.modules.online import online_bytes, output_of
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 
@@ -38,10 +40,12 @@ class QuantizeVisitor:
         context: what the steps see, with their plans.
         steps: by name, in the order of the recipe.
         flow: the evaluation samples that will pass; the first batch is used to measure output errors.
+        kernels: who multiplies in the quantized Linears, for these samples and for those that later blocks are calibrated on.
     """
 
-    def __init__(self, context: Context, steps: Mapping[str, Step], flow: Flow):
+    def __init__(self, context: Context, steps: Mapping[str, Step], flow: Flow, kernels: Choice | None = None):
         self.context, self.flow = context, flow
+        self.kernels = Choice(SIMULATED) if kernels is None else kernels
         self.transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
         self.solvers = {name: step for name, step in steps.items() if step.kind == SOLVER}
         self.layers: list[LayerResult] = []
@@ -84,6 +88,7 @@ class QuantizeVisitor:
             "proofs": {name: dataclasses.asdict(proof) for name, proof in self.proofs.items()},
             "stored": self.stored,
             "quantized": self.quantized,
+            "kernels": {"ran": self.kernels.ran, "refused": self.kernels.refused},
         }
         write_block(block, path, figures)
 
@@ -99,6 +104,10 @@ class QuantizeVisitor:
                 rebuild(block, path, self.context.network, self.context.stream.device)
             except Unbuildable as error:
                 self.unbuildable = str(error)
+            for module in block.module.modules():
+                if isinstance(module, QuantLinear):
+                    module.use_kernels(self.kernels)
+        self.kernels.ran, self.kernels.refused = figures["kernels"]["ran"], figures["kernels"]["refused"]
 
     def _transform(self, block: Block) -> None:
         """Applies the transforms in order, each proved in the basis that the residual stream has before it."""
@@ -174,6 +183,7 @@ class QuantizeVisitor:
         seen = self._samples.pop(name, None)
         role = self.context.roles.get(name, "")
         bits = 8 * weight.element_size()
+        module.use_kernels(self.kernels)
         self.stored += module.stored_bytes()
         self.quantized += weight.numel()
         self.layers.append(

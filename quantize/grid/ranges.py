@@ -148,7 +148,7 @@ def _clusters(labels: torch.Tensor | None, channels: int) -> int:
 def _grid(minimum: torch.Tensor, maximum: torch.Tensor, spec: QuantSpec) -> Grid:
     """Returns the grid that spans the range, or what `spec` keeps of it, as `spec` stores it."""
     if spec.clip != 1:
-        minimum, maximum = minimum * spec.clip, maximum * spec.clip
+        minimum, maximum = minimum.float() * spec.clip, maximum.float() * spec.clip
     grid = grid_from_range(minimum, maximum, spec.bits, spec.symmetric, spec.full_range)
     return rounded_scales(grid, minimum, spec.scales)
 

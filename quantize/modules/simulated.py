@@ -1,4 +1,4 @@
-"""The quantized Linear: integer codes and scales, simulated in floating point."""
+"""The quantized Linear: integer codes and scales, simulated in floating point, or multiplied by an integer kernel."""
 
 import weakref
 from collections.abc import Callable
@@ -12,6 +12,8 @@ from quantize.codecs.base import Encoded, keep_dtypes, stored_bytes
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, fake_quantize, grouped, integer_range, quantize
 from quantize.grid.ranges import static_grid, weight_grid
+from quantize.kernels.base import IntegerRows, integer_rows, integer_weight
+from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.matmul import linear
 from quantize.spec.quant_spec import QuantSpec
 
@@ -54,6 +56,7 @@ class InputQuantizer(nn.Module):
             self.register_buffer("zero_point", grid.zero_point)
             self._low, self._high = grid.low, grid.high
         self._last: tuple[weakref.ref[torch.Tensor], int, torch.Tensor] | None = None
+        self._last_integers: tuple[weakref.ref[torch.Tensor], int, IntegerRows] | None = None
 
     @classmethod
     def from_stored(
@@ -92,8 +95,21 @@ class InputQuantizer(nn.Module):
         self._last = (weakref.ref(x, self._forget), x._version, result)
         return result
 
+    def integers(self, x: torch.Tensor) -> IntegerRows:
+        """Returns `x` (..., channels) as integer kernels take it: codes of what `forward` gives, remembered likewise."""
+        grid = None if self.spec.dynamic else self.grid
+        if x.is_inference():
+            return integer_rows(x, self.spec, grid)
+        if self._last_integers is not None:
+            reference, version, result = self._last_integers
+            if reference() is x and version == x._version:
+                return result
+        result = integer_rows(x, self.spec, grid)
+        self._last_integers = (weakref.ref(x, self._forget), x._version, result)
+        return result
+
     def _forget(self, reference: object) -> None:
-        self._last = None
+        self._last = self._last_integers = None
 
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.dynamic:
@@ -103,7 +119,7 @@ class InputQuantizer(nn.Module):
 
     def __getstate__(self) -> dict[str, object]:
         """A copy starts without the remembered tensor: weak references cannot be copied."""
-        return {**self.__dict__, "_last": None}
+        return {**self.__dict__, "_last": None, "_last_integers": None}
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         return keep_dtypes(self, GRID, lambda: super(InputQuantizer, self)._apply(fn, recurse))
@@ -179,6 +195,7 @@ class QuantLinear(nn.Module):
         clustered = weight_spec is not None and weight_spec.granularity == "cluster"
         self.register_buffer("labels", labels.to(weight.device) if clustered and labels is not None else None)
         self.left = self.right = None
+        self._multiplier: Multiplier | None = None
         self._names: tuple[str, ...] = ()
         if weight_spec is None:
             self.register_buffer("weight", weight.clone())
@@ -300,7 +317,23 @@ class QuantLinear(nn.Module):
             return weight
         return (weight.float() + self.left.float() @ self.right.float()).to(dtype)
 
+    def use_kernels(self, choice: Choice) -> None:
+        """Lets integer kernels multiply from now on, where `choice` has one that can; else it stays simulated."""
+        if self.corrected:
+            choice.refuse("a low-rank correction is added in floating point")
+            self._multiplier = None
+            return
+        shape = (self.out_features, self.in_features)
+        self._multiplier = choice.multiplier(self.weight_spec, self.input_spec, shape, self.weight.device)
+
+    @property
+    def integer(self) -> bool:
+        """Whether an integer kernel multiplies."""
+        return self._multiplier is not None
+
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
+        if self._multiplier is not None:
+            self._multiplier.forget()
         names = (*self._names, "left", "right") if self.corrected else self._names
         return keep_dtypes(self, names, lambda: super(QuantLinear, self)._apply(fn, recurse))
 
@@ -309,6 +342,8 @@ class QuantLinear(nn.Module):
         if self.weight_spec is not None:
             # The weight is not saved: without this the module would go on multiplying by its old one.
             self.weight = self._decoded(self.weight.dtype)
+        if self._multiplier is not None:
+            self._multiplier.forget()
 
     @property
     def bits(self) -> int | None:
@@ -322,6 +357,11 @@ class QuantLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the quantized Linear's output (..., out) for `x` (..., in)."""
+        if self._multiplier is not None and self.inputs is not None:
+            if not self._multiplier.ready:
+                self._multiplier.take(integer_weight(self.codes, self._grid))
+            y = self._multiplier(self.inputs.integers(x), self.bias, x.dtype)
+            return y.view(*x.shape[:-1], self.out_features)
         if self.inputs is not None:
             x = self.inputs(x)
         return linear(x, self.weight, self.bias)

@@ -25,6 +25,8 @@ from ptq.run.baseline import Baseline
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
 from ptq.run.record.environment import environment
 from ptq.run.session import Session
+from quantize.kernels.base import SIMULATED
+from quantize.kernels.choice import Choice
 from quantize.kernels.matmul import by_onednn
 
 
@@ -63,10 +65,11 @@ def report(
     bytes_before = 4 if loaded.baseline_dtype == "fp32" else 2
     size = size_of(session.network, visitor, bytes_before)
     save_errors(visitor.layers, recipe.name, folder / "errors.png")
+    kernels = _kernels(baseline.hidden.dtype, device, visitor.kernels)
     facts = Facts(
         size=size,
         baseline=f"weights {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device.type}",
-        simulated=True,
+        simulated=kernels.words == SIMULATED,
         model=recipe.model.path,
         revision=loaded.revision,
         weight_fingerprint=loaded.fingerprint,
@@ -83,7 +86,7 @@ def report(
         outlier_share=outlier_share(visitor.layers),
         seconds={name: round(value, 3) for name, value in journal.seconds.items()},
         memory=journal.memory.memory(),
-        kernels=_kernels(baseline.hidden.dtype, device),
+        kernels=kernels,
     )
     write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device))
     journal.show(tensor_table(facts.tensors))
@@ -91,7 +94,8 @@ def report(
     journal.show(result_table(recipe, comparison, facts))
 
 
-def _kernels(dtype: torch.dtype, device: torch.device) -> Kernels:
+def _kernels(dtype: torch.dtype, device: torch.device, choice: Choice) -> Kernels:
     """Returns who multiplies large matrices of `dtype`: asked by a product that is large enough."""
     probe = torch.empty(1, 1 << 10, dtype=dtype, device=device).expand(1 << 10, -1)
-    return Kernels("oneDNN" if by_onednn(probe, probe) else "torch", "torch")
+    calibration = "oneDNN" if by_onednn(probe, probe) else "torch"
+    return Kernels(calibration, "torch", choice.ran, {} if choice.wanted == SIMULATED else choice.refused)

@@ -1,0 +1,151 @@
+"""What an integer kernel multiplies, and what it says of itself."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+
+from quantize.grid.affine import Grid, quantize
+from quantize.grid.ranges import dynamic_grid
+from quantize.spec.quant_spec import QuantSpec
+
+SIMULATED = "simulated"
+"""The product of dequantized weight and rounded input in floating point: the reference that every kernel is held to."""
+SHIFT = 128
+"""Codes of an asymmetric grid of 8 bits, 0 .. 255, less this are int8."""
+
+
+@dataclass(frozen=True)
+class IntegerWeight:
+    """A weight as integer kernels take it: ``(codes - zero) * scale``.
+
+    Attributes:
+        codes: int8 (out, in).
+        scale: float32 (out, groups): one a row, or one for each group of consecutive columns.
+        zero: int32 (out, groups), or None where all are 0.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+    @property
+    def groups(self) -> int:
+        """Groups of columns that have a scale of their own."""
+        return self.scale.shape[1]
+
+    def sums(self) -> torch.Tensor:
+        """Returns the sum of codes less zero points of each row and group, int32 (out, groups): what a step of the input's
+        zero point is worth."""
+        grouped = self.codes.unflatten(1, (self.groups, -1))
+        total = grouped.sum(2, dtype=torch.int32)
+        return total if self.zero is None else total - self.zero * grouped.shape[2]
+
+
+@dataclass(frozen=True)
+class IntegerRows:
+    """An activation as integer kernels take it: ``(codes - zero) * scale``.
+
+    Attributes:
+        codes: int8 (rows, in).
+        scale: float32 (rows, 1), or (1, 1) for all rows; NaN for a row that holds NaN, so that it spreads to the result.
+        zero: int32 of the same shape, or None where all are 0.
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    zero: torch.Tensor | None
+
+
+Multiply = Callable[[IntegerRows], torch.Tensor]
+"""Gives sum (x - zero) (w - zero) * weight scale, float32 (rows, out): the exact sum of each group, rounded once, times the
+group's scale; groups are added from left to right. The input's scale and the bias are not in it."""
+
+
+class Kernel(Protocol):
+    """Who multiplies integers."""
+
+    name: str
+
+    def refusal(self, weight: QuantSpec, inputs: QuantSpec, shape: tuple[int, int], device: torch.device) -> str | None:
+        """Returns in a few words why it cannot multiply by a weight of this format and `shape` (out, in), or None."""
+
+    def prepare(self, weight: IntegerWeight) -> Multiply:
+        """Returns the product with this weight, whose packed form is kept with it."""
+
+
+_KERNELS: dict[str, Kernel] = {}
+
+
+def register(kernel: Kernel) -> None:
+    """Adds a kernel; called where it is written."""
+    _KERNELS[kernel.name] = kernel
+
+
+def registered() -> dict[str, Kernel]:
+    """Returns the registered kernels by name."""
+    return dict(_KERNELS)
+
+
+def format_refusal(weight: QuantSpec | None, inputs: QuantSpec | None) -> str | None:
+    """Returns in a few words why a product of these formats is no sum of integers, or None when it is one."""
+    if weight is None:
+        return "the weight is in floating point"
+    if inputs is None:
+        return "the input is in floating point"
+    for name, spec in (("weight", weight), ("input", inputs)):
+        if not spec.affine:
+            return f"the {name}'s format, {spec.format}, is not made of integers"
+    if weight.granularity not in {"tensor", "channel", "group"}:
+        return f"the weight has a scale a {weight.granularity}"
+    wanted = "token" if inputs.dynamic else "tensor"
+    if inputs.granularity != wanted:
+        return f"the input's {'dynamic' if inputs.dynamic else 'static'} scales are one a {inputs.granularity}, not one a {wanted}"
+    return None
+
+
+def integer_weight(codes: torch.Tensor, grid: Grid) -> IntegerWeight:
+    """Returns codes (out, in), int8 or uint8, and their grid, (1,), (out, 1) or (out, groups, 1), as kernels take them."""
+    rows = len(codes)
+    scale = grid.scale.reshape(1, 1) if grid.scale.numel() == 1 else grid.scale.reshape(rows, -1)
+    scale = scale.expand(rows, -1).contiguous()
+    if grid.zero_point is None:
+        return IntegerWeight(codes, scale, None)
+    zero = grid.zero_point.reshape(1, 1) if grid.zero_point.numel() == 1 else grid.zero_point.reshape(rows, -1)
+    return IntegerWeight(_shifted(codes), scale, zero.expand(rows, -1).to(torch.int32) - SHIFT)
+
+
+def integer_rows(x: torch.Tensor, spec: QuantSpec, grid: Grid | None) -> IntegerRows:
+    """Returns an activation (..., in) as kernels take it, its codes those that the simulation stands for.
+
+    Args:
+        x: floating point (..., in).
+        spec: its format, one that `format_refusal` lets through.
+        grid: the static grid; None where ranges are dynamic.
+    """
+    rows = x.reshape(-1, x.shape[-1])
+    found = dynamic_grid(rows, spec) if grid is None else grid
+    codes, scale = quantize(rows, found), found.scale.reshape(-1, 1)
+    if grid is not None and len(rows):
+        # An integer cannot be NaN: its row's scale is, as a dynamic one would be.
+        greatest = rows.amax(1, keepdim=True).float()
+        scale = torch.where(greatest.isnan(), greatest, scale)
+    if found.zero_point is None:
+        return IntegerRows(codes, scale, None)
+    zero = found.zero_point.reshape(-1, 1).nan_to_num().to(torch.int32) - SHIFT
+    return IntegerRows(_shifted(codes), scale, zero)
+
+
+def _shifted(codes: torch.Tensor) -> torch.Tensor:
+    """Returns uint8 codes less `SHIFT`, int8."""
+    return (codes ^ SHIFT).view(torch.int8)
+
+
+def finish(sums: torch.Tensor, rows: IntegerRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+    """Returns a `Multiply`'s result times the input's scale, plus the bias (out,), in `dtype`; `sums` may be overwritten.
+
+    All kernels end here: those with equal sums have equal bits.
+    """
+    scaled = sums.mul_(rows.scale)
+    return (scaled if bias is None else scaled.add_(bias)).to(dtype)
