@@ -24,6 +24,8 @@ CLUSTERS = ["scheme=w4a4_cluster", "steps.gptq.target=residual"]
 """4-bit weights and static 4-bit inputs."""
 RPTQ = ["method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max_min_kmeans"]
 """Each link clustered by itself, nothing smoothed."""
+ROTATED = ["method=rotate_clip_gptq"]
+"""The stream rotated, what down and o read rotated online, inputs clipped, GPTQ."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
     "RTN": {
         "W8A8, weight per channel, input dynamic per token": (["scheme=w8a8"], ""),
@@ -68,6 +70,32 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         "W4A4 static, RPTQ's clusters, which the weights' rows have scales for too; gptq, target residual": (
             [*CLUSTERS, *RPTQ, "scheme.weight.granularity=cluster"],
             "half a row above",
+        ),
+    },
+    "w4a4": {
+        "W4A4 dynamic per token symmetric; rotate, clip, gptq": (
+            ["scheme=w4a4", "scheme.weight.range=mse", *ROTATED],
+            "1.5",
+        ),
+        "W4A4 dynamic per token asymmetric; rotate, clip, gptq": (["scheme=w4a4_asym", *ROTATED], "1.5"),
+        "W4A4 dynamic per token asymmetric; rotate learned (cayley), clip, gptq": (
+            ["scheme=w4a4_asym", *ROTATED, "steps.rotate.learn=cayley"],
+            "1.5",
+        ),
+        "W4A4 dynamic per token asymmetric; affine, clip, gptq": (["scheme=w4a4_asym", "method=affine_gptq"], "1.5"),
+        "W4A4 dynamic per token symmetric; affine, clip, gptq": (
+            ["scheme=w4a4", "scheme.weight.range=mse", "method=affine_gptq"],
+            "1.5",
+        ),
+        "W4A4 dynamic g64 asymmetric; affine, clip, gptq": (["scheme=w4a4_g64", "method=affine_gptq"], "1.30"),
+        "W4A4 dynamic g64 asymmetric; wush of groups, clip, gptq": (["scheme=w4a4_g64", "method=wush_gptq"], "1.30"),
+        "MXFP4 weights and inputs; wush of blocks, gptq": (
+            ["scheme=mxfp4_w4a4", "method=wush_gptq", "~steps.clip"],
+            "1.45",
+        ),
+        "NVFP4 weights and inputs; wush of blocks, gptq": (
+            ["scheme=nvfp4_w4a4", "method=wush_gptq", "~steps.clip"],
+            "1.35",
         ),
     },
     "formats": {
