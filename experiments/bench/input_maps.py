@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import pathlib
 import tempfile
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,7 +19,7 @@ from ptq.calibration.samples import Samples
 from ptq.cli.catalog import locate
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.data.sources import read_text
-from ptq.network.network import weight_of
+from ptq.network.network import Block, weight_of
 from ptq.run.record.journal import Journal
 from ptq.run.session import open_session
 from quantize.grid.affine import dequantize, grouped
@@ -31,7 +32,7 @@ from quantize.transforms.affine import affine_from_moments, affine_from_scale, c
 from quantize.transforms.hadamard import hadamard_matrix
 from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.smooth import smoothing_scale
-from quantize.transforms.wush import wush
+from quantize.transforms.wush import unit_volume, wush
 
 LENGTH = 512
 WEIGHT = QuantSpec(4, range="mse")
@@ -44,6 +45,9 @@ READERS = {
 }
 
 
+OnlineMap = OnlineBlocks | OnlineKronecker
+
+
 class _Seen:
     """A visitor that keeps what one block's Linears read, and their weights."""
 
@@ -51,7 +55,7 @@ class _Seen:
         self.samples, self.number = samples, number
         self.found: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-    def enter(self, block):
+    def enter(self, block: Block) -> None:
         """Lets the samples pass through the block that is asked for."""
         if block.index != self.number:
             return
@@ -66,7 +70,7 @@ class _Seen:
             self.found[link] = torch.cat(rows[link]), torch.cat([weight_of(block.linears[n]).float() for n in of])
         raise StopIteration
 
-    def leave(self, block):
+    def leave(self, block: Block) -> None:
         """Does nothing."""
 
 
@@ -93,7 +97,8 @@ def read(number: int, calibration: int, held_out: int) -> dict[str, tuple[torch.
         return seen.found
 
 
-def maps(x: torch.Tensor, weight: torch.Tensor):
+@torch.no_grad()
+def maps(x: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[str, OnlineMap | None]]:
     """Yields the name of each map, and the map."""
     width, hessian, gram = x.shape[1], x.t() @ x / len(x), weight.t() @ weight
     cost = RoundingCost.of(x[:: max(1, x.numel() >> 18)], hessian, weight, INPUT, WEIGHT)
@@ -108,11 +113,11 @@ def maps(x: torch.Tensor, weight: torch.Tensor):
         yield name, OnlineKronecker(learned.left, learned.right, learned.diagonal)
     for name, block in (("wush, blocks of 64", 64), ("wush, all channels", None)):
         matrices = wush(hessian, gram, block, damping=0.01).activation
-        yield name, OnlineBlocks(matrices / torch.linalg.det(matrices).abs().pow(1 / matrices.shape[1])[:, None, None])
+        yield name, OnlineBlocks(unit_volume(matrices))
 
 
 @torch.no_grad()
-def errors(x: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor, made) -> tuple[float, float]:
+def errors(x: torch.Tensor, kept: torch.Tensor, weight: torch.Tensor, made: OnlineMap | None) -> tuple[float, float]:
     """Returns the error of rounded inputs alone and with weights solved by GPTQ, in percent of the energy of held-out outputs."""
     mapped, held, reads = (x, kept, weight) if made is None else (made(x), made(kept), made.inverse_weight(weight))
     ratio, _ = input_clip_ratio([reads], mapped[::8], lambda y, r: fake_quantize_dynamic(y, replace(INPUT, clip=r)))

@@ -84,6 +84,13 @@ def wush(
     return Wush(activation, weight, s, used_inputs, used_weights)
 
 
+def unit_volume(matrices: torch.Tensor) -> torch.Tensor:
+    """Returns matrices (blocks, size, size) each divided by the number that gives it a determinant of 1 or -1."""
+    # By the logarithm: the determinant itself of a thousand channels leaves float64.
+    logs = torch.linalg.slogdet(matrices).logabsdet / matrices.shape[-1]
+    return matrices / logs.exp()[:, None, None]
+
+
 def block_apply(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     """Returns `x` (..., blocks * size) with each block of channels times its matrix of (blocks, size, size), in the type of `x`.
 

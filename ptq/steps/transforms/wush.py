@@ -9,7 +9,7 @@ from ptq.config.options import option
 from ptq.errors import UserError
 from ptq.steps.transforms._input_maps import InputMaps, OnlineMap, Reading
 from quantize.modules.online_maps import OnlineBlocks
-from quantize.transforms.wush import block_apply, wush
+from quantize.transforms.wush import block_apply, unit_volume, wush
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 
@@ -54,10 +54,7 @@ class Step(InputMaps):
         best: tuple[float, float, OnlineBlocks] | None = None
         for damping in self.options.dampings:
             pair = wush(reading.hessian, gram, size, self.options.hadamard, damping)
-            made = OnlineBlocks(
-                pair.activation
-                / torch.linalg.det(pair.activation).abs().pow(1 / pair.activation.shape[1])[:, None, None]
-            )
+            made = OnlineBlocks(unit_volume(pair.activation))
             cost = float(reading.cost(*self._behind(made, reading)))
             if best is None or cost < best[0]:
                 best = cost, damping, made

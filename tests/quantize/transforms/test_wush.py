@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quantize.grid.affine import fake_quantize_absmax
 from quantize.transforms.hadamard import hadamard_transform
-from quantize.transforms.wush import block_apply, diagonal_blocks, wush
+from quantize.transforms.wush import block_apply, diagonal_blocks, unit_volume, wush
 
 
 def problem(width=16, rows=24, tokens=200, seed=0):
@@ -101,3 +101,11 @@ def test_what_has_no_closed_form_is_refused():
         block_apply(torch.ones(5), torch.ones(2, 2, 2))
     with pytest.raises(ValueError, match="size: 3"):
         diagonal_blocks(eye, 3)
+
+
+def test_matrices_of_a_thousand_channels_whose_determinants_leave_float64_get_unit_volume():
+    size = 1024
+    matrices = torch.stack([torch.eye(size), 0.01 * torch.eye(size).flip(0)]).double() * 7
+    found = unit_volume(matrices)
+    assert torch.linalg.det(matrices).abs().tolist() == [float("inf"), 0]
+    assert torch.allclose(torch.linalg.slogdet(found).logabsdet, torch.zeros(2, dtype=torch.float64), atol=1e-9)
