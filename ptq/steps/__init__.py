@@ -4,6 +4,7 @@ Modules that begin with an underscore are what methods share; what a method outs
 imported from here. Arithmetic on tensors alone is in `quantize` and `group_methods`.
 """
 
+from ptq.config.options import option
 from ptq.steps._solving import BlockInputs, captures_of, quantize_linear, specs_of
 from ptq.steps._step import (
     INPUT,
@@ -41,6 +42,7 @@ __all__ = [
     "StepPlan",
     "Transform",
     "captures_of",
+    "option",
     "quantize_linear",
     "specs_of",
 ]
