@@ -48,7 +48,6 @@ def _with(**changes):
         (_with(evaluation={"seed": -1}), ["evaluation.seed", "use 0 or more"]),
         (_with(evaluation={"resamples": 10**9}), ["evaluation.resamples", "use 1000000 or less"]),
         (_with(evaluation={"confidence": 10**400}), ["evaluation.confidence", "floating point"]),
-        (_with(data={"evaluation": {"path": "x.txt"}}), ["data.evaluation.path", "source=docs", "source=file"]),
         (_with(data={"evaluation": {"source": "file", "path": "x.txt", "text_column": "body"}}), ["text_column"]),
         (_with(data={"evaluation": {"source": "docs", "mix": [{}]}}), ["data.evaluation.mix", "source=mix"]),
         (_with(scheme={"weight": {"percentile": 99.0}}), ["scheme.weight.percentile", "range minmax"]),
