@@ -1,17 +1,26 @@
-"""The table of measured results: SmolLM2-135M under the protocol smol-wt2, one run a row, printed as Markdown.
+"""The tables of measured results: SmolLM2-135M under the protocol smol-wt2, one run a row, printed as Markdown.
 
-    PTQ_DATA=../shared/data python -m experiments.smol_wt2
+    ptq data smol-wt2                       # which files it needs, and whether they are there
+    python -m experiments.smol_wt2          # every row
+    python -m experiments.smol_wt2 RTN --docs    # rounding to nearest on the texts that are in every CPython
 
 Every row is a run of the shipped recipes with overrides; finished rows and the baseline come from the store and outputs/.
+The protocol has the tokens that transformers reads out of the GGUF file, which keep digits together where the model's own
+tokenizer splits them: `model.tokenizer` names a folder with them, outputs/smol-wt2-tokenizer, written here on first use
+(`--tokenizer` writes it and no more). On the documentation (`--docs`) the model has its own tokens.
 """
 
 import argparse
 import json
 import pathlib
 
+import transformers
+
 from ptq.cli.catalog import locate
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.errors import UserError
+from ptq.files.atomic import write_folder_atomic
+from ptq.models.locations import locate as locate_model
 from ptq.run.experiment import output_folder, run
 
 SEARCHED = ["method=smooth", "steps.smooth.search=true"]
@@ -116,18 +125,43 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
 }
 
 
+TOKENIZER = pathlib.Path("outputs") / "smol-wt2-tokenizer"
+"""Where the tokenizer of the protocol is written to, from the working folder."""
+
+
 def main() -> None:
     """Runs every row of the tables named on the command line (all without one) and prints them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("tables", nargs="*", choices=[[], *ROWS], help="which tables")
-    for name in parser.parse_args().tables or ROWS:
-        _table(ROWS[name])
+    parser.add_argument("--docs", action="store_true", help="on CPython's documentation: needs no files")
+    parser.add_argument("--tokenizer", action="store_true", help=f"write {TOKENIZER} and no more")
+    options = parser.parse_args()
+    if options.tokenizer or not options.docs:
+        write_tokenizer(TOKENIZER)
+    if options.tokenizer:
+        return
+    protocol = ["data=docs"] if options.docs else ["data=smol-wt2", f"model.tokenizer={TOKENIZER}"]
+    for name in options.tables or ROWS:
+        _table(ROWS[name], protocol)
 
 
-def _table(rows: dict[str, tuple[list[str], str]]) -> None:
+def write_tokenizer(folder: pathlib.Path) -> None:
+    """Writes the tokenizer that transformers reads out of SmolLM2's GGUF file into a folder, unless it is there."""
+    if folder.is_dir():
+        return
+    place = locate_model(compose_jobs(locate("smollm2-135m_w8a8"), [])[0].recipe.model)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(place.base, gguf_file=place.gguf)
+
+    def fill(temporary: pathlib.Path) -> None:
+        tokenizer.save_pretrained(temporary)
+
+    write_folder_atomic(folder, fill)
+
+
+def _table(rows: dict[str, tuple[list[str], str]], protocol: list[str]) -> None:
     lines = []
     for label, (overrides, goal) in rows.items():
-        made = compose_jobs(locate("smollm2-135m_w8a8"), ["data=smol-wt2", *overrides])[0].recipe
+        made = compose_jobs(locate("smollm2-135m_w8a8"), [*protocol, *overrides])[0].recipe
         finished = output_folder(made) / "metrics.json"
         folder: pathlib.Path = finished.parent if finished.is_file() else run(made)
         m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))

@@ -28,7 +28,7 @@ def test_a_command_of_the_questions_works(command, tmp_path, monkeypatch, capsys
     data = tmp_path / "data"
     data.mkdir()
     for name in ("wikitext2-valid-tokenized.txt", "wikitext2-test-head.txt"):
-        (data / name).write_text("some text of no importance " * 40000)
+        (data / name).write_text("".join(f"{name} of no importance {i} " for i in range(20000)))
     monkeypatch.setenv("PTQ_DATA", str(data))
     arguments = [*shlex.split(command), f"outputs={tmp_path / 'o'}", *([] if "--dry-run" in command else ["--dry-run"])]
     refused = any(words in command for words in REFUSED)

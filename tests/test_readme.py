@@ -28,3 +28,11 @@ def test_the_two_commands_and_every_linked_document_exist():
     makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
     assert all(re.search(rf"^{target}:", makefile, re.M) for target in re.findall(r"^    make (\w+)", README, re.M))
     assert all((ROOT / link).exists() for link in re.findall(r"\]\(([^)#]+)\)", README))
+
+
+def test_no_command_or_default_names_a_file_that_a_clone_does_not_have():
+    texts = [
+        p for part in ("docs", "configs", "experiments", "ptq") for p in sorted((ROOT / part).rglob("*")) if p.is_file()
+    ]
+    read = [p for p in [ROOT / "README.md", *texts] if p.suffix in {".md", ".yaml", ".py"}]
+    assert [str(p) for p in read if "../shared" in p.read_text(encoding="utf-8")] == []

@@ -1,6 +1,6 @@
 """NF4 and LLM.int8() beside bitsandbytes on the CPU.
 
-    PTQ_BITSANDBYTES=<site-packages with bitsandbytes> PTQ_DATA=../shared/data python -m experiments.bench.against_bitsandbytes
+    PTQ_BITSANDBYTES=<site-packages with bitsandbytes> python -m experiments.bench.against_bitsandbytes
 
 bitsandbytes is no dependency: install it elsewhere, with the same torch (``pip install torch==2.13.0 bitsandbytes``), and name
 that environment's site-packages. Two comparisons:
@@ -23,6 +23,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from experiments.smol_wt2 import TOKENIZER, write_tokenizer
 from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.data.sampling import sample_tokens
@@ -97,7 +98,8 @@ class Theirs(nn.Module):
 @torch.no_grad()
 def llm_int8(bnb: Any, windows: int | None) -> list[str]:
     """Returns a line each for the baseline, ours and theirs: perplexity, ratio, mean KL from the baseline in nats a token."""
-    [job] = compose_jobs(catalog.locate("smollm2-135m_llm-int8"), ["data=smol-wt2"])
+    write_tokenizer(TOKENIZER)
+    [job] = compose_jobs(catalog.locate("smollm2-135m_llm-int8"), ["data=smol-wt2", f"model.tokenizer={TOKENIZER}"])
     recipe = job.recipe
     loaded = load(recipe.model, recipe.execution, Store(pathlib.Path(recipe.store).expanduser()))
     network = build_network(loaded.model)

@@ -1,6 +1,6 @@
 """Clustering the channels of the real OPT-1.3B: seconds, inertia, sizes, and the 4-bit error that cluster ranges save.
 
-    PTQ_DATA=../shared/data python -m experiments.bench.kmeans [--file opt-1.3b-act-absmax.safetensors] [--clusters 8 16 32]
+    PTQ_DATA=<folder> python -m experiments.bench.kmeans [--file opt-1.3b-act-absmax.safetensors] [--clusters 8 16 32]
 
 PTQ_DATA is a folder with per-channel absolute maxima of every Linear's input (published with SmoothQuant). They are all
 that is known of the activations, so features are (max, min) = (absmax, -absmax) of the inputs, and errors are of drawn
@@ -11,8 +11,6 @@ a channel is rounded to 0. Weights and standard deviations of the 576-row matrix
 """
 
 import argparse
-import os
-import pathlib
 import sys
 import time
 
@@ -21,6 +19,7 @@ from safetensors.torch import load_file
 
 from group_methods.kmeans import ChannelRange, Clusters, cluster, features, max_min_features, max_std_features
 from group_methods.reorder import cluster_sizes, expand, ranges_of
+from ptq.data.protocols import data_folder
 from quantize.grid.affine import fake_quantize, grid_from_range
 
 BITS = 4
@@ -64,7 +63,7 @@ def main() -> None:
     parser.add_argument("--file", default="opt-1.3b-act-absmax.safetensors", help="in the folder PTQ_DATA")
     parser.add_argument("--clusters", type=int, nargs="+", default=[8, 16, 32], help="numbers of clusters to try")
     options = parser.parse_args()
-    path = pathlib.Path(os.environ.get("PTQ_DATA", "../shared/data")) / options.file
+    path = data_folder() / options.file
     if not path.is_file():
         sys.exit(f"error: PTQ_DATA: {path} is not there: name the folder with the profile")
     readers = residual_readers({name: t.float() for name, t in load_file(path).items()})

@@ -92,13 +92,19 @@ def main() -> None:
     vocabulary = llama.llama_model_get_vocab(model)
     answer: dict[str, Any] = {"losses": [_loss(llama, model, vocabulary, window) for window in request["windows"]]}
     if "text" in request:
-        text = request["text"].encode()
-        tokens = (c_int32 * (len(text) + 8))()
-        count = llama.llama_tokenize(vocabulary, text, len(text), tokens, len(tokens), False, False)
-        answer["tokens"] = tokens[:count]
+        answer["tokens"] = _tokens(llama, vocabulary, request["text"])
+    if "texts" in request:
+        answer["texts"] = [_tokens(llama, vocabulary, text) for text in request["texts"]]
     print("\n" + json.dumps(answer), flush=True)
     # The library's destructors outlive what they need when the interpreter takes things down.
     os._exit(0)
+
+
+def _tokens(llama: Any, vocabulary: int, text: str) -> list[int]:
+    """Returns llama.cpp's tokens of a text, without special ones."""
+    encoded = text.encode()
+    tokens = (c_int32 * (len(encoded) + 8))()
+    return tokens[: llama.llama_tokenize(vocabulary, encoded, len(encoded), tokens, len(tokens), False, False)]
 
 
 def fetch(folder: pathlib.Path) -> None:

@@ -6,7 +6,10 @@ import pathlib
 import yaml
 
 from ptq.cli.parser import Parser
-from ptq.errors import UserError
+from ptq.errors import UserError, nearest
+
+EXIT_MISSING = 1
+"""Exit status of ``ptq data`` where a file is missing."""
 
 
 def export_command(arguments: list[str], program: str) -> int:
@@ -57,10 +60,38 @@ def status_command(arguments: list[str], program: str) -> int:
     return 0
 
 
+def data_command(arguments: list[str], program: str) -> int:
+    """``ptq data PROTOCOL [PATH ...] [--folder FOLDER]``; exit status 1 when a file is missing or another one."""
+    parser = Parser(
+        prog=program, allow_abbrev=False,
+        description="Says which files a protocol needs and whether they are there; takes them out of the paths that are named.",
+    )  # fmt: skip
+    from ptq.data.protocols import PROTOCOLS, data_folder, files_of, place
+
+    default = data_folder()
+    parser.add_argument("protocol", metavar="PROTOCOL", help=f"one of {', '.join(PROTOCOLS)}")
+    parser.add_argument("paths", nargs="*", metavar="PATH", help="files to take them from, or folders of such files")
+    parser.add_argument("--folder", metavar="FOLDER", help=f"where recipes look for them ($PTQ_DATA; now {default})")
+    given = _parse(parser, arguments)
+    if given.protocol not in PROTOCOLS:
+        raise UserError(f"{given.protocol!r} is no protocol with files of its own{nearest(given.protocol, PROTOCOLS)}")
+    folder = pathlib.Path(given.folder).expanduser() if given.folder else default
+    paths = files_of([pathlib.Path(path).expanduser() for path in given.paths])
+    lines = [place(file, paths, folder) for file in PROTOCOLS[given.protocol]]
+    print(f"data={given.protocol} reads {folder}")
+    for line in lines:
+        print(line)
+    missing = any(" is not there: " in line or " is another file: " in line for line in lines)
+    if missing:
+        print(f"download them and run `{program} {given.protocol} PATH ...`")
+    return EXIT_MISSING if missing else 0
+
+
 COMMANDS = {
     "export": ("another format for a finished run: compressed-tensors, gguf, llama2c, kuiper", export_command),
     "inspect": ("what a model file holds: header, tensors, sizes, greatest error", inspect_command),
     "status": ("where a run stands: running, interrupted after a block, finished", status_command),
+    "data": ("the files that a measuring protocol needs: what they are, whether they are there", data_command),
 }
 
 

@@ -19,12 +19,14 @@ class ModelConfig:
     Attributes:
         path: hub id, local directory, a ``.gguf`` file, or ``package:<module>/<file>``.
         revision: branch, tag or commit on the hub.
+        tokenizer: hub id, folder or ``.gguf`` file of another tokenizer; null for the model's own.
         dtype: ``auto`` (fp32 arithmetic on CPU, the checkpoint's 16-bit type on CUDA), ``float32``, ``float16``, ``bfloat16``.
         trust_remote_code: run Python code that comes with the model. Off unless asked for.
     """
 
     path: str
     revision: str | None = None
+    tokenizer: str | None = None
     dtype: str = option("auto", choices=("auto", "float32", "float16", "bfloat16"))
     trust_remote_code: bool = False
 

@@ -8,9 +8,11 @@ import struct
 
 from ptq.errors import UserError
 
-# Bytes of a metadata value by its type number; 8 is a string, 9 an array.
 MOST, MOST_DIMENSIONS = 5_000_000, 8
 """More metadata, tensors or texts, and more dimensions of a tensor, than any model has: a header that says so is damaged."""
+# By the number of a metadata value's type: its form in `struct`, its bytes; 8 is a string, 9 an array.
+STRING = 8
+FORMS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 SIZES = {0: 1, 1: 1, 2: 2, 3: 2, 4: 4, 5: 4, 6: 4, 7: 1, 10: 8, 11: 8, 12: 8}
 
 
@@ -37,6 +39,24 @@ def check_gguf(path: pathlib.Path) -> str:
         if promised > len(data):
             raise UserError(f"model.path: {path} is truncated ({len(data)} bytes of {promised}): download it again")
         return hashlib.sha256(data[:header]).hexdigest()
+
+
+def metadata_of(path: pathlib.Path, keys: set[str]) -> dict[str, str | int | float | bool]:
+    """Returns the values of these metadata `keys` that a checked file has: texts, numbers, true or false; no arrays."""
+    found: dict[str, str | int | float | bool] = {}
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        (entries,), position = struct.unpack_from("<Q", data, 16), 24
+        for _ in range(entries):
+            after = _skip_value(data, position, STRING)
+            key, (kind,) = data[position + 8 : after].decode(errors="replace"), struct.unpack_from("<I", data, after)
+            start, position = after + 4, _skip_value(data, after + 4, kind)
+            if key not in keys:
+                continue
+            if kind == STRING:
+                found[key] = data[start + 8 : position].decode(errors="replace")
+            elif kind in FORMS:
+                (found[key],) = struct.unpack_from(f"<{FORMS[kind]}", data, start)
+    return found
 
 
 def _extent(data: mmap.mmap) -> tuple[int, int]:

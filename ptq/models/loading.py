@@ -1,5 +1,6 @@
 """Models by path: checked, with their tokenizer, their weights rounded to the baseline's type."""
 
+import dataclasses
 import hashlib
 import pathlib
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from ptq.files.gguf_header import check_gguf
 from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
 from ptq.models.checkpoint import read_offloaded, read_resident
+from ptq.models.gguf_tokenizer import as_llama_cpp
 from ptq.models.locations import Location, ModelSource, quiet, source_of
 from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
 
@@ -41,6 +43,7 @@ class LoadedModel:
         fingerprint: SHA-256 over the weights' files and the config.
         location: where it was found.
         revision: the hub's commit, or None.
+        notes: what a run has to say of the tokenizer.
     """
 
     model: Any
@@ -51,6 +54,7 @@ class LoadedModel:
     fingerprint: str
     location: Location
     revision: str | None
+    notes: tuple[str, ...] = ()
 
 
 def check(config: ModelConfig, store: Store | None = None, weights: bool = True) -> Any:
@@ -132,23 +136,48 @@ def _words(source: ModelSource) -> str:
 
 
 def load_tokenizer(config: ModelConfig, store: Store | None = None) -> Any:
-    """Returns the model's tokenizer. Raises `UserError` when there is none or it is out of reach. `store`: see `check`."""
-    source = source_of(config)
-    return _tokenizer(source, _config(source, store), store)
+    """Returns the recipe's tokenizer: the model's own, or the one that it names. `store`: see `check`.
+
+    Raises:
+        UserError: when there is none or it is out of reach.
+    """
+    return _tokenizer(config, store)[0]
 
 
-def _tokenizer(source: ModelSource, found: Any, store: Store | None) -> Any:
+def _tokenizer(config: ModelConfig, store: Store | None) -> tuple[Any, tuple[str, ...]]:
+    """Returns the tokenizer, and what has to be said of it."""
+    if config.tokenizer is None:
+        source = source_of(config)
+        return _tokenizer_of(source, _config(source, store), store)
+    named = dataclasses.replace(config, path=config.tokenizer, revision=None, tokenizer=None)
+    try:
+        source = source_of(named, weights=False)
+        found = _config(source, store) if source.location.kind == "gguf" else None
+        return _tokenizer_of(source, found, store)
+    except UserError as error:
+        raise UserError(str(error).replace("model.path:", "model.tokenizer:", 1)) from None
+
+
+def _tokenizer_of(source: ModelSource, found: Any, store: Store | None) -> tuple[Any, tuple[str, ...]]:
+    """Returns the tokenizer beside a model, whose config is `found` (None: look for one), and what has to be said of it."""
+
     def read() -> Any:
         # The config is handed on because reading it out of a GGUF file takes seconds each time.
         base, arguments = source.location.base, source.arguments
-        return source.guarded(lambda: AutoTokenizer.from_pretrained(base, config=found, **arguments), "tokenizer")
+        known = arguments if found is None else {**arguments, "config": found}
+        return source.guarded(lambda: AutoTokenizer.from_pretrained(base, **known), "tokenizer")
 
-    if source.location.kind != "gguf" or store is None:
-        return read()
-    folder = store.keep(
-        "gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary), _words(source)
-    )
-    return source.guarded(lambda: AutoTokenizer.from_pretrained(folder, config=found), "tokenizer")
+    if source.location.kind != "gguf":
+        return read(), ()
+    if store is None:
+        tokenizer = read()
+    else:
+        folder = store.keep(
+            "gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary), _words(source)
+        )
+        tokenizer = source.guarded(lambda: AutoTokenizer.from_pretrained(folder, config=found), "tokenizer")
+    note = as_llama_cpp(tokenizer, pathlib.Path(_words(source)))
+    return tokenizer, () if note is None else (note,)
 
 
 def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = None) -> LoadedModel:
@@ -172,7 +201,7 @@ def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = 
     device = torch.device(
         ("cuda" if torch.cuda.is_available() else "cpu") if execution.device == "auto" else execution.device
     )
-    tokenizer = _tokenizer(source, found, store)
+    tokenizer, notes = _tokenizer(config, store) if config.tokenizer else _tokenizer_of(source, found, store)
     rounding, arithmetic = _dtypes(config, found, device)
     loaded = _read(source, execution, rounding, arithmetic, device, store)
     if loaded is None:
@@ -188,7 +217,7 @@ def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = 
     revision = getattr(model.config, "_commit_hash", None)
     fingerprint = _fingerprint(source.location, revision or config.revision, store)
     return LoadedModel(
-        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, source.location, revision
+        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, source.location, revision, notes
     )
 
 

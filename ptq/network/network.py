@@ -114,6 +114,11 @@ class Network:
         return {name: (rows, columns) for name, (rows, columns) in shapes.items()}
 
     @property
+    def vocabulary(self) -> int:
+        """Number of tokens that the model embeds."""
+        return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
     def max_positions(self) -> int | None:
         """Longest window that the model has positions for, None where it has no limit (ALiBi)."""
         config = self.model.config

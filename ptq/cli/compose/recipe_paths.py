@@ -35,7 +35,7 @@ def placed(config: dict[str, Any], folder: pathlib.Path, typed: Collection[tuple
 
 def _paths(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:
     """Yields the key of every path, with the mapping that holds it."""
-    for part, name in (("model", "path"), ("calibration", "statistics")):
+    for part, name in (("model", "path"), ("model", "tokenizer"), ("calibration", "statistics")):
         if isinstance(owner := config.get(part), dict):
             yield (part, name), owner
     if isinstance(data := config.get("data"), dict):
