@@ -140,7 +140,8 @@ class Attempts:
 
     def __init__(self, work_folder: pathlib.Path, every_block: bool):
         self._context = multiprocessing.get_context("forkserver")
-        self._context.set_forkserver_preload([__name__])
+        # The server does not import what is called __main__: a process does that, and finds the rest imported.
+        self._context.set_forkserver_preload(["ptq.run.experiment", "ptq.testing"])
         self._folder, self._every = work_folder, every_block
 
     def run(

@@ -97,6 +97,10 @@ def _link(name: str, before: ChannelStatistics, after: ChannelStatistics) -> dic
     return {"name": name, "step": step, "before": pooled(before), "after": pooled(after)}
 
 
+DECADE = 10
+"""Widest over median channel from which on an axis is logarithmic."""
+
+
 @dataclass(frozen=True)
 class _Panel:
     title: str
@@ -109,30 +113,60 @@ def _ratio(s: ChannelStatistics) -> float:
 
 
 def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
-    """Draws min..max of every channel as a band, mean ± std inside it, and under them the range of each cluster."""
+    """Draws min..max of every channel as a bar, mean ± std inside it, and under them the range of each cluster.
+
+    Where the widest channel is `DECADE` medians wide, the axis is logarithmic beyond the median channel, to both sides of zero.
+    """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.6), layout="constrained")
+    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
+    drawn: dict[str, object] = {}
     for axis, panel in zip(axes, panels, strict=True):
         s = panel.figures
-        channels = range(len(s.min))
         low, high, mean, std = (t.double().cpu().numpy() for t in (s.min, s.max, s.mean, s.std))
+        edges = [channel - 0.5 for channel in range(len(low) + 1)]
         if panel.labels is not None:
-            least, most = (expand(panel.labels, ends).cpu().numpy() for ends in ranges_of(panel.labels, s.min, s.max))
-            axis.fill_between(
-                channels, least, most, step="mid", color="#fdd0a2", linewidth=0, label="its cluster's range"
-            )
-        axis.fill_between(channels, low, high, step="mid", color="#9ecae1", linewidth=0, label="min to max")
-        axis.fill_between(
-            channels, mean - std, mean + std, step="mid", color="#08519c", linewidth=0, label="mean ± std"
+            ends = (expand(panel.labels, end).cpu().numpy() for end in ranges_of(panel.labels, s.min, s.max))
+            below, above = ends
+            drawn["its cluster's range"] = axis.stairs(above, edges, baseline=below, fill=True, color="#fdd0a2")
+        # A line around a bar keeps it visible where a channel is narrower than a point of the picture.
+        drawn["min to max"] = axis.stairs(high, edges, baseline=low, fill=True, color="#9ecae1", linewidth=0.3)
+        drawn["mean ± std"] = axis.stairs(
+            mean + std, edges, baseline=mean - std, fill=True, color="#08519c", linewidth=0.3
         )
         axis.axhline(0, color="0.3", linewidth=0.5)
-        axis.set_title(plain_text(panel.title), loc="left", fontsize=9)
-        axis.set_xlim(0, len(s.min) - 1)
+        words = panel.title
+        least, most = float((mean - std).min()), float((mean + std).max())
+        least, most = min(least, float(low.min()), 0.0), max(most, float(high.max()), 0.0)
+        room = 0.05 * (most - least) or 1.0  # A bar that ends at the frame looks cut off.
+        axis.set_ylim(least - room, most + room)
+        if _ratio(s) >= DECADE:
+            axis.set_yscale("symlog", linthresh=float(s.absmax.median().clamp_min(torch.finfo(torch.float32).tiny)))
+            _room(axis, least, most)
+            words += "   (linear to the median channel, logarithmic beyond)"
+        axis.set_title(plain_text(words), loc="left", fontsize=9)
+        axis.set_xlim(edges[0], edges[-1])
         axis.tick_params(labelsize=8)
+        axis.set_ylabel("input value", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
-    axes[-1].legend(loc="upper right", fontsize=8, frameon=False, ncols=3)
     axes[-1].set_xlabel("input channel", fontsize=9)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower right", fontsize=8, frameon=False, ncols=3)
     figure.suptitle(plain_text(title), fontsize=10, x=0.01, ha="left")
     write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+
+
+def _room(axis: Any, low: float, high: float) -> None:
+    """Gives a symmetric logarithmic axis room beyond `low` and `high`, and some four ticks to each side of zero, powers of ten."""
+    from matplotlib.ticker import FixedLocator, NullLocator
+
+    least = axis.yaxis.get_transform().linthresh
+    axis.set_ylim(min(1.5 * low, -0.5 * least), max(1.5 * high, 0.5 * least))
+    first, last = math.ceil(math.log10(least)), math.floor(math.log10(max(-low, high, 10 * least)))
+    powers = [10.0**power for power in range(first, last + 1, max(1, (last - first + 3) // 4))]
+    ticks = (
+        [-power for power in powers if -power >= 1.5 * low] + [0.0] + [power for power in powers if power <= 1.5 * high]
+    )
+    axis.yaxis.set_major_locator(FixedLocator(ticks))
+    axis.yaxis.set_minor_locator(NullLocator())
+    axis.yaxis.set_major_formatter(lambda value, position: f"{value:g}")
