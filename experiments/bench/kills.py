@@ -257,18 +257,19 @@ def measure_tiny(folder: pathlib.Path) -> None:
     )
     attempts = Attempts(folder, every_block=True)
     lines, _ = attempts.run(recipe_of(model, folder / "whole", 64))
-    expected, total = results_of(place_of(lines[-1])), len(list(blocks_of(lines)))
-    equal, kills = 0, [(count, before) for count in range(1, total + 1) for before in (True, False)]
-    for number, kill in enumerate(kills):
-        recipe = recipe_of(model, folder / f"killed-{number}", 64)
-        _, killed = attempts.run(recipe, kill_at=kill)
-        if killed is None:
-            raise RuntimeError(f"nobody was killed at {kill}")
-        lines, _ = attempts.run(recipe)
-        equal += same(results_of(place_of(lines[-1])), expected)
-    print(
-        f"tiny LLaMA: killed before and after each of {total} blocks kept: {equal} of {len(kills)} ended with equal bits"
-    )
+    expected, equal, kills = results_of(place_of(lines[-1])), 0, 0
+    for count in itertools.count(1):
+        for before in (True, False):
+            recipe = recipe_of(model, folder / f"killed-{count}-{before}", 64)
+            lines, killed = attempts.run(recipe, kill_at=(count, before))
+            if killed is None:
+                print(
+                    f"tiny LLaMA: killed before and after each of {count - 1} blocks kept: {equal} of {kills} ended with equal bits"
+                )
+                return
+            lines, _ = attempts.run(recipe)
+            kills += 1
+            equal += same(results_of(place_of(lines[-1])), expected)
 
 
 def main() -> None:

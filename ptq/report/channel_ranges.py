@@ -121,7 +121,7 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
 
     figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    drawn: dict[str, object] = {}
+    drawn: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
         s = panel.figures
         low, high, mean, std = (t.double().cpu().numpy() for t in (s.min, s.max, s.mean, s.std))
