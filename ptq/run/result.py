@@ -13,6 +13,21 @@ if TYPE_CHECKING:
     import pandas
 
 
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a run, which a notebook shows.
+
+    Attributes:
+        path: the PNG file.
+    """
+
+    path: pathlib.Path
+
+    def _repr_png_(self) -> bytes:
+        """What a notebook shows."""
+        return self.path.read_bytes()
+
+
 @dataclass
 class Result:
     """A finished run.
@@ -72,9 +87,9 @@ class Result:
         return pandas.DataFrame(self.metrics["window_losses"])
 
     @property
-    def figures(self) -> dict[str, pathlib.Path]:
-        """The run's pictures by name, PNG files."""
-        return {path.stem: path for path in sorted(self.folder.glob("*.png"))}
+    def figures(self) -> dict[str, Picture]:
+        """The run's pictures by name, such as ``errors``."""
+        return {path.stem: Picture(path) for path in sorted(self.folder.glob("*.png"))}
 
     def _repr_html_(self) -> str:
         """What a notebook shows."""

@@ -8,6 +8,7 @@ import pytest
 import torch
 import yaml
 from safetensors.torch import load_file
+from torch.nn.modules.module import register_module_forward_pre_hook
 
 from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
@@ -88,7 +89,11 @@ def test_a_finished_run_is_not_run_again_unless_it_is_forced_to(tmp_path, tiny_o
     written = (folder / "metrics.json").stat().st_mtime_ns
     monkeypatch.setattr(BlockStream, "run", lambda *a, **k: pytest.fail("a pass ran"))
     monkeypatch.setattr("ptq.run.session.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    forwards = []
+    hook = register_module_forward_pre_hook(lambda module, args: forwards.append(type(module).__name__))
     assert run(recipe) == folder
+    hook.remove()
+    assert forwards == []
     assert "finished before: perplexity" in capsys.readouterr().out
     assert (folder / "metrics.json").stat().st_mtime_ns == written
     monkeypatch.undo()
