@@ -1,6 +1,6 @@
 """A run killed at any moment ends with the bits of one that was not: SIGKILL, many times, and what it cost.
 
-    python -m experiments.bench.kills [--kills 50] [--blocks 6] [--seed 0] [--minutes 6] [--work DIR]
+    python -m experiments.bench.kills [--kills 50] [--blocks 6] [--tokens 256] [--seed 0] [--minutes 6] [--work DIR]
     python -m experiments.bench.kills --tiny
 
 Cuts the first blocks of SmolLM2-135M into a folder and runs smooth (searched), GPTQ (target residual) and static inputs on it:
@@ -191,7 +191,7 @@ def place_of(line: str) -> pathlib.Path:
     return pathlib.Path(line.split(maxsplit=2)[2])
 
 
-def measure(folder: pathlib.Path, kills: int, blocks: int, seed: int, minutes: float) -> None:
+def measure(folder: pathlib.Path, kills: int, blocks: int, tokens: int, seed: int, minutes: float) -> None:
     """Kills runs until there have been so many kills or minutes, and prints what came of it."""
     torch.manual_seed(0)
     deadline = time.monotonic() + 60 * minutes
@@ -199,30 +199,21 @@ def measure(folder: pathlib.Path, kills: int, blocks: int, seed: int, minutes: f
     if not (model / "config.json").is_file():
         cut_model(model, blocks)
     attempts = Attempts(folder, every_block=False)
-    lines, _ = attempts.run(recipe_of(model, folder / "whole", 256))
-    expected, whole = results_of(place_of(lines[-1])), float(lines[-1].split()[1]) - float(lines[0].split()[1])
     if counts_file.is_file():
         counts: dict[str, Any] = json.loads(counts_file.read_text(encoding="utf-8"))
     else:
-        shutil.rmtree(folder / "whole")
-        lines, _ = attempts.run(recipe_of(model, folder / "whole", 256))
+        lines, _ = attempts.run(recipe_of(model, folder / "whole", tokens))
         whole = float(lines[-1].split()[1]) - float(lines[0].split()[1])
-        counts = {
-            "kills": 0,
-            "runs": 0,
-            "equal": 0,
-            "done again": 0,
-            "lost": [],
-            "seconds": whole,
-            "block": slowest_block(lines),
-        }
+        counts = {"kills": 0, "runs": 0, "equal": 0, "done again": 0, "lost": [], "seconds": whole}
+        counts |= {"block": slowest_block(lines), "folder": str(place_of(lines[-1]))}
+    expected = results_of(pathlib.Path(counts["folder"]))
     moments = random.Random(seed + counts["kills"])
     number = 0
     while counts["kills"] < kills and time.monotonic() < deadline:
         number += 1
         place = folder / f"killed-{number}"
         shutil.rmtree(place, ignore_errors=True)
-        recipe, ended = recipe_of(model, place, 256), False
+        recipe, ended = recipe_of(model, place, tokens), False
         before: dict[str, int] = {}
         while not ended:
             enough = counts["kills"] >= kills or time.monotonic() > deadline
@@ -277,6 +268,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--blocks", type=int, default=6)
+    parser.add_argument("--tokens", type=int, default=256, help="tokens of a calibration sample and of a window")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--minutes", type=float, default=60)
     parser.add_argument("--work", type=pathlib.Path)
@@ -288,7 +280,7 @@ def main() -> None:
         if options.tiny:
             measure_tiny(folder)
         else:
-            measure(folder, options.kills, options.blocks, options.seed, options.minutes)
+            measure(folder, options.kills, options.blocks, options.tokens, options.seed, options.minutes)
 
 
 if __name__ == "__main__":
