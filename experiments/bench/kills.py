@@ -26,6 +26,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from typing import Any
+from unittest import mock
 
 import torch
 from safetensors.torch import load_file
@@ -105,13 +106,14 @@ def work(recipe: dict[str, Any], log: str, every_block: bool, kill_at: tuple[int
         if kill_at == (kept[0], False):
             os.kill(os.getpid(), signal.SIGKILL)
 
-    Journal.progress = noted  # type: ignore[method-assign]
-    KeptPass.keep = counted  # type: ignore[method-assign]
     if every_block:
         import ptq.run.kept.kept_pass as kept_pass
 
         kept_pass.WORST_SHARE = 1e9
-    with pathlib.Path(log).open("a", buffering=1, encoding="utf-8") as file, contextlib.redirect_stdout(file):
+    with pathlib.Path(log).open("a", buffering=1, encoding="utf-8") as file, contextlib.ExitStack() as held:
+        held.enter_context(contextlib.redirect_stdout(file))
+        held.enter_context(mock.patch.object(Journal, "progress", noted))
+        held.enter_context(mock.patch.object(KeptPass, "keep", counted))
         print(f"begin {time.monotonic()}")
         folder = run(recipe_from(recipe))
         print(f"end {time.monotonic()} {folder}")
