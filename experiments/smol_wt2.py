@@ -35,6 +35,21 @@ RPTQ = ["method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max
 """Each link clustered by itself, nothing smoothed."""
 ROTATED = ["method=rotate_clip_gptq"]
 """The stream rotated, what down and o read rotated online, inputs clipped, GPTQ."""
+WEIGHT_METHODS = {
+    "rtn": ["scheme.weight.range=minmax"],
+    "rtn, ranges by the Hessian's diagonal": ["scheme.weight.range=minmax", "+steps.rtn.scales=diagonal"],
+    "hqq": ["scheme.weight.range=minmax", "method=hqq"],
+    "awq": ["scheme.weight.range=minmax", "method=awq"],
+    "awq, gptq": ["scheme.weight.range=minmax", "method=awq_gptq"],
+    "autoround": ["scheme.weight.range=minmax", "method=autoround", "steps.autoround.steps=50"],
+    "omniquant": ["scheme.weight.range=minmax", "method=omniquant", "steps.omniquant.steps=50"],
+    "gptq, target residual": RESIDUAL,
+    "gptq, target residual, held out": [*RESIDUAL, "steps.gptq.held_out=8"],
+    "gptq, target residual, held out, relative": [*RESIDUAL, "steps.gptq.held_out=8", "steps.gptq.relative=true"],
+    "gptq, target residual, pivots, descent 2": [*RESIDUAL, "steps.gptq.scales=pivots", "steps.gptq.descent=2"],
+    "rotate, gptq, target residual": [*RESIDUAL, "method=rotate_gptq", "steps.rotate.online=[]"],
+}
+"""Weight-only methods, each on the same scheme; 50 learned steps a block are what two cores allow."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
     "RTN": {
         "W8A8, weight per channel, input dynamic per token": (["scheme=w8a8"], ""),
@@ -106,6 +121,11 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
             ["scheme=nvfp4_w4a4", "method=wush_gptq", "~steps.clip"],
             "1.35",
         ),
+    },
+    "weights": {
+        f"{label}; {method}": ([f"scheme={scheme}", *overrides], "")
+        for label, scheme in (("W4A16 g64", "w4a16_g64"), ("W3A16 g64", "w3a16_g64"), ("W2A16 g64", "w2a16_g64"))
+        for method, overrides in WEIGHT_METHODS.items()
     },
     "formats": {
         "W8A16 per channel": (["scheme=w8a16"], ""),

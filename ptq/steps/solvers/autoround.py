@@ -4,8 +4,9 @@ from dataclasses import dataclass
 
 import torch
 
+from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.network import Block
 from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
@@ -28,26 +29,11 @@ class Options:
         seed: of the order of the batches.
     """
 
-    steps: int = 200
-    rate: float | None = None
-    target: str = "present"
-    held_out: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"steps.autoround.steps: {self.steps} is too small: use 0 or more, such as 200")
-        if self.rate is not None and not self.rate > 0:
-            raise UserError(f"steps.autoround.rate: {self.rate} is not above 0: use null for 1 / steps")
-        if self.held_out < 2:
-            raise UserError(
-                f"steps.autoround.held_out: {self.held_out} leaves no batch to learn from: use 2 or more, such as 8"
-            )
-        if self.target not in TARGETS:
-            raise UserError(
-                f"steps.autoround.target: {self.target!r} is not valid: expected one of {', '.join(TARGETS)}"
-                f"{nearest(self.target, TARGETS)}"
-            )
+    steps: int = option(200, least=0)
+    rate: float | None = option(None, least=1e-6)
+    target: str = option("present", choices=TARGETS)
+    held_out: int = option(8, least=2)
+    seed: int = seed_option()
 
 
 class Step(Solver):

@@ -70,9 +70,9 @@ class Options:
     sequential: bool = True
     target: str = option("present", choices=("present", "original", "residual"))
     scales: str = option("range", choices=SCALES)
-    descent: int = 0
-    relative: bool = False
-    held_out: int = 0
+    descent: int = option(0, least=0)
+    relative: bool = option(False, only_with={"target": ("residual",)})
+    held_out: int = option(0, least=0)
     search_damping: bool = False
 
 
@@ -100,8 +100,6 @@ class Step(Solver):
                 "steps.gptq.sequential: false does not go with target 'residual': two Linears of a block would both take "
                 "back the same error: use sequential true, or target original"
             )
-        if options.relative and options.target != "residual":
-            raise UserError("steps.gptq.relative: true weighs errors of the residual stream: use target residual")
         if options.held_out < 0 or options.held_out == 1:
             raise UserError(
                 f"steps.gptq.held_out: {options.held_out} is not valid: expected 0, or 2 or more so that samples are left: use 8"

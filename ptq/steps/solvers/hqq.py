@@ -5,8 +5,8 @@ from functools import partial
 
 import torch
 
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError
 from ptq.network.network import Block
 from ptq.steps._solving import BlockInputs, Solved, captures_of, labels_of, quantize_linear, require_integers, specs_of
 from ptq.steps._step import Context, Solver, StepPlan
@@ -21,19 +21,11 @@ class Options:
 
     Attributes:
         iterations: of the alternation of errors and ranges, 0 or more.
-        norm: p of the sum of |error|^p that is made small, above 0, up to 1: the lower, the less a few great errors weigh.
+        norm: p of the sum of |error|^p that is made small: the lower, the less a few great errors weigh.
     """
 
-    iterations: int = ITERATIONS
-    norm: float = NORM
-
-    def __post_init__(self) -> None:
-        if self.iterations < 0:
-            raise UserError(
-                f"steps.hqq.iterations: {self.iterations} is too small: use 0 or more, such as {ITERATIONS}"
-            )
-        if not 0 < self.norm <= 1:
-            raise UserError(f"steps.hqq.norm: {self.norm} is not valid: expected a number above 0, up to 1: use {NORM}")
+    iterations: int = option(ITERATIONS, least=0)
+    norm: float = option(NORM, least=0.05, most=1)
 
 
 class Step(Solver):

@@ -8,8 +8,9 @@ from typing import ClassVar
 
 import torch
 
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.steps._moments import stage_hessians
 from ptq.steps._solving import (
@@ -46,22 +47,10 @@ class Options:
         damping: share of the Hessian's mean diagonal that is added to it.
     """
 
-    rank: int = 16
-    rounds: int = 1
-    solver: str = "gptq"
-    damping: float = 0.01
-
-    def __post_init__(self) -> None:
-        for name, value in (("rank", self.rank), ("rounds", self.rounds)):
-            if value < 1:
-                raise UserError(f"steps.lowrank.{name}: {value} is too small: use 1 or more")
-        if self.solver not in SOLVERS:
-            raise UserError(
-                f"steps.lowrank.solver: {self.solver!r} is not valid: expected one of {', '.join(SOLVERS)}"
-                f"{nearest(self.solver, SOLVERS)}"
-            )
-        if not 0 < self.damping <= 1:
-            raise UserError(f"steps.lowrank.damping: {self.damping} is not valid: expected above 0, up to 1: use 0.01")
+    rank: int = option(16, least=1)
+    rounds: int = option(1, least=1)
+    solver: str = option("gptq", choices=SOLVERS)
+    damping: float = option(0.01, least=1e-6, most=1)
 
 
 class Step(Solver):

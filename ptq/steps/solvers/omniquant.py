@@ -7,8 +7,9 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
 from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
@@ -34,29 +35,12 @@ class Options:
         seed: of the order of the batches.
     """
 
-    steps: int = 200
-    rate: float = 0.05
-    scale_rate: float = 0.005
-    target: str = "present"
-    held_out: int = 8
-    seed: int = 0
-
-    def __post_init__(self) -> None:
-        if self.steps < 0:
-            raise UserError(f"steps.omniquant.steps: {self.steps} is too small: use 0 or more, such as 200")
-        if not self.rate > 0 or self.scale_rate < 0:
-            raise UserError(
-                f"steps.omniquant.rate, scale_rate: {self.rate}, {self.scale_rate} are not valid: expected above 0, and 0 or more"
-            )
-        if self.held_out < 2:
-            raise UserError(
-                f"steps.omniquant.held_out: {self.held_out} leaves no batch to learn from: use 2 or more, such as 8"
-            )
-        if self.target not in TARGETS:
-            raise UserError(
-                f"steps.omniquant.target: {self.target!r} is not valid: expected one of {', '.join(TARGETS)}"
-                f"{nearest(self.target, TARGETS)}"
-            )
+    steps: int = option(200, least=0)
+    rate: float = option(0.05, least=1e-6)
+    scale_rate: float = option(0.005, least=0)
+    target: str = option("present", choices=TARGETS)
+    held_out: int = option(8, least=2)
+    seed: int = seed_option()
 
 
 class Step(Solver):

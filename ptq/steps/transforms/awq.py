@@ -9,8 +9,9 @@ from typing import ClassVar
 import torch
 
 from ptq.calibration.statistics import ChannelStatistics
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError
 from ptq.network.links import Link
 from ptq.network.network import Block
 from ptq.steps._solving import specs_of, weight_specs
@@ -33,20 +34,12 @@ class Options:
             the model has and that are exact.
     """
 
-    ratios: tuple[float, ...] = RATIOS
-    links: tuple[str, ...] | None = None
+    ratios: tuple[float, ...] = option(RATIOS, least=0, most=1)
+    links: tuple[str, ...] | None = option(None, choices=KINDS)
 
     def __post_init__(self) -> None:
         if not self.ratios:
             raise UserError("steps.awq.ratios: empty: list exponents such as [0.0, 0.25, 0.5]")
-        for ratio in self.ratios:
-            if not 0 <= ratio <= 1:
-                raise UserError(
-                    f"steps.awq.ratios: {ratio} is not between 0 and 1 (nearest: {min(max(ratio, 0.0), 1.0)})"
-                )
-        for kind in self.links or ():
-            if kind not in KINDS:
-                raise UserError(f"steps.awq.links: {kind!r} is no kind of link{nearest(kind, KINDS)}")
 
 
 class Step(Transform):

@@ -8,6 +8,7 @@ import torch
 
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import ChannelStatistics
+from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
@@ -32,14 +33,11 @@ class Options:
             are the solver's: `scales` of gptq and of rtn.
     """
 
-    ratios: tuple[float, ...] = INPUT_RATIOS
+    ratios: tuple[float, ...] = option(INPUT_RATIOS, least=0.01, most=1)
 
     def __post_init__(self) -> None:
         if not self.ratios:
             raise UserError("steps.clip.ratios: empty: list shares of a range such as [1.0, 0.9, 0.8]")
-        for ratio in self.ratios:
-            if not 0 < ratio <= 1:
-                raise UserError(f"steps.clip.ratios: {ratio} is not valid: expected a number above 0, up to 1: use 1.0")
 
 
 class Step(Transform):

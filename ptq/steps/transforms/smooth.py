@@ -156,8 +156,6 @@ def _reason(link: Link, kind: str, context: Context) -> str:
         return f"{type(module).__name__} does not commute with positive scales as ReLU does"
     if kind == "norm" and gain_offset(module) is None:
         return f"{type(module).__name__} multiplies by neither w nor 1 + w"
-    if any(online_input(context.module(reader)) is not None for reader in link.readers):
-        return "a step before acts online on what its readers read"
     return ""
 
 
