@@ -38,6 +38,9 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_licence(unpacked):
     assert {f"ptq/_configs/{name}" for name in configs} <= files
     assert {
         "ptq/cli/app.py",
+        "ptq/report/page/page.html.j2",
+        "ptq/report/page/page.js",
+        "ptq/report/page/page.css",
         "quantize/spec/quant_spec.py",
         "group_methods/__init__.py",
         "experiments/__init__.py",

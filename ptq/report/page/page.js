@@ -143,6 +143,7 @@
   filter.value = chosen.get("filter") || "";
   filter.addEventListener("input", () => { keep("filter", filter.value); showTable(); });
   showTable();
+  root.dataset.usable = Math.round(performance.now());
 
   // --- figures
   const layout = (more) => {
@@ -302,12 +303,12 @@
   const plots = [...document.querySelectorAll(".plot")];
   // A figure is drawn when it is about to be seen: a long sweep can be used at once.
   const seen = new IntersectionObserver((entries) => entries.forEach((e) => { if (e.isIntersecting && !e.target.dataset.drawn) draw(e.target); }), { rootMargin: "400px" });
-  plots.forEach((node) => seen.observe(node));
   const rest = () => {
     const next = plots.find((node) => !node.dataset.drawn);
     if (next) draw(next).then(() => setTimeout(rest, 0)); else root.dataset.ready = "1";
   };
-  setTimeout(rest, 30);
+  // The plotting library stands after this script: the table can be used while it is read.
+  document.addEventListener("DOMContentLoaded", () => { plots.forEach((node) => seen.observe(node)); setTimeout(rest, 30); });
   window.addEventListener("beforeprint", () => plots.forEach((node) => { if (!node.dataset.drawn) draw(node); }));
   const repaint = () => { paint(); plots.filter((node) => node.dataset.drawn).forEach(draw); };
   dark.addEventListener("change", repaint);

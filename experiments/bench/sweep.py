@@ -1,0 +1,264 @@
+"""What sweeps cost beside their evaluations, in one process and in two, done again, and killed twenty times.
+
+    python -m experiments.bench.sweep --part cost        a 20-point alpha sweep of SmolLM2 beside 20 evaluations alone, then the same again
+    python -m experiments.bench.sweep --part processes   one process with one thread beside two, figures compared
+    python -m experiments.bench.sweep --part kills       a tiny model's sweep, killed 20 times, beside an undisturbed one
+    python -m experiments.bench.sweep --part page        a page of 200 points: seconds, bytes
+
+Evaluations alone are those of a quantized model in memory on the same tokens: its blocks, and the comparison with the
+baseline's hidden states. Every part works in a temporary folder with a store of its own.
+"""
+
+import argparse
+import csv
+import json
+import os
+import pathlib
+import random
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Any
+
+import yaml
+
+ALPHAS = ",".join(f"{0.025 + 0.05 * i:.3f}" for i in range(20))
+CONFIG = ["--config", "smollm2-135m_w8a8_static", "steps.smooth.search=false"]
+CLOCK = ("seconds", "folder", "identity", "line")
+"""Columns of the table that depend on the clock, or on where a sweep's files are."""
+
+
+def command(*words: str) -> list[str]:
+    """Returns the command line of `ptq` with these words."""
+    return [sys.executable, "-m", "ptq", *words]
+
+
+def timed(folder: pathlib.Path, *words: str, threads: int | None = None) -> float:
+    """Runs `ptq` and returns its wall seconds, its start included. Raises `CalledProcessError` where it fails."""
+    count = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
+    begun = time.perf_counter()
+    subprocess.run(command(*words), cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **count})
+    return time.perf_counter() - begun
+
+
+def sweep_folder(folder: pathlib.Path) -> pathlib.Path:
+    """Returns the only sweep's folder under `folder`."""
+    [found] = (folder / "outputs" / "sweeps").glob("*/*")
+    return found
+
+
+def table(folder: pathlib.Path) -> list[dict[str, str]]:
+    """Returns the rows of a sweep's table without what depends on the clock and on folders."""
+    with (sweep_folder(folder) / "points.csv").open(encoding="utf-8", newline="") as file:
+        return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
+
+
+def evaluation_alone(folder: pathlib.Path, words: list[str]) -> float:
+    """Returns the seconds of one evaluation of a quantized model: the median of three, in a process of its own."""
+    code = "import sys, json; from experiments.bench.sweep import evaluate_alone; print(json.dumps(evaluate_alone(sys.argv[1:])))"
+    done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, check=True, capture_output=True, text=True)
+    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+
+
+def evaluate_alone(words: list[str]) -> list[float]:
+    """Quantizes by a recipe, then evaluates the model that is in memory three times. Returns the seconds of each."""
+    from ptq.cli import catalog
+    from ptq.cli.compose.hydra_edge import compose_jobs
+    from ptq.evaluation.token_comparison import compare_tokens
+    from ptq.models.weights import ResidentWeights
+    from ptq.network.block_stream import BlockStream, Nothing
+    from ptq.network.network import build_network
+    from ptq.run.experiment import run_recipe
+    from ptq.run.session import device_of, evaluation_tokens
+
+    config = catalog.locate(words[words.index("--config") + 1])
+    overrides = [w for w in words if "=" in w]
+    [job] = compose_jobs(config, overrides)
+    result = run_recipe(job.recipe, force=True)
+    tokens = evaluation_tokens(job.recipe, result.tokenizer)
+    network = build_network(result.model)
+    result.model.config.use_cache = False
+    stream = BlockStream(network, ResidentWeights(), device_of(job.recipe))
+    seconds = []
+    for _ in range(3):
+        begun = time.perf_counter()
+        flow = stream.open(tokens.ids, job.recipe.evaluation.batch_size, exact=True)
+        stream.run([flow], Nothing())
+        with stream.heads() as heads:
+            compare_tokens(heads, flow.hidden, flow.hidden, tokens.ids, job.recipe.evaluation.chunk)
+        seconds.append(time.perf_counter() - begun)
+    return seconds
+
+
+def cost(folder: pathlib.Path, extra: list[str]) -> None:
+    """Measures a sweep of 20 points beside 20 evaluations, and the same again."""
+    words = [*CONFIG, "outputs=outputs", "store=store", *extra]
+    first = timed(folder, "run", *words, "-m", f"steps.smooth.alpha={ALPHAS}")
+    again = timed(folder, "run", *words, "-m", f"steps.smooth.alpha={ALPHAS}")
+    alone = evaluation_alone(folder, [*words, "steps.smooth.alpha=0.5"])
+    print(
+        f"20 points: {first:.1f} s; one evaluation alone {alone:.2f} s, 20 of them {20 * alone:.1f} s: {first / (20 * alone):.2f} x"
+    )
+    print(f"the same again: {again:.1f} s")
+
+
+def processes(folder: pathlib.Path, extra: list[str]) -> None:
+    """Measures one process with one thread beside two, each with a store of its own."""
+    seconds, tables = [], []
+    for jobs in (1, 2):
+        place = folder / str(jobs)
+        place.mkdir()
+        words = [*CONFIG, "outputs=outputs", "store=store", *extra, "-m", "steps.smooth.alpha=0.3,0.4,0.5,0.6,0.7,0.8"]
+        seconds.append(timed(place, "run", *words, "--jobs", str(jobs), "--threads", "1", threads=1))
+        tables.append(table(place))
+    print(
+        f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} x; tables equal: {tables[0] == tables[1]}"
+    )
+
+
+def kills(folder: pathlib.Path, count: int, seed: int) -> None:
+    """Kills points, the launcher and lease holders of a tiny model's sweep in turn, resumes it, and compares tables.
+
+    Raises:
+        RuntimeError: where the resumed sweep's table is another than the undisturbed one's.
+    """
+    from ptq.testing import tiny_model
+
+    model = tiny_model("llama", pathlib.Path.home() / ".cache" / "ptq-tests")
+    drawn = random.Random(seed)
+    for name in ("disturbed", "undisturbed"):
+        place = folder / name
+        place.mkdir()
+        content = {
+            "model": {"path": str(model)}, "calibration": {"samples": 4, "length": 64}, "evaluation": {"windows": 4, "length": 64},
+            "scheme": {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}},
+            "steps": {"smooth": {"alpha": 0.5}, "gptq": {}}, "outputs": "outputs", "store": "store",
+        }  # fmt: skip
+        (place / "tiny.yaml").write_text(yaml.safe_dump(content, sort_keys=False))
+    start = ["run", "--config", "tiny.yaml", "-m", "steps.smooth.alpha=0.2,0.4,0.6", "calibration.samples=4,6", "scheme.weight.bits=3,4", "--jobs", "2", "--threads", "1"]  # fmt: skip
+    timed(folder / "undisturbed", *start, threads=1)
+    place, killed = folder / "disturbed", {"point": 0, "launcher": 0, "lease holder": 0}
+    words = start
+    while sum(killed.values()) < count:
+        process = subprocess.Popen(
+            command(*words), cwd=place, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
+        )
+        while process.poll() is None and sum(killed.values()) < count:
+            kind = min(killed, key=lambda name: (killed[name], name))
+            time.sleep(drawn.uniform(0.0, 0.3))
+            if kind == "launcher":
+                if _holders(place / "outputs"):
+                    process.kill()
+                    killed[kind] += 1
+                continue
+            pids = [pid for pid in _holders(place / ("outputs" if kind == "point" else "store")) if pid != process.pid]
+            if pids:
+                _kill(drawn.choice(pids))
+                killed[kind] += 1
+                time.sleep(0.5)
+        process.wait()
+        words = ["sweep", "resume", str(sweep_folder(place)), "--jobs", "2", "--threads", "1"]
+        if sum(killed.values()) < count and all(row["status"] == "done" for row in table(place)):
+            words.append("--force")
+    for _ in range(5):
+        ended = subprocess.run(
+            command("sweep", "resume", str(sweep_folder(place)), "--threads", "1"), cwd=place, stdout=subprocess.DEVNULL
+        )
+        if ended.returncode == 0:
+            break
+    equal = table(place) == table(folder / "undisturbed")
+    print(f"kills: {killed}; {len(table(place))} points; the table equals the undisturbed one: {equal}")
+    if not equal:
+        raise RuntimeError("the resumed sweep's table is another than the undisturbed one's")
+
+
+def page(folder: pathlib.Path) -> None:
+    """Measures the page of 200 points of a model of SmolLM2's Linears."""
+    from ptq.report.page.build import build_page
+    from ptq.report.page.content import PageInput, PointOfPage
+
+    points = [_point(folder, number) for number in range(1, 201)]
+    begun = time.perf_counter()
+    text = build_page(
+        PageInput("bench", str(folder), "", ["steps.smooth.alpha"], [PointOfPage(*point) for point in points])
+    )
+    seconds = time.perf_counter() - begun
+    print(f"page of {len(points)} points: {len(text.encode()) / 1e6:.2f} MB in {seconds:.2f} s")
+    path = folder / "page.html"
+    path.write_text(text, encoding="utf-8")
+    browser = os.environ.get("PTQ_CHROMIUM", "chromium")
+    flags = ["--headless=new", "--no-sandbox", "--disable-gpu", "--dump-dom", "--virtual-time-budget=20000"]
+    try:
+        done = subprocess.run(
+            [browser, *flags, f"file://{path}"], check=True, capture_output=True, text=True, timeout=120
+        )
+    except (OSError, subprocess.SubprocessError) as error:
+        print(f"not opened: {error}")
+        return
+    usable = done.stdout.partition('data-usable="')[2].partition('"')[0]
+    print(f"its table can be used {usable} ms after it is opened ({browser})")
+
+
+def _point(folder: pathlib.Path, number: int) -> tuple[dict[str, Any], dict[str, str], str]:
+    place = folder / str(number)
+    place.mkdir()
+    kl = {name: 0.001 * number for name in ("median", "p90", "p95", "p99", "p99_9", "max")}
+    metrics = {"baseline_perplexity": 15.0, "token_statistics": {"kl": kl}, "seconds": {"quantize": 2.0, "evaluate": 3.0}, "size": {"before_bytes": 270e6, "after_bytes": 140e6}}  # fmt: skip
+    (place / "metrics.json").write_text(json.dumps(metrics))
+    names = ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")  # fmt: skip
+    rows = "".join(f"model.layers.{b}.{name},{0.001 * (b + number)}\n" for b in range(30) for name in names)
+    (place / "layers.csv").write_text(f"name,output_error\n{rows}")
+    ranges = {"low": [-1.2345] * 256, "high": [2.3456] * 256}
+    links = [
+        {"name": f"model.layers.{i}.mlp.down_proj", "step": 6, "before": ranges, "after": ranges} for i in range(3)
+    ]
+    (place / "channels.json").write_text(json.dumps({"links": links}))
+    figures = ("quantized_perplexity", "difference", "difference_low", "difference_high", "kl_mean", "kl_p99", "top1_agreement", "bits_per_weight", "bytes", "model_bits", "seconds")  # fmt: skip
+    alpha = f"{number / 201:.4f}"
+    values = {"point": number, "status": "done", "steps.smooth.alpha": alpha, **{name: 1.0 + number / 300 for name in figures}, "folder": str(place), "line": ""}  # fmt: skip
+    return values, {"steps.smooth.alpha": alpha}, f"python main.py steps.smooth.alpha={alpha}"
+
+
+def _holders(folder: pathlib.Path) -> list[int]:
+    """Returns the processes that hold a lease somewhere below a folder, as far as they live."""
+    found = []
+    for path in folder.rglob("*.lease"):
+        try:
+            pid = int(json.loads(path.read_text(encoding="utf-8"))["pid"])
+            os.kill(pid, 0)
+        except (OSError, ValueError, KeyError):
+            continue
+        found.append(pid)
+    return found
+
+
+def _kill(pid: int) -> None:
+    try:
+        os.kill(pid, signal.SIGKILL)
+    except ProcessLookupError:
+        return
+
+
+def main() -> None:
+    """Runs the part that was asked for."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--part", choices=["cost", "processes", "kills", "page"], required=True)
+    parser.add_argument("--kills", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("overrides", nargs="*", help="of the SmolLM2 recipe, such as evaluation.windows=4")
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="ptq-sweep-") as name:
+        folder = pathlib.Path(name)
+        if given.part == "kills":
+            kills(folder, given.kills, given.seed)
+        elif given.part == "page":
+            page(folder)
+        else:
+            {"cost": cost, "processes": processes}[given.part](folder, given.overrides)
+
+
+if __name__ == "__main__":
+    main()
