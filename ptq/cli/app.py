@@ -122,6 +122,8 @@ def _command(command: str, arguments: list[str], program: str) -> int:
         known = [name for action in parser._actions for name in action.option_strings]
         close = difflib.get_close_matches(unknown[0], [*known, "--config"], n=1)
         raise UserError(f"{unknown[0]}: no such option; {f'did you mean {close[0]!r}?' if close else 'see --help'}")
+    if command == "run":
+        sweep_commands.with_ablation(options)
     path = _config_path(options)
     if command == "run" and options.multirun and not options.cfg:
         return sweep_commands.sweep(path, options, (*program.split(), *arguments))

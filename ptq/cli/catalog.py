@@ -15,7 +15,7 @@ def recipes() -> dict[str, str]:
 
 def groups() -> dict[str, list[str]]:
     """Returns the choices of each config group (model, data, scheme, method)."""
-    folders = sorted(folder for folder in config_folder().iterdir() if folder.is_dir())
+    folders = sorted(folder for folder in config_folder().iterdir() if folder.is_dir() and folder.name != "ablation")
     choices = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     return {name: found for name, found in choices.items() if found}  # shapes/ holds models' configs, not choices
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from ptq.cli.ablations import ablation_named, ablations
 from ptq.cli.parser import Parser
 from ptq.errors import UserError, nearest
 
@@ -31,10 +32,29 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
     """Adds the options of a sweep to a parser."""
     group = parser.add_argument_group("sweeps" if resume else "sweeps (with -m)")
     if not resume:
+        group.add_argument(
+            "--ablation", metavar="NAME", help=f"a shipped sweep, with -m implied: {', '.join(ablations())}"
+        )
         group.add_argument("--zip", action="store_true", help="the values side by side, not their product")
     group.add_argument("--jobs", type=int, metavar="N", help="points at once, memory and threads divided (1)")
     group.add_argument("--threads", type=int, metavar="N", help="threads of each point (those there are, divided)")
     group.add_argument("--launcher", metavar="NAME", help="processes, here, slurm or ray (processes)")
+
+
+def with_ablation(options: argparse.Namespace) -> None:
+    """Fills the options of ``ptq run`` with what the ablation that they name says; what was typed comes before it."""
+    if options.ablation is None:
+        return
+    found = ablation_named(options.ablation)
+    typed = {_key(word) for word in options.overrides}
+    options.overrides = [word for word in found.overrides if _key(word) not in typed] + options.overrides
+    options.multirun, options.zip = True, options.zip or found.zipped
+    if options.config_name is None:
+        options.config_name = found.recipe
+
+
+def _key(override: str) -> str:
+    return override.partition("=")[0].lstrip("+~")
 
 
 def refuse_without_multirun(options: argparse.Namespace) -> None:
