@@ -9,10 +9,11 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, compare_commands, completion, files, reference, store_commands, sweep_commands
+from ptq.cli import catalog, completion, files, reference, store_commands
 from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
+from ptq.cli.sweeps import compare_commands, sweep_commands
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 

@@ -3,9 +3,9 @@
 import pytest
 
 from ptq.cli import catalog
-from ptq.cli.ablations import ablation_named, ablations
 from ptq.cli.app import main
 from ptq.cli.compose.hydra_edge import compose_points
+from ptq.cli.sweeps.ablations import ablation_named, ablations
 from ptq.errors import UserError
 from ptq.run.planning import check_steps
 from ptq.steps._registry import build_steps

@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from ptq.cli.ablations import ablation_named, ablations
 from ptq.cli.parser import Parser
+from ptq.cli.sweeps.ablations import ablation_named, ablations
 from ptq.errors import UserError, nearest
 
 if TYPE_CHECKING:
