@@ -52,7 +52,8 @@ class Training:
 
 TRAINED_LENGTH = 128
 """Bytes in a training window. Positions beyond have never been trained: evaluate at this length or less."""
-TRAINING = {"opt": Training(steps=850, batch=8, rate=1.5e-3), "llama": Training(steps=350, batch=16, rate=4e-3)}
+TRAINING = {"opt": Training(steps=850, batch=8, rate=1.5e-3), "llama": Training(steps=350, batch=16, rate=4e-3),
+            "mixtral": Training(steps=280, batch=16, rate=4e-3)}  # fmt: skip
 _LLAMA_LIKE: dict[str, Any] = {
     "vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4,
     "num_key_value_heads": 2, "max_position_embeddings": 64,
@@ -132,13 +133,21 @@ def byte_tokenizer() -> transformers.PreTrainedTokenizerFast:
 
 
 def tiny_config(kind: str) -> Any:
-    """Returns the config of the tiny trained model of `kind` (opt: ReLU, LayerNorm; llama: grouped queries, SwiGLU)."""
+    """Returns the config of the tiny trained model of `kind` (opt: ReLU, LayerNorm; llama: grouped queries, SwiGLU; mixtral:
+    the same with eight experts, of which a token sees two).
+    """
     common: dict[str, Any] = {
         "vocab_size": BYTE_VOCABULARY, "hidden_size": 128, "num_hidden_layers": 4, "num_attention_heads": 4,
         "max_position_embeddings": 256, "bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": None,
     }  # fmt: skip
     if kind == "opt":
         return transformers.OPTConfig(**common, ffn_dim=384, word_embed_proj_dim=128, dropout=0.0)
+    if kind == "mixtral":
+        common["num_hidden_layers"] = 3
+        return transformers.MixtralConfig(
+            **common, intermediate_size=96, num_key_value_heads=2, tie_word_embeddings=True, num_local_experts=8,
+            num_experts_per_tok=2, sliding_window=None,
+        )  # fmt: skip
     return transformers.LlamaConfig(**common, intermediate_size=320, num_key_value_heads=2, tie_word_embeddings=True)
 
 
@@ -146,7 +155,7 @@ def train_tiny(kind: str, folder: pathlib.Path, steps: int | None = None, seed: 
     """Trains a byte-level model on CPython's documentation and saves it with its tokenizer, as transformers does.
 
     Args:
-        kind: ``opt`` or ``llama``.
+        kind: ``opt``, ``llama`` or ``mixtral``.
         folder: where to; created.
         steps: optimizer steps; None for those of `TRAINING`.
         seed: of the weights and the batches.
@@ -204,7 +213,7 @@ def tiny_model(
     """Returns the folder of a tiny trained model, trained on first use and kept under `cache`.
 
     Args:
-        kind: ``opt`` or ``llama``.
+        kind: ``opt``, ``llama`` or ``mixtral``.
         cache: folder for trained models; entries are keyed by options, torch and transformers.
         steps: optimizer steps; None for those of `TRAINING`.
         seed: of weights, batches and outlier channels.

@@ -38,6 +38,14 @@ def tiny_llama() -> pathlib.Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_mixtral() -> pathlib.Path:
+    """Folder of a trained byte-level mixture of experts."""
+    from ptq.testing import tiny_model
+
+    return tiny_model("mixtral", CACHE)
+
+
+@pytest.fixture(scope="session")
 def tiny_opt_outliers() -> pathlib.Path:
     """The same OPT with outlier channels injected: the same function, much harder to quantize per tensor."""
     from ptq.testing import tiny_model

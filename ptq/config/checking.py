@@ -24,6 +24,7 @@ def check(recipe: Recipe) -> None:
     _check_text("data.calibration", recipe.data.calibration)
     _check_text("data.evaluation", recipe.data.evaluation)
     _check_seed(recipe.calibration, recipe.data.calibration)
+    _check_experts(recipe.calibration.experts)
     check_specs(recipe.scheme)
     check_rounded(recipe.scheme.cache, recipe.evaluation.length)
 
@@ -53,6 +54,15 @@ def _check_seed(calibration: CalibrationConfig, text: TextConfig) -> None:
         raise UserError(
             f"calibration.seed: {calibration.seed} changes nothing beside calibration.sampling={calibration.sampling}: "
             "leave it out, or use calibration.sampling=random"
+        )
+
+
+def _check_experts(experts: str) -> None:
+    if experts not in {"routed", "all"} and not re.fullmatch(r"at-least-[1-9][0-9]*", experts):
+        known = ("routed", "all", "at-least-64")
+        raise UserError(
+            f"calibration.experts: {experts!r} is not valid: expected routed, all or at-least-N, such as at-least-64"
+            f"{nearest(experts, known)}"
         )
 
 

@@ -80,6 +80,8 @@ class CalibrationConfig:
             text, true for its BOS, false for nothing.
         batch_size: windows that pass together; changes time and memory, not the results.
         statistics: a file written by gen_act_stat.py to read instead of calibrating again.
+        experts: which tokens the experts of a mixture are calibrated on: ``routed``, those that the router sends them; ``all``
+            of them; ``at-least-N``: where fewer than N over the samples are sent of one sample, those with the next scores too.
     """
 
     samples: int = option(64, least=1)
@@ -89,6 +91,7 @@ class CalibrationConfig:
     bos: bool | str = "auto"
     batch_size: int = option(4, least=1)
     statistics: str | None = None
+    experts: str = "routed"
 
 
 @dataclass(frozen=True)

@@ -3,7 +3,7 @@
 import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -11,6 +11,7 @@ import torch
 
 from ptq.files.scratch import ScratchFolder, reserve
 from ptq.models.weights import Weights
+from ptq.network.experts.routing import ROUTED, ExpertTokens, routed_by
 from ptq.network.network import Block, Network, first_tensor, replaced_forward
 from ptq.network.outside import OutsideState
 from quantize.kernels.matmul import fast_linears
@@ -81,6 +82,8 @@ class Flow:
     hidden: torch.Tensor
     exact: bool = False
     calls: list[list[Call]] = field(default_factory=list)
+    experts: ExpertTokens | None = None
+    """What experts see of these samples, for calibration; None for what the router chooses, not counted."""
     ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
     finite: dict[str, torch.Tensor] = field(default_factory=dict)
     """Whether all was finite that came out of the embedding ("") and of each block, by name: bool, not waited for."""
@@ -137,6 +140,8 @@ class BlockStream:
         self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
         weights.take_apart(network.pieces)
         self.progress = progress or (lambda what, done, total: None)
+        self.experts = ROUTED
+        """What calibration samples show to experts: `ExpertTokens.mode`."""
         self.outside: list[Callable[[], None]] = []
         """What the transforms do to embedding, final norm and head, in order; done each time that these are held."""
         self._scratch: list[ScratchFolder] = []
@@ -194,6 +199,13 @@ class BlockStream:
             raise ValueError("no samples to carry through the network")
         return flow
 
+    def calibration(self, ids: torch.Tensor, batch_size: int) -> Flow:
+        """Runs what comes before the blocks on calibration samples (samples, length), of which experts see what `experts` says."""
+        flow = self.open(ids, batch_size)
+        if any(block.mixtures for block in self.network.blocks):
+            flow.experts = ExpertTokens(self.experts, *ids.shape)
+        return flow
+
     @torch.no_grad()
     def run(self, flows: Sequence[Flow], visitor: Visitor, what: str = "blocks", kept: Kept | None = None) -> None:
         """Carries every flow through every block, once, in order; `visitor` is called around each block.
@@ -225,7 +237,9 @@ class BlockStream:
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""
         call = flow.calls[batch][block.index]
-        return first_tensor(block.module(hidden, *call.args, **call.kwargs))
+        choice = flow.experts.choice(block.name, batch) if flow.experts is not None and block.mixtures else None
+        with routed_by(choice) if choice is not None else nullcontext():
+            return first_tensor(block.module(hidden, *call.args, **call.kwargs))
 
     @contextmanager
     def head(self, changed: bool = True) -> Iterator[Head]:

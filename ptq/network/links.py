@@ -15,7 +15,7 @@ from torch import nn
 from ptq.files.bounded import parse_json
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.experts.recorded import Seen, record_block
-from ptq.network.experts.routing import evenly, rerouted
+from ptq.network.experts.routing import evenly, routed_by
 from ptq.network.experts.twins import Twins, in_stages
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
@@ -104,8 +104,7 @@ class _Tracer:
     def enter(self, block: Block) -> None:
         """Traces the block."""
         hidden = self.flow.hidden[:1].to(self.stream.device)
-        routings = [(m.routing, m.experts) for m in block.mixtures if m.routing is not None]
-        with rerouted(block.module, routings, evenly):
+        with routed_by(evenly):
             dtype = telling_dtype(self.stream, self.flow, block, hidden)
             with precise_block(self.stream, self.flow, block, dtype) as call:
                 self.traces[block.index] = self._trace(block, call, hidden.to(dtype))

@@ -11,6 +11,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
 from ptq.network.experts.linears import Piece, mixtures_of, pieces_of, take_apart
+from ptq.network.experts.routing import attach_routing
 from ptq.network.experts.trace import Mixture, find_mixtures
 from quantize.kernels.matmul import use_fast_linears
 from quantize.modules.packed import PackedLinear
@@ -181,6 +182,7 @@ def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> None:
             known[key] = find_mixtures(block, int(model.config.get_text_config().hidden_size))
         for mixture in known[key]:
             take_apart(block, name, mixture)
+            attach_routing(block, mixture)
 
 
 def _block(index: int, name: str, module: nn.Module) -> Block:

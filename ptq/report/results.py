@@ -37,6 +37,8 @@ class LayerResult:
         parameters: elements of the weight.
         outlier_share: share of the input's columns that LLM.int8() leaves in floating point in that batch, 0 to 1; null for
             other formats.
+        tokens: calibration tokens that reached the Linear; null where none were shown to it one by one.
+        routed: those of them that the router had sent to its expert; null for a Linear of no expert.
     """
 
     name: str
@@ -49,6 +51,8 @@ class LayerResult:
     output_error: float | None
     parameters: int
     outlier_share: float | None = None
+    tokens: int | None = None
+    routed: int | None = None
 
 
 @dataclass(frozen=True)

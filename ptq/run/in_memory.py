@@ -76,7 +76,7 @@ def quantize(
         context.ids, context.batch_size = ids, batch_size
         if STATISTICS in wanted:
             visitor = StatisticsVisitor()
-            stream.run([stream.open(tokens, batch_size)], visitor, "calibration")
+            stream.run([stream.calibration(tokens, batch_size)], visitor, "calibration")
             context.statistics = visitor.result(_provenance(model, tokens))
         plan_all(built, context)
         context.samples = None if ids is None else open_samples(built, context)

@@ -184,7 +184,7 @@ def _take_again(context: Context, stale: Statistics) -> Statistics:
     if context.ids is None:
         raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
     visitor = StatisticsVisitor(context.stream.device)
-    context.show(visitor, context.stream.open(context.ids, context.batch_size), "statistics")
+    context.show(visitor, context.stream.calibration(context.ids, context.batch_size), "statistics")
     return visitor.result(stale.provenance)
 
 
@@ -213,5 +213,5 @@ def open_samples(steps: Mapping[str, Step], context: Context) -> Samples | None:
         return None
     batch, wanted, stream = context.batch_size, captures_of_steps(context.scheme, steps), context.stream
     ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
-    reference = stream.open(ids, batch) if REFERENCE in wanted else None
-    return Samples(stream, stream.open(ids, batch), reference)
+    reference = stream.calibration(ids, batch) if REFERENCE in wanted else None
+    return Samples(stream, stream.calibration(ids, batch), reference)

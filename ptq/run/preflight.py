@@ -20,7 +20,7 @@ from ptq.network.skeleton import skeleton
 from ptq.run.exports import check_export
 from ptq.run.kernel_choice import check_kernels
 from ptq.run.memory_estimate import check_memory
-from ptq.run.session import calibration_tokens, device_of, evaluation_tokens
+from ptq.run.session import calibration_tokens, check_experts, device_of, evaluation_tokens
 from ptq.steps._step import SOLVER, Step
 
 
@@ -68,6 +68,7 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     if not getattr(network.model, "_supports_attention_backend", False):
         check_attention(recipe.scheme, 0)
     lines.append(check_kernels(recipe, network))
+    check_experts(recipe, network)
     check_positions(recipe, network.max_positions)
     tokenizer = load_tokenizer(recipe.model, store_of(recipe))
     calibration = calibration_tokens(recipe, tokenizer, network.max_positions)

@@ -26,6 +26,8 @@ from quantize.kernels.choice import Choice
 from quantize.modules.online import online_bytes, output_of
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 
+STARVED = 8
+"""How many experts with few tokens are named in a line."""
 SAMPLED_ROWS = 128
 """Rows of the first batch on which a Linear's output error is measured."""
 
@@ -58,11 +60,13 @@ class QuantizeVisitor:
         self._samples: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self._outliers: dict[str, float] = {}
         self._from = 0
+        self._experts: dict[str, str] = {}
         context.replaced, context.rescaled = self._measure, self._rescaled
 
     def enter(self, block: Block) -> None:
         """Transforms the block, then quantizes it, in place."""
         self._from, self._modules = len(self.layers), modules_of(block)
+        self._experts = {name: expert for expert, names in block.experts.items() for name in names}
         self._transform(block)
         self._samples = self._sample(block)
         if self.solvers:
@@ -70,6 +74,7 @@ class QuantizeVisitor:
         for name, step in self.solvers.items():
             step.apply(block, self.context.plans[name], self.context)
         self._samples = {}
+        self._note_starved(block)
         self.stored += online_bytes(self.context.module(name) for name in block.linears)
         self._describe_attentions(block)
 
@@ -177,11 +182,42 @@ class QuantizeVisitor:
             inputs, outputs = self._samples[name]
             self._samples[name] = inputs / scale.to(inputs), outputs
 
+    def _tokens(self, name: str) -> tuple[int | None, int | None]:
+        """Returns how many calibration tokens the router sent to the Linear's expert, and how many reached the Linear."""
+        context = self.context
+        shown = None if context.samples is None else context.samples.flow.experts
+        if shown is not None and name in self._experts:
+            found = shown.of(self._experts[name])
+            if found is not None:
+                return found
+        seen = None if context.statistics is None else context.statistics.inputs.get(name)
+        return None, None if seen is None else seen.count
+
+    def _note_starved(self, block: Block) -> None:
+        """Says which experts have seen fewer tokens than they have channels: their moments are not of full rank."""
+        own = {layer.name: layer for layer in self.layers[self._from :]}
+        few: dict[str, int] = {}
+        for expert, names in block.experts.items():
+            widths = self.context.network.shapes
+            layer = next((own[name] for name in names if name in own), None)
+            if layer is not None and layer.routed is not None and (layer.tokens or 0) < widths[layer.name][1]:
+                few[expert] = layer.tokens or 0
+        if few:
+            listed = ", ".join(
+                f"{name.removeprefix(f'{block.name}.')} ({count})" for name, count in [*few.items()][:STARVED]
+            )
+            more = f" and {len(few) - STARVED} more" if len(few) > STARVED else ""
+            self.context.note(
+                f"{block.name}: {len(few)} of {len(block.experts)} experts saw fewer calibration tokens than they have channels: "
+                f"{listed}{more}: calibration.experts=all or at-least-N shows them more"
+            )
+
     def _measure(self, name: str, original: nn.Module, module: QuantLinear) -> None:
         """Adds the result of one Linear; its original weight may go after that, where it is read from disk anyway."""
         weight = weight_of(original)
         seen = self._samples.pop(name, None)
         role = self.context.roles.get(name, "")
+        routed, tokens = self._tokens(name)
         bits = 8 * weight.element_size()
         module.use_kernels(self.kernels)
         self.stored += module.stored_bytes()
@@ -198,6 +234,8 @@ class QuantizeVisitor:
                 output_error=None if seen is None else float(relative_error(seen[1], output_of(module, seen[0]))),
                 parameters=weight.numel(),
                 outlier_share=self._outliers.get(name),
+                tokens=tokens,
+                routed=routed,
             )
         )
         if not self.context.stream.weights.resident:

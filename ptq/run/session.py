@@ -18,6 +18,7 @@ from ptq.files.store import Store, store_of
 from ptq.models.loading import LoadedModel, load
 from ptq.models.shared import Shared
 from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.experts.routing import ALL, ROUTED
 from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
 from ptq.run.kept.identity import digest_of, machine
@@ -89,6 +90,7 @@ class Session:
             "baseline": self.loaded.baseline_dtype,
             "arithmetic": self.loaded.arithmetic_dtype,
             "tokens": tokens.fingerprint,
+            **({} if self.stream.experts == ROUTED else {"experts": self.stream.experts}),
             **machine(self.stream.device),
         }
 
@@ -201,7 +203,9 @@ def open_session(
         journal.say(coverage)
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     device = device_of(recipe)
+    check_experts(recipe, network)
     stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress)
+    stream.experts = recipe.calibration.experts
     journal.say(
         f"{recipe.model.path}: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, "
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
@@ -210,6 +214,26 @@ def open_session(
         yield Session(recipe, journal, loaded, network, stream, store, folder, shared or Shared())
     finally:
         stream.close()
+
+
+def check_experts(recipe: Recipe, network: Network) -> None:
+    """Raises `UserError` where experts are to see tokens that cannot be shown to them."""
+    asked = recipe.calibration.experts
+    mixtures = [(block, mixture) for block in network.blocks for mixture in block.mixtures]
+    if asked == ROUTED:
+        return
+    if not mixtures:
+        raise UserError(
+            f"calibration.experts: {asked!r}, but {recipe.model.path} has no mixture of experts: use routed"
+        )
+    for block, mixture in mixtures:
+        name = f"{block.name}.{mixture.holders[0]}"
+        if mixture.routing is None:
+            raise UserError(
+                f"calibration.experts: {asked!r}, but how {name} hands out tokens is not seen: use routed, and more samples"
+            )
+        if asked != ALL and mixture.routing.scores is None:
+            raise UserError(f"calibration.experts: {asked!r}, but the scores of {name} are not seen: use all or routed")
 
 
 def device_of(recipe: Recipe) -> torch.device:
