@@ -7,9 +7,10 @@ import torch
 import transformers
 from torch import nn
 
-from ptq.config.schema import SchemeConfig
+from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig
+from ptq.models.loading import load
 from ptq.models.weights import ResidentWeights
-from ptq.network.block_stream import BlockStream
+from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.experts.linears import part_names
 from ptq.network.experts.routing import with_others
 from ptq.network.experts.stand_in import Unsupported
@@ -17,7 +18,7 @@ from ptq.network.experts.trace import Fused, find_mixtures
 from ptq.network.links import trace_links
 from ptq.network.network import build_network, weight_of
 from ptq.run.in_memory import quantize
-from ptq.testing import MIXTURES, random_tiny
+from ptq.testing import MIXTURES, byte_tokenizer, random_tiny
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -199,3 +200,23 @@ def test_experts_in_a_list_of_modules_have_a_gate_that_stays_in_floating_point()
     block.moe = _Listed()
     [mixture] = find_mixtures(block, 8)
     assert mixture.gates == ("moe.gate",) and mixture.holders == ("moe.experts",) and not mixture.fused
+
+
+@pytest.mark.parametrize("architecture", ["mixtral", "gpt_oss", "dbrx", "deepseek_v3"])
+def test_offloaded_experts_are_read_one_by_one_and_give_the_bits_of_resident_ones(architecture, ids, tmp_path):
+    model = random_tiny(architecture).half().float()
+    model.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    hidden = {}
+    for weights in ("resident", "offloaded"):
+        loaded = load(ModelConfig(str(tmp_path)), ExecutionConfig(device="cpu", weights=weights))
+        network = build_network(loaded.model)
+        stream = BlockStream(network, loaded.weights, torch.device("cpu"))
+        flow = stream.open(ids, 2)
+        stream.run([flow], Nothing())
+        hidden[weights] = flow.hidden
+        with stream.weights.hold([network.blocks[-1].name]):
+            linears = network.blocks[-1].linears.values()
+            assert all(not linear.weight.is_meta and linear.weight.is_contiguous() for linear in linears)
+        assert weights == "resident" or all(p.is_meta for p in network.blocks[-1].module.parameters())
+    assert torch.equal(hidden["offloaded"], hidden["resident"])
