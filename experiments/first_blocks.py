@@ -1,0 +1,70 @@
+"""A cheap look at a recipe: only the first blocks are quantized, and their output is compared on text that was not calibrated on.
+
+    PTQ_DATA=../shared/data python -m experiments.first_blocks --blocks 3 --samples 24 scheme=w4a16_g64 method=gptq
+
+Seconds where a row of experiments/smol_wt2.py takes minutes: for choosing among options, never a result of its own. Text of
+the validation part far behind the calibration samples is looked at, none of the evaluation text.
+"""
+
+import argparse
+
+import torch
+from torch import nn
+
+import ptq
+from ptq.cli.catalog import locate
+from ptq.cli.compose.hydra_edge import compose_jobs
+from ptq.data.sampling import sample_tokens
+from ptq.errors import UserError
+from ptq.files.store import store_of
+from ptq.models.loading import load
+
+LENGTH = 512
+FAR = 150_000
+"""Tokens of the calibration text after which what is looked at begins."""
+LOOKED_AT = 4
+"""Windows of `LENGTH` tokens that are looked at."""
+
+
+@torch.no_grad()
+def main() -> None:
+    """Prints the error of the residual stream after the first blocks, relative to each token's stream."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--blocks", type=int, default=3, help="how many are quantized")
+    parser.add_argument("--samples", type=int, default=24, help=f"calibration samples of {LENGTH} tokens")
+    parser.add_argument("overrides", nargs="*", help="of the recipe smollm2-135m_w8a8")
+    asked = parser.parse_args()
+    recipe = compose_jobs(locate("smollm2-135m_w8a8"), ["data=smol-wt2", *asked.overrides])[0].recipe
+    loaded = load(recipe.model, recipe.execution, store_of(recipe))
+    text = recipe.data.calibration
+    ids = sample_tokens(loaded.tokenizer, text, None, LENGTH, "contiguous", 0, False, None, "calibration").ids
+    far = ids.flatten()[FAR : FAR + LOOKED_AT * LENGTH].view(LOOKED_AT, LENGTH)
+    body = loaded.model.model
+    body.layers = nn.ModuleList(list(body.layers)[: asked.blocks])
+    before = _stream(body, far)
+    ptq.quantize(loaded.model, recipe.scheme, recipe.steps, ids[: asked.samples], recipe.calibration.batch_size)
+    error = (_stream(body, far) - before).square().mean(-1)[:, 1:]
+    print(f"mean {error.mean():.5f}, median {error.median():.5f} of a token's mean square")
+
+
+def _stream(body: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Returns the residual stream after the last block, each token's divided by its size, in float64."""
+    seen: list[torch.Tensor] = []
+    layers = body.get_submodule("layers")
+    last = layers.get_submodule(str(len(list(layers.children())) - 1))
+    handle = last.register_forward_hook(
+        lambda module, args, output: seen.append(output[0] if isinstance(output, tuple) else output)
+    )
+    try:
+        body(ids, use_cache=False)
+    finally:
+        handle.remove()
+    stream = seen[0].double()
+    return stream / stream.square().mean(-1, keepdim=True).sqrt()
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(f"error: {error}") from None
