@@ -1,6 +1,8 @@
 """Token windows out of a text, with a fingerprint that goes into every result."""
 
+import bisect
 import hashlib
+import itertools
 import random
 from dataclasses import dataclass
 from typing import Any
@@ -22,12 +24,15 @@ class Tokens:
         fingerprint: SHA-256 over shape and ids.
         source: name of the text, such as ``docs/test``.
         begin: the special tokens that begin each window, such as ``("<s>",)``.
+        documents: which document of the text each window is of, by its middle token, numbered as windows come to them; None for a text that is one
+            document, or whose tokenizer does not tell where a token stands.
     """
 
     ids: torch.Tensor
     fingerprint: str
     source: str
     begin: tuple[str, ...] = ()
+    documents: tuple[int, ...] | None = None
 
     @property
     def text_ids(self) -> torch.Tensor:
@@ -67,11 +72,11 @@ def sample_tokens(
         parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field)
     else:
         parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field)]
-    ids = torch.cat([windows for windows, _ in parts])
+    ids = torch.cat([part.windows for part in parts])
     if begin:
         ids = torch.cat([torch.tensor(begin).expand(len(ids), -1), ids], dim=1)
     names = tuple(map(str, tokenizer.convert_ids_to_tokens(begin))) if begin else ()
-    return Tokens(ids, fingerprint(ids), "+".join(name for _, name in parts), names)
+    return Tokens(ids, fingerprint(ids), "+".join(part.name for part in parts), names, _numbered(parts))
 
 
 def beginning(tokenizer: Any, bos: bool | str, field: str) -> list[int]:
@@ -105,9 +110,27 @@ def fingerprint(ids: torch.Tensor) -> str:
     return digest.hexdigest()
 
 
+@dataclass(frozen=True)
+class _Part:
+    """Windows (samples, length) of one text, its name, and the document of each window, None where that is not known."""
+
+    windows: torch.Tensor
+    name: str
+    documents: list[int] | None
+
+
+def _numbered(parts: list[_Part]) -> tuple[int, ...] | None:
+    """Returns the document of every window, those of different texts told apart."""
+    if any(part.documents is None for part in parts):
+        return None
+    pairs = [(i, document) for i, part in enumerate(parts) for document in part.documents or ()]
+    numbers = {pair: n for n, pair in enumerate(dict.fromkeys(pairs))}
+    return tuple(numbers[pair] for pair in pairs)
+
+
 def _mixed(
     tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
-) -> list[tuple[torch.Tensor, str]]:
+) -> list[_Part]:
     if samples is None:
         raise UserError(f"{field}.mix: needs a number of samples to share out: give one")
     share, rest = divmod(samples, len(config.mix))
@@ -121,11 +144,12 @@ def _mixed(
 
 def _windows(
     tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
-) -> tuple[torch.Tensor, str]:
+) -> _Part:
     text = read_text(config, field)
     if text.slices:
-        return _slices(tokenizer, text, samples or text.windows or 1, length, seed, field), text.name
-    ids = torch.tensor(_tokenise(tokenizer, text.joined), dtype=torch.int64)
+        return _slices(tokenizer, text, samples or text.windows or 1, length, seed, field)
+    encoded = _tokenise(tokenizer, text.joined)
+    ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
     there = len(ids) // length
     wanted = min(there, text.windows or there) if samples is None else samples
     if wanted < 1 or wanted > there:
@@ -135,13 +159,25 @@ def _windows(
             f"{fewer} the windows, or name a longer text"
         )
     if sampling == "contiguous":
-        return ids[: wanted * length].view(wanted, length), text.name
-    generator = torch.Generator().manual_seed(seed)
-    starts = torch.randint(len(ids) - length + 1, (wanted,), generator=generator)
-    return torch.stack([ids[s : s + length] for s in starts.tolist()]), text.name
+        starts = list(range(0, wanted * length, length))
+    else:
+        generator = torch.Generator().manual_seed(seed)
+        starts = torch.randint(len(ids) - length + 1, (wanted,), generator=generator).tolist()
+    documents = _documents(encoded, text, [start + length // 2 for start in starts])
+    return _Part(torch.stack([ids[s : s + length] for s in starts]), text.name, documents)
 
 
-def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, field: str) -> torch.Tensor:
+def _documents(encoded: Any, text: Text, places: list[int]) -> list[int] | None:
+    """Returns the document that the tokens at `places` stand in, None where that cannot be told."""
+    if len(text.documents) < 2 or not getattr(encoded, "is_fast", False):
+        return None
+    lengths = [len(document) + len(text.joiner) for document in text.documents]
+    ends = list(itertools.accumulate(lengths))
+    spans = [encoded.token_to_chars(place) for place in places]
+    return None if any(span is None for span in spans) else [bisect.bisect_right(ends, span.start) for span in spans]
+
+
+def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, field: str) -> _Part:
     """Takes each window from inside one document longer than it: a document at random, with replacement, then a place in it.
 
     These are the draws of GPTQ's public code (`random.seed(seed)`, `randint` for the document until one is long enough,
@@ -151,25 +187,26 @@ def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, fi
     drawn = random.Random(seed)
     tokens: dict[int, list[int]] = {}
     windows: list[torch.Tensor] = []
+    documents: list[int] = []
     while len(windows) < samples:
         index = drawn.randint(0, len(text.documents) - 1)
         if index not in tokens:
-            ids = _tokenise(tokenizer, text.documents[index])
+            ids = _tokenise(tokenizer, text.documents[index]).input_ids
             tokens[index] = ids if len(ids) > length else []
         if ids := tokens[index]:
             start = drawn.randint(0, len(ids) - length - 1)
             windows.append(torch.tensor(ids[start : start + length], dtype=torch.int64))
+            documents.append(index)
         elif not windows and len(tokens) == len(text.documents):
             raise UserError(f"{field}: {text.name} has no document longer than {length} tokens: shorten the windows")
-    return torch.stack(windows)
+    return _Part(torch.stack(windows), text.name, documents)
 
 
-def _tokenise(tokenizer: Any, text: str) -> list[int]:
+def _tokenise(tokenizer: Any, text: str) -> Any:
     level = transformers.logging.get_verbosity()
     # A whole text is longer than any model's window: the tokenizer's warning about it says nothing here.
     transformers.logging.set_verbosity_error()
     try:
-        ids: list[int] = tokenizer(text, add_special_tokens=False).input_ids
+        return tokenizer(text, add_special_tokens=False)
     finally:
         transformers.logging.set_verbosity(level)
-    return ids

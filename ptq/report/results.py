@@ -200,6 +200,7 @@ class Facts:
         tensors: every kind of tensor with its format and its share of the parameters.
         not_covered: Linears beside the blocks' that are left alone, in words; null where there are none.
         window_losses: losses of both models, window by window.
+        window_documents: the document of the text that each window is of, numbered as windows come to them; null where that is not known.
         identity: digest of everything that the results depend on; a run that has it already is not run again.
         outlier_share: mean of the Linears' `outlier_share`; null where none has one.
         seconds: wall time of each phase, by its name.
@@ -222,6 +223,7 @@ class Facts:
     tensors: list[TensorKind]
     not_covered: str | None
     window_losses: WindowLosses
+    window_documents: list[int] | None
     identity: str
     outlier_share: float | None
     seconds: dict[str, float]

@@ -82,6 +82,7 @@ def report(
         tensors=tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before),
         not_covered=session.network.coverage(),
         window_losses=WindowLosses(baseline.losses.tolist(), compared.losses.tolist()),
+        window_documents=None if tokens.documents is None else list(tokens.documents),
         identity=identity,
         outlier_share=outlier_share(visitor.layers),
         seconds={name: round(value, 3) for name, value in journal.seconds.items()},

@@ -20,6 +20,7 @@ from ptq.data import sources
 from ptq.data.sampling import fingerprint, sample_tokens
 from ptq.data.sources import check_disjoint, check_source, read_text
 from ptq.errors import UserError
+from ptq.testing import byte_tokenizer
 
 
 class Bytes:
@@ -347,3 +348,18 @@ def test_a_dead_endpoint_is_told_at_once_and_the_cache_still_serves(tmp_path):
     }  # fmt: skip
     (folder / "dataset_info.json").write_text(json.dumps(info))
     assert run() == ["('kept', 'text')", "True"]
+
+
+def test_every_window_knows_the_document_that_its_middle_stands_in(tmp_path):
+    documents = ["a" * 50, "b" * 10, "c" * 70]
+    path = tmp_path / "three.jsonl"
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
+    config, tokenizer = TextConfig(source="file", path=str(path)), byte_tokenizer()
+    for sampling in ("contiguous", "random"):
+        drawn = sample_tokens(tokenizer, config, 12, 11, sampling, 0, False, None, "data.evaluation")
+        middles = [tokenizer.decode(row)[5] for row in drawn.ids]
+        told = {(m, d) for m, d in zip(middles, drawn.documents, strict=True) if m != "\n"}
+        assert len(told) == len({m for m, _ in told}) == len({d for _, d in told}) > 1
+    path.write_text(json.dumps({"text": "a" * 200}))
+    one = sample_tokens(tokenizer, config, 4, 11, "contiguous", 0, False, None, "data.evaluation")
+    assert one.documents is None
