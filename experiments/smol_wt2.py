@@ -33,6 +33,8 @@ CLUSTERS = ["scheme=w4a4_cluster", "steps.gptq.target=residual"]
 """4-bit weights and static 4-bit inputs."""
 RPTQ = ["method=smooth_cluster_gptq", "~steps.smooth", "steps.cluster.method=max_min_kmeans"]
 """Each link clustered by itself, nothing smoothed."""
+EVERY = ["scheme.cache.window=0", "scheme.cache.first=0"]
+"""No token of the cache stays exact, but those whose group is not full."""
 ROTATED = ["method=rotate_clip_gptq"]
 """The stream rotated, what down and o read rotated online, inputs clipped, GPTQ."""
 WEIGHT_METHODS = {
@@ -126,6 +128,31 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         f"{label}; {method}": ([f"scheme={scheme}", *overrides], "")
         for label, scheme in (("W4A16 g64", "w4a16_g64"), ("W3A16 g64", "w3a16_g64"), ("W2A16 g64", "w2a16_g64"))
         for method, overrides in WEIGHT_METHODS.items()
+    },
+    "cache": {
+        "KV 4 bits: keys by channel of 32 tokens, values by token; 128 recent, 4 first exact": (
+            ["scheme=kv4", "method=rtn"],
+            "1.01",
+        ),
+        "KV 4 bits, every token rounded, keys by token too": (
+            ["scheme=kv4", "scheme.key.granularity=token", "scheme.cache.tokens=null", *EVERY],
+            "",
+        ),
+        "KV 4 bits, every full group rounded": (["scheme=kv4", *EVERY], ""),
+        "KV 2 bits: in groups of 32, least squared error; 128 recent, 4 first exact": (["scheme=kv2"], "1.08"),
+        "KV 2 bits, keys before rotary embeddings": (["scheme=kv2", "scheme.cache.before_rope=true"], "1.08"),
+        "KV 2 bits, ranges of the values": (["scheme=kv2", "scheme.key.range=minmax", "scheme.value.range=minmax"], ""),
+        "W4A4KV4 dynamic per token symmetric; rotate, clip, gptq": (
+            ["scheme=w4a4kv4", "scheme.weight.range=mse", *ROTATED],
+            "1.03 x W4A4",
+        ),
+    },
+    "prefix": {
+        "W8A8 static per tensor; smooth, alpha searched": (["scheme=w8a8_static", *SEARCHED], ""),
+        "W8A8 static per tensor; prefix, smooth, alpha searched": (
+            ["scheme=w8a8_static", "method=prefix_smooth"],
+            "1.015",
+        ),
     },
     "formats": {
         "W8A16 per channel": (["scheme=w8a16"], ""),
