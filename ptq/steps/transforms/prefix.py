@@ -5,6 +5,7 @@ attention rest on them (Sun et al. 2024). Which these are is found in calibratio
 type, stand before those of every sequence, which then grows no such states of its own.
 """
 
+import math
 from collections import Counter
 from dataclasses import dataclass
 from typing import ClassVar
@@ -83,7 +84,7 @@ class Step(Transform):
 
     def _found(self, norms: "_Norms", context: Context) -> list[int]:
         """Returns the tokens that stand out most often, as many as a sample has of them, BOS last where there is one."""
-        count = max(1, min(self.options.most, round(norms.each)))
+        count = max(1, min(self.options.most, math.ceil(norms.each)))
         bos = getattr(context.network.model.config.get_text_config(), "bos_token_id", None)
         last = [int(bos)] if isinstance(bos, int) else []
         often = [token for token, _ in norms.tokens.most_common() if token not in last]
