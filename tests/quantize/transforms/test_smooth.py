@@ -40,6 +40,14 @@ def test_scales_are_finite_and_positive_whatever_the_range(activation, weight, a
         assert torch.equal(scale, torch.ones_like(scale))
 
 
+def test_a_magnitude_below_the_floor_counts_as_the_floor_and_one_above_as_itself():
+    # The floor is 1e-5: 1e-5^.5 = 3.16228e-3, 4e-5^.5 = 6.32456e-3; on the side of the weights the roots divide.
+    tiny = torch.tensor([1e-30, 1e-8, 1e-5, 4e-5, 1e-3])
+    roots = torch.tensor([3.1622777e-3, 3.1622777e-3, 3.1622777e-3, 6.3245553e-3, 3.1622777e-2])
+    torch.testing.assert_close(smoothing_scale(tiny, torch.ones(5), 0.5), roots)
+    torch.testing.assert_close(smoothing_scale(torch.ones(5), tiny, 0.5), 1 / roots)
+
+
 @pytest.mark.parametrize("offset", [0.0, 1.0])
 def test_norm_rows_and_columns_rescaled_leave_the_product_alone(offset):
     generator = torch.Generator().manual_seed(0)
