@@ -27,6 +27,8 @@ class LinearSpecs:
 
 def linear_specs(scheme: SchemeConfig, name: str) -> LinearSpecs:
     """Returns the specs of the Linear `name`. Of the overrides the last match wins."""
+    if not scheme.exclude and not scheme.overrides:
+        return LinearSpecs(scheme.weight, scheme.input)
     if any(fnmatch.fnmatchcase(name, pattern) for pattern in scheme.exclude):
         return LinearSpecs(None, None)
     specs: dict[str, QuantSpec | None] = {tensor: getattr(scheme, tensor) for tensor in ("weight", "input")}

@@ -213,7 +213,16 @@ def bytes_of(
     Raises:
         UserError: for a spec whose stored size does not follow from shapes.
     """
-    return tuple(stored for h in held for stored in _stored(h, spec_of, dtype))
+    # Experts are alike, and a mixture may have ten thousands: what is stored of one is what is stored of all.
+    known: dict[tuple[object, ...], tuple[HeldBytes, ...]] = {}
+    found: list[HeldBytes] = []
+    for h in held:
+        spec = None if h.linear is None else spec_of(h.name.rpartition(".")[0])
+        key = (h.kind, h.values, h.dtype, h.linear, spec)
+        if key not in known:
+            known[key] = tuple(_stored(h, spec_of, dtype))
+        found += known[key]
+    return tuple(found)
 
 
 def _stored(held: Held, spec_of: Callable[[str], QuantSpec | None], dtype: torch.dtype) -> Iterator[HeldBytes]:

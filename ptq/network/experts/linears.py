@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import nn
@@ -123,17 +124,18 @@ def _take_apart(owner: nn.Module, full: str, fused: Fused) -> dict[str, Piece]:
     with torch.no_grad():
         matrices = _each(weight.view(fused.shape))
         biases = [] if bias is None else _each(bias)
+        expert_module, plain = Expert(), nn.Linear(1, 1)
         for expert in range(fused.shape[0]):
             held = owner._modules.get(str(expert))
             if held is None and parts[0][0]:
-                owner._modules[str(expert)] = held = Expert()
+                owner._modules[str(expert)] = held = _another(expert_module)
             for part, rows in parts:
                 of = {"weight": Piece(f"{full}.{fused.name}", fused.shape, expert, fused.flipped, rows)}
                 tensors = {"weight": of["weight"].of(matrices[expert])}
                 if bias is not None:
                     of["bias"] = Piece(f"{full}.{fused.bias}", tuple(bias.shape), expert, False, rows)
                     tensors["bias"] = of["bias"].of(biases[expert])
-                linear = _linear(tensors, weight.requires_grad)
+                linear = _linear(plain, tensors, weight.requires_grad)
                 (owner if held is None or not part else held)._modules[part or str(expert)] = linear
                 name = ".".join(p for p in (full, str(expert), part) if p)
                 pieces |= {f"{name}.{kind}": piece for kind, piece in of.items()}
@@ -176,10 +178,16 @@ def part_names(fused: Fused) -> list[tuple[str, Rows]]:
     return [(names[half], where) for half, where in zip(order, slices[fused.halves], strict=True)]
 
 
-def _linear(tensors: dict[str, torch.Tensor], requires_grad: bool) -> nn.Linear:
-    """Returns a Linear of these tensors' numbers, without drawing random ones first."""
-    linear = nn.Linear.__new__(nn.Linear)
-    nn.Module.__init__(linear)
+def _another(module: nn.Module) -> nn.Module:
+    """Returns a module like this one, which holds nothing yet: a fifth of the time of making one, ten thousands of times."""
+    made = type(module).__new__(type(module))
+    made.__dict__.update({k: v.copy() if isinstance(v, dict | set) else v for k, v in module.__dict__.items()})
+    return made
+
+
+def _linear(plain: nn.Linear, tensors: dict[str, torch.Tensor], requires_grad: bool) -> nn.Module:
+    """Returns a Linear of these tensors' numbers."""
+    linear: Any = _another(plain)
     linear.out_features, linear.in_features = tensors["weight"].shape
     for name in ("weight", "bias"):
         value = tensors.get(name)

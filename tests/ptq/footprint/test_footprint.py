@@ -2,6 +2,7 @@
 
 import collections
 import json
+import time
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from ptq.config.building import recipe_from
+from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
 from ptq.footprint.footprint import (
     BIAS,
@@ -25,6 +27,7 @@ from ptq.footprint.footprint import (
 )
 from ptq.footprint.passes import attentions_by_structure, trace_shapes
 from ptq.network.network import build_network
+from ptq.network.skeleton import skeleton
 from ptq.run.quantize_visitor import restore
 from ptq.testing import ARCHITECTURES, random_tiny
 from quantize.modules.simulated import QuantLinear
@@ -325,3 +328,13 @@ def test_a_folder_without_a_usable_config_is_refused_in_one_line(content, said, 
     with pytest.raises(UserError, match="^[^\n]*$") as caught:
         footprint(recipe(tmp_path))
     assert said in str(caught.value)
+
+
+def test_a_mixture_of_671_billion_parameters_is_counted_from_its_config_in_seconds(tmp_path):
+    transformers.AutoConfig.for_model("deepseek_v3").save_pretrained(tmp_path)
+    before = time.process_time()
+    network = skeleton(ModelConfig(path=str(tmp_path)), None, weights=False)
+    assert network.parameters == 671_026_404_352
+    assert len(network.linears) == 58 * 3 * (256 + 1) + 3 * 3 + 61 * 5
+    assert len(network.pieces) == 58 * 3 * 256 and network.coverage() is None
+    assert time.process_time() - before < 10
