@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 from ptq.evaluation.comparison import compare, perplexity
@@ -46,6 +47,29 @@ def test_a_model_compared_with_itself_shows_no_difference():
     assert comparison.kl_mean == 0 and comparison.top1_agreement == 1
     assert comparison.difference_low <= 0 <= comparison.difference_high
     assert abs(comparison.ratio - 1) < 1e-6
+
+
+@torch.no_grad()
+def test_the_figures_of_a_comparison_are_those_of_numpy_over_windows_and_tokens():
+    head, hidden, ids = _case(windows=9, length=41)
+    other = hidden + 0.3 * torch.randn(hidden.shape, generator=torch.Generator().manual_seed(9))
+    found = compare(
+        window_losses(head, hidden, ids, 6), compare_tokens((head, head), hidden, other, ids, 6), 41, 500, 0.95, 0
+    )
+    p, q = (head(h)[:, :-1].double().log_softmax(-1).numpy() for h in (hidden, other))
+    before, after = (np.exp(-np.take_along_axis(x, ids[:, 1:, None].numpy(), 2).mean()) for x in (p, q))
+    kl = (np.exp(p) * (p - q)).sum(-1)
+    expected = [before, after, after / before, after - before, kl.mean(), np.percentile(kl, 99)]
+    figures = [
+        found.baseline_perplexity,
+        found.quantized_perplexity,
+        found.ratio,
+        found.difference,
+        found.kl_mean,
+        found.kl_p99,
+    ]
+    np.testing.assert_allclose(figures, expected, rtol=1e-4)
+    assert (found.windows, found.tokens) == (9, 360)
 
 
 def test_perplexity_of_an_exploded_model_is_infinite_not_an_error():
