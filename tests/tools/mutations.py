@@ -43,10 +43,10 @@ _AFFINE = ("quantize/grid/test_affine.py",)
 _RANGES = ("quantize/grid/test_ranges.py",)
 _GPTQ = ("quantize/solvers/test_gptq.py",)
 _FORMATS = ("quantize/codecs/test_block_floats.py", "quantize/codecs/test_codecs.py")
-_COMPARISON = ("ptq/evaluation",)
+_COMPARISON = ("ptq/evaluation/test_comparison.py",)
 _STATISTICS = ("ptq/calibration/test_statistics.py",)
 _STORE = ("ptq/files/test_store.py",)
-_KEYS = ("ptq/run/test_experiment.py", "ptq/run/test_resume.py")
+_KEYS = ("ptq/run/test_session.py",)
 _KMEANS = ("group_methods/test_kmeans.py",)
 _REORDER = ("group_methods/test_reorder.py",)
 _GGUF = ("ptq/export/test_gguf.py",)
@@ -79,6 +79,7 @@ MUTATIONS = (
     Mutation("quantize/solvers/gptq.py", "else loss > rtn_loss", "else loss > 100 * rtn_loss", _GPTQ),
     Mutation("quantize/solvers/feedback.py", "columns[end:] -= product", "columns[end:] += product", _GPTQ),
     Mutation("quantize/solvers/correction.py", "damped.diagonal().add_(damping * mean)", "damped.diagonal().add_(mean)", ("quantize/solvers/test_correction.py",)),
+    Mutation("quantize/transforms/smooth.py", "FLOOR = 1e-5\n", "FLOOR = 1e-3\n", ("quantize/transforms/test_smooth.py",)),
     Mutation("quantize/transforms/smooth.py", "beta = 1 - alpha if", "beta = alpha if", ("quantize/transforms/test_smooth.py",)),
     Mutation("quantize/transforms/smooth.py", "/ scale - offset)", "/ scale)", ("quantize/transforms/test_smooth.py",)),
     Mutation("group_methods/kmeans.py", "order = np.lexsort((first, key))", "order = np.lexsort((first, -key))", _KMEANS),
@@ -93,6 +94,8 @@ MUTATIONS = (
     Mutation("ptq/run/session.py", '"tokens": tokens.fingerprint,', '"tokens": tokens.source,', _KEYS),
     Mutation("ptq/run/session.py", '"baseline": self.loaded.baseline_dtype,', '"baseline": "",', _KEYS),
     Mutation("ptq/evaluation/token_comparison.py", "losses[w] = total / (ids.shape[1] - 1)\n    return losses", "losses[w] = total / ids.shape[1]\n    return losses", _COMPARISON),
+    Mutation("ptq/evaluation/comparison.py", "kl_p99=statistics.kl.p99,", "kl_p99=statistics.kl.p95,", _COMPARISON),
+    Mutation("ptq/evaluation/token_statistics.py", '"p99": 99,', '"p99": 95,', ("ptq/evaluation/test_token_statistics.py",)),
     Mutation("ptq/export/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
     Mutation("ptq/export/to_kuiper.py", "-shape.vocabulary,", "shape.vocabulary,", _Q8),
     Mutation("ptq/export/quantized_tensors.py", "zero_point=None if module.weight_spec is None else module.zero_point,", "zero_point=None,", _COMPRESSED + _GGUF),
