@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import types
 
 import pytest
 import torch
@@ -32,6 +33,8 @@ def cuda(monkeypatch, device):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device=None: "virtual")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device=None: (9, 0))
+    properties = types.SimpleNamespace(total_memory=80 << 30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device=None: properties)
     device.calls = 0
     with device:
         yield device

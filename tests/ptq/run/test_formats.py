@@ -123,12 +123,10 @@ def test_an_impossible_combination_is_refused_with_the_nearest_choice(scheme, me
         recipe_from({"name": "x", "model": {"path": "x"}, "scheme": scheme})
 
 
-def test_a_solver_of_integer_codes_refuses_another_format_before_any_work(places):
-    recipe = made("smollm2-135m_nf4", "method=gptq", *SMALL, *places)
-    with pytest.raises(
-        UserError, match=r"^scheme.weight.format: 'nf4' has no integer grid for steps.gptq .*: use int, or"
-    ):
-        dry_run(recipe)
+def test_gptq_refuses_a_format_without_levels_before_any_work_and_takes_those_that_have_them(places):
+    with pytest.raises(UserError, match=r"^scheme.weight.format: 'q8_0' has no levels .* steps.gptq .*: use int with"):
+        dry_run(made("smollm2-135m_q8_0", "method=gptq", *SMALL, *places))
+    dry_run(made("smollm2-135m_nf4", "method=gptq", *SMALL, *places))
 
 
 def test_an_exporter_refuses_a_format_that_it_does_not_hold(places):
