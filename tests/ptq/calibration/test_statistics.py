@@ -53,6 +53,17 @@ def test_two_halves_merged_are_the_whole(first, second, seed):
     torch.testing.assert_close(merged.std, whole.std, rtol=1e-5, atol=1e-6)
 
 
+@given(st.integers(1, 600), st.integers(0, 100), st.lists(st.floats(0.01, 100), min_size=5, max_size=5))
+def test_divided_statistics_are_those_of_the_divided_tokens(rows, seed, divisors):
+    x, scale = _data(rows, 5, seed, mean=2.0), torch.tensor(divisors)
+    found, expected = _of([x], 5).divided(scale), _of([x / scale], 5)
+    assert found.count == rows
+    torch.testing.assert_close(found.min, expected.min)
+    torch.testing.assert_close(found.max, expected.max)
+    torch.testing.assert_close(found.mean, expected.mean, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(found.std, expected.std, rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize("mean", [0.0, 1.0, 1000.0])
 def test_figures_equal_numpy_in_float64_even_far_from_zero(mean):
     x = _data(5000, 16, 7, mean).view(5, 1000, 16)
