@@ -220,3 +220,11 @@ def test_eight_bit_rounding_of_a_gaussian_has_the_noise_that_theory_gives():
 def test_a_range_of_huge_values_does_not_overflow():
     grid = grid_from_range(torch.tensor([-3.4e38]), torch.tensor([3.4e38]), 8, False)
     assert torch.isfinite(grid.scale).all()
+
+
+@pytest.mark.parametrize("bits", range(2, 9))
+def test_a_full_symmetric_range_spreads_all_codes_over_both_ends(bits):
+    low, high = torch.tensor([-3.0, -1.0, 0.0]), torch.tensor([1.0, 2.5, 7.0])
+    grid = grid_from_range(low, high, bits, True, full_range=True)
+    np.testing.assert_allclose(grid.scale, 2 * np.array([3.0, 2.5, 7.0]) / (2**bits - 1), rtol=1e-6)
+    assert (grid.low, grid.high, grid.zero_point) == (-(2 ** (bits - 1)), 2 ** (bits - 1) - 1, None)

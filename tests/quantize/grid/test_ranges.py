@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,7 +12,7 @@ import quantize.grid.ranges
 from quantize.error import relative_error, sqnr_db
 from quantize.grid.affine import Grid, dequantize, fake_quantize, fake_quantize_absmax, grid_from_range, grouped
 from quantize.grid.affine import quantize as to_codes
-from quantize.grid.ranges import dynamic_grid, static_grid, weight_grid
+from quantize.grid.ranges import RunningRange, dynamic_grid, static_grid, weight_grid
 from quantize.modules.simulated import InputQuantizer, QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
@@ -67,6 +68,46 @@ def test_chunks_do_not_change_a_range(monkeypatch, estimator, symmetric, granula
     parts = weight_grid(_normal(), spec)
     assert torch.equal(whole.scale, parts.scale)
     assert whole.scale.shape == ((1,) if granularity == "tensor" else (12, 1) if size is None else (12, 4, 1))
+
+
+def test_chunks_do_not_change_what_columns_weigh(monkeypatch):
+    spec, importance = QuantSpec(bits=3, granularity="tensor", range="mse"), torch.linspace(0, 1, 32) ** 6
+    whole = weight_grid(_normal(), spec, None, importance)
+    monkeypatch.setattr(quantize.grid.ranges, "CHUNK", 70)
+    assert torch.equal(whole.scale, weight_grid(_normal(), spec, None, importance).scale)
+    assert not torch.equal(whole.scale, weight_grid(_normal(), spec).scale)
+
+
+@given(st.integers(2, 200), st.floats(50.5, 100), st.integers(0, 1000))
+def test_a_percentile_leaves_out_half_of_the_rest_at_each_end(size, percentile, seed):
+    x = _normal(3, size, seed)
+    spec = QuantSpec(bits=4, symmetric=False, range="percentile", percentile=percentile)
+    ordered = np.sort(x.numpy(), axis=1)
+    outside = math.floor(size * (100 - percentile) / 200)
+    low, high = (torch.from_numpy(ordered[:, [i]]) for i in (outside, size - 1 - outside))
+    found, expected = weight_grid(x, spec), grid_from_range(low, high, 4, False)
+    assert torch.equal(found.scale, expected.scale) and torch.equal(found.zero_point, expected.zero_point)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_of_ranges_with_the_same_error_the_widest_is_kept(symmetric):
+    # Where no column weighs anything, every range has the error 0.
+    found = weight_grid(_normal(), QuantSpec(bits=4, symmetric=symmetric, range="mse"), None, torch.zeros(32))
+    assert torch.equal(found.scale, weight_grid(_normal(), QuantSpec(bits=4, symmetric=symmetric)).scale)
+
+
+def test_a_running_range_takes_a_tenth_of_each_sample_after_the_first():
+    samples = _normal(30, 6).view(5, 6, 6)
+    running = RunningRange()
+    with pytest.raises(ValueError, match="has seen no sample"):
+        running.range()
+    running.update_all(samples)
+    low, high = samples[0].numpy().min(0), samples[0].numpy().max(0)
+    for sample in samples[1:].numpy():
+        low, high = 0.9 * low + 0.1 * sample.min(0), 0.9 * high + 0.1 * sample.max(0)
+    found = running.range()
+    np.testing.assert_allclose(found[0], low, rtol=1e-5)
+    np.testing.assert_allclose(found[1], high, rtol=1e-5)
 
 
 def test_a_granularity_that_a_tensor_does_not_have_is_refused():
