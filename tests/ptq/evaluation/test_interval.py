@@ -46,6 +46,19 @@ def test_the_interval_covers_the_truth_about_as_often_as_it_promises(windows, lo
     assert low <= covered / 400 <= high
 
 
+@pytest.mark.parametrize("confidence", [0.5, 0.8, 0.95])
+def test_the_bootstrap_is_scipys_paired_one_to_the_noise_of_its_draws(confidence):
+    g = np.random.default_rng(0)
+    x = 3 + 0.3 * g.standard_normal(60)
+    y = x + 0.05 + 0.1 * g.standard_normal(60)
+    expected = scipy.stats.bootstrap(
+        (x, y), lambda a, b, axis: np.exp(b.mean(axis)) - np.exp(a.mean(axis)), paired=True, n_resamples=20000,
+        confidence_level=confidence, method="percentile", rng=g,
+    ).confidence_interval  # fmt: skip
+    found = bootstrap_interval(torch.from_numpy(x), torch.from_numpy(y), 20000, confidence, 0)
+    assert found == pytest.approx(tuple(expected), abs=0.03 * (expected.high - expected.low))
+
+
 def test_the_same_seed_gives_the_same_interval():
     x = torch.linspace(2, 4, 16, dtype=torch.float64)
     y = x + torch.linspace(-0.1, 0.3, 16, dtype=torch.float64)

@@ -75,6 +75,12 @@ def test_the_damping_with_the_least_loss_on_the_held_out_tokens_is_chosen():
     assert held_out_damping(weight, seen, quantized, GptqOptions(), dampings).damping <= chosen.damping
 
 
+def test_of_dampings_with_the_same_loss_the_smallest_is_chosen_whatever_their_order():
+    weight, _, held = two_halves()
+    for dampings in ((0.01, 0.1, 1.0), (1.0, 0.01, 0.1)):
+        assert held_out_damping(weight, held, lambda o: weight + 1, GptqOptions(), dampings).damping == 0.01
+
+
 def test_what_does_not_fit_is_refused():
     weight, _, held = two_halves()
     with pytest.raises(ValueError, match=r"held: shape \(5, 5\) does not fit"):

@@ -134,6 +134,13 @@ def test_the_form_gives_the_codecs_own_scales_and_values(spec):
     assert ((grid - levels).abs() <= (grid[:, None] - levels.unique()[None]).abs().amin(1) * (1 + 1e-6) + 1e-6).all()
 
 
+def test_a_fitted_scale_is_stored_as_the_power_of_two_nearest_by_ratio():
+    form = level_form(SPECS["mxfp4"], torch.ones(1))
+    exponents = np.linspace(-20, 20, 997)
+    stored = form.scales(form.stored_scales(torch.from_numpy(2**exponents).float()))
+    np.testing.assert_array_equal(stored, 2 ** np.round(exponents))
+
+
 @every_format
 def test_the_same_problem_gives_the_same_bits_twice(spec):
     weight, hessian = problem(8, 64)
