@@ -79,6 +79,13 @@ MUTATIONS = (
     Mutation("quantize/solvers/gptq.py", "else loss > rtn_loss", "else loss > 100 * rtn_loss", _GPTQ),
     Mutation("quantize/solvers/feedback.py", "columns[end:] -= product", "columns[end:] += product", _GPTQ),
     Mutation("quantize/solvers/correction.py", "damped.diagonal().add_(damping * mean)", "damped.diagonal().add_(mean)", ("quantize/solvers/test_correction.py",)),
+    Mutation("quantize/solvers/correction.py", "2 * (change * theirs).sum()", "(change * theirs).sum()", ("quantize/solvers/test_correction.py",)),
+    Mutation("quantize/solvers/awq.py", "FLOOR = 1e-4\n", "FLOOR = 1e-2\n", ("quantize/solvers/test_awq.py",)),
+    Mutation("quantize/solvers/awq.py", "(alive.amax() * alive.amin()).sqrt()", "alive.amax()", ("quantize/solvers/test_awq.py",)),
+    Mutation("quantize/solvers/hqq.py", "(steps.abs().pow_(norm) * scale.pow(norm))", "steps.abs().pow_(norm)", ("quantize/solvers/test_hqq.py",)),
+    Mutation("quantize/solvers/clip.py", "better = found < best", "better = found <= best", ("quantize/solvers/test_clip.py",)),
+    Mutation("quantize/solvers/damping.py", "key=lambda i: (losses[i], dampings[i])", "key=lambda i: (losses[i], -dampings[i])", ("quantize/solvers/test_damping.py",)),
+    Mutation("quantize/solvers/levels.py", "mantissa > math.sqrt(0.5)", "mantissa > 0.75", ("quantize/solvers/test_solve_format.py",)),
     Mutation("quantize/transforms/smooth.py", "FLOOR = 1e-5\n", "FLOOR = 1e-3\n", ("quantize/transforms/test_smooth.py",)),
     Mutation("quantize/transforms/smooth.py", "beta = 1 - alpha if", "beta = alpha if", ("quantize/transforms/test_smooth.py",)),
     Mutation("quantize/transforms/smooth.py", "/ scale - offset)", "/ scale)", ("quantize/transforms/test_smooth.py",)),
@@ -86,16 +93,24 @@ MUTATIONS = (
     Mutation("group_methods/kmeans.py", "labels.append(np.tile(own + count,", "labels.append(np.tile(own,", _KMEANS),
     Mutation("group_methods/reorder.py", "return labels.argsort(stable=True)", "return labels.argsort(stable=True, descending=True)", _REORDER),
     Mutation("group_methods/reorder.py", "back[order] = torch.arange", "back[:] = order[order] * 0 + torch.arange", _REORDER),
+    Mutation("group_methods/reorder.py", "values, reduce, include_self=False", "values, reduce, include_self=True", _REORDER),
     Mutation("ptq/calibration/statistics.py", "self.m2 + m2 + delta.square() * (self.count * count / total)", "self.m2 + m2", _STATISTICS),
     Mutation("ptq/calibration/statistics.py", "self.mean / wide, self.m2 / wide.square()", "self.mean / wide, self.m2 / wide", _STATISTICS),
     Mutation("ptq/calibration/statistics.py", "self.min = torch.minimum(self.min, other.min)", "self.min = torch.minimum(self.min, other.max)", _STATISTICS),
+    Mutation("ptq/calibration/statistics.py", "shift = chunk[0].float()", "shift = chunk[0].float() * 0", _STATISTICS),
     Mutation("ptq/files/manifest.py", "json.dumps(key, sort_keys=True)", "json.dumps(sorted(key), sort_keys=True)", _STORE),
     Mutation("ptq/files/manifest.py", "same = file_digest(there[name]) == digest", "same = len(file_digest(there[name])) == len(digest)", _STORE),
     Mutation("ptq/run/session.py", '"tokens": tokens.fingerprint,', '"tokens": tokens.source,', _KEYS),
     Mutation("ptq/run/session.py", '"baseline": self.loaded.baseline_dtype,', '"baseline": "",', _KEYS),
+    Mutation("ptq/run/session.py", '"weights": self.loaded.fingerprint,\n            "b', '"weights": "",\n            "b', _KEYS),
+    Mutation("ptq/run/session.py", '"arithmetic": self.loaded.arithmetic_dtype,\n', '"arithmetic": "",\n', _KEYS),
     Mutation("ptq/evaluation/token_comparison.py", "losses[w] = total / (ids.shape[1] - 1)\n    return losses", "losses[w] = total / ids.shape[1]\n    return losses", _COMPARISON),
     Mutation("ptq/evaluation/comparison.py", "kl_p99=statistics.kl.p99,", "kl_p99=statistics.kl.p95,", _COMPARISON),
     Mutation("ptq/evaluation/token_statistics.py", '"p99": 99,', '"p99": 95,', ("ptq/evaluation/test_token_statistics.py",)),
+    Mutation("ptq/evaluation/interval.py", "tail = (1 - confidence) / 2", "tail = 1 - confidence", ("ptq/evaluation/test_interval.py",)),
+    Mutation("ptq/evaluation/interval.py", "len(difference) - 1, (1 + confidence) / 2)", "len(difference) - 1, confidence)", ("ptq/evaluation/test_interval.py",)),
+    Mutation("ptq/evaluation/paired.py", "residual = sums - mean * sizes", "residual = sums - mean", ("ptq/evaluation/test_paired.py",)),
+    Mutation("ptq/evaluation/paired.py", "(len(values) - rank) * values[index]", "len(values) * values[index]", ("ptq/evaluation/test_paired.py",)),
     Mutation("ptq/export/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
     Mutation("ptq/export/to_kuiper.py", "-shape.vocabulary,", "shape.vocabulary,", _Q8),
     Mutation("ptq/export/quantized_tensors.py", "zero_point=None if module.weight_spec is None else module.zero_point,", "zero_point=None,", _COMPRESSED + _GGUF),
@@ -110,21 +125,24 @@ def run(mutation: Mutation, tree: pathlib.Path) -> bool:
         raise SystemExit(f"{mutation.file}: {mutation.old!r} occurs {source.count(mutation.old)} times, and not once")
     path.write_text(source.replace(mutation.old, mutation.new), encoding="utf-8")
     try:
-        return not _pass(tree, mutation.tests)
+        return _failure(tree, mutation.tests) is not None
     finally:
         path.write_text(source, encoding="utf-8")
 
 
-def _pass(tree: pathlib.Path, tests: tuple[str, ...]) -> bool:
-    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *(f"tests/{t}" for t in tests)]
+def _failure(tree: pathlib.Path, tests: tuple[str, ...]) -> str | None:
+    """Returns the end of what pytest said where a test fails, None where all pass."""
+    # A folder of its own for what tests write: other runs of pytest clear the common one.
+    options = ("-x", "-q", "-p", "no:cacheprovider", f"--basetemp={tree / 'written'}")
+    command = [sys.executable, "-m", "pytest", *options, *(f"tests/{t}" for t in tests)]
     environment = {**os.environ, "PYTHONPATH": str(tree), "PYTHONDONTWRITEBYTECODE": "1"}
     try:
         done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, timeout=LIMIT)
     except subprocess.TimeoutExpired:
-        return False
+        return f"no end after {LIMIT} s"
     if done.returncode not in {0, 1}:
         raise SystemExit(f"{' '.join(command)}: exit status {done.returncode}\n{done.stdout.decode()[-2000:]}")
-    return done.returncode == 0
+    return None if done.returncode == 0 else done.stdout.decode()[-2000:]
 
 
 def main() -> None:
@@ -139,8 +157,8 @@ def main() -> None:
             shutil.copytree(ROOT / name, tree / name, ignore=shutil.ignore_patterns("__pycache__"))
         for name in ("pyproject.toml", "main.py", "gen_act_stat.py", "README.md", "constraints.txt", "Makefile"):
             shutil.copy(ROOT / name, tree / name)
-        if not _pass(tree, tuple(sorted({test for m in chosen for test in m.tests}))):
-            raise SystemExit("the tests fail without any mutation: mend that first")
+        if (said := _failure(tree, tuple(sorted({test for m in chosen for test in m.tests})))) is not None:
+            raise SystemExit(f"{said}\nthe tests fail without any mutation: mend that first")
         caught = 0
         for mutation in chosen:
             found = run(mutation, tree)
