@@ -3,7 +3,8 @@
     python -m experiments.bench.loading [--config smollm2-135m_w8a8]
 
 Saves the recipe's model as fp16 safetensors into a temporary folder, then loads it in fresh processes: by transformers in
-fp16 and in fp32, and as a run reads it on the CPU (fp32 arithmetic on weights rounded to fp16). Each counts the bytes of
+fp16 and in fp32, and as a run reads it on the CPU (fp32 arithmetic on weights rounded to fp16); where the recipe's model is a
+GGUF file, as a run reads that for the first time too, into a store that is empty. Each counts the bytes of
 the loaded tensors, and reads from the kernel how far the process grew over what it held before: in anonymous memory
 (sampled every millisecond) and in all, with the pages of mapped weight files, after every page of the model was touched.
 """
@@ -26,9 +27,11 @@ from ptq.config.schema import ExecutionConfig, ModelConfig, Recipe
 from ptq.files.store import Store
 from ptq.footprint.footprint import footprint
 from ptq.models.loading import load
+from ptq.models.locations import locate
 from ptq.network.skeleton import skeleton
 
-FORMS = {"transformers fp16": "fp16", "transformers fp32": "fp32", "as a run": "fp32"}
+GGUF = "GGUF as a run"
+FORMS = {"transformers fp16": "fp16", "transformers fp32": "fp32", "as a run": "fp32", GGUF: "fp32"}
 """How it is loaded, with the column of the footprint that it is compared to."""
 MEGA = 1e6
 PAGE = 1024
@@ -64,9 +67,10 @@ class Sampler(threading.Thread):
 
 
 def measure(form: str, folder: pathlib.Path) -> dict[str, int]:
-    """Loads the model of `folder` in this process and returns bytes: of its tensors, held after, peaks."""
+    """Loads the model of `folder`, or a GGUF file, in this process and returns bytes: of its tensors, held after, peaks."""
     recipe = _bare(folder)
     skeleton(recipe.model)  # imports the architecture, so that its code counts as held before
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # the peak starts from what is held now
     before, held = status("RssAnon"), status("VmRSS")
     sampler = Sampler()
     sampler.start()
@@ -85,6 +89,9 @@ def measure(form: str, folder: pathlib.Path) -> dict[str, int]:
 
 
 def _loaded(form: str, folder: pathlib.Path) -> Any:
+    if form == GGUF:
+        with tempfile.TemporaryDirectory() as scratch:
+            return load(ModelConfig(str(folder)), ExecutionConfig(device="cpu"), Store(pathlib.Path(scratch))).model
     if form == "as a run":
         return load(ModelConfig(str(folder)), ExecutionConfig(device="cpu")).model
     dtype = torch.float16 if form.endswith("fp16") else torch.float32
@@ -118,8 +125,12 @@ def main() -> None:
             "| loaded | tensors predicted | tensors counted | held after | peak predicted | peak anonymous | peak in all |"
         )
         print("|---|---|---|---|---|---|---|")
+        place = locate(job.recipe.model)
         for form, title in FORMS.items():
-            command = [sys.executable, "-m", "experiments.bench.loading", "--form", form, "--folder", str(folder)]
+            if form == GGUF and place.gguf is None:
+                continue
+            loaded = str(pathlib.Path(place.base) / str(place.gguf)) if form == GGUF else str(folder)
+            command = [sys.executable, "-m", "experiments.bench.loading", "--form", form, "--folder", loaded]
             done = subprocess.run(command, check=True, capture_output=True, text=True)
             got = json.loads(done.stdout.splitlines()[-1])
             found = footprint(_bare(folder, {"fp16": "float16", "fp32": "float32"}[title]))

@@ -1,9 +1,10 @@
 """What a safetensors file holds, read with bounds, and one tensor of it, read piece by piece."""
 
+import json
 import math
 import pathlib
 import struct
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -12,7 +13,7 @@ from safetensors.torch import save_file
 from ptq.files.atomic import write_atomic
 from ptq.files.bounded import parse_json
 
-PIECE = 1 << 23
+PIECE = 1 << 20
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -31,7 +32,7 @@ class StoredTensor:
     shape: tuple[int, ...]
 
     def pieces(self) -> Iterator[torch.Tensor]:
-        """Yields the tensor's values in order, flat, at most 8 MiB at a time; a piece is valid until the next one.
+        """Yields the tensor's values in order, flat, at most 1 MiB at a time; a piece is valid until the next one.
 
         Plain reads, not a memory map: pages of a map count as the process's memory for as long as it lives.
         """
@@ -136,3 +137,51 @@ def write_tensors(
         taken.add(storage)
         own[name] = value.contiguous()
     write_atomic(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata) if metadata else None))
+
+
+def write_one_by_one(
+    path: pathlib.Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    dtype: torch.dtype,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file, whole or not at all, of `tensors` that come one after the other, of which none is kept.
+
+    Args:
+        path: the file.
+        shapes: of all the tensors that will come, by name.
+        dtype: the type of all of them.
+        tensors: names and values, in any order.
+        metadata: for the file's header.
+
+    Raises:
+        ValueError: when a tensor is not as `shapes` and `dtype` say, comes twice or does not come.
+        UserError: when the place cannot be written to or the disk is full.
+    """
+    code = next(name for name, known in DTYPES.items() if known == dtype)
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    starts, end = {}, 0
+    for name, shape in shapes.items():
+        starts[name], start = end, end
+        end += math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": code, "shape": list(shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # readers may map the values, which then lie at a multiple of their size
+
+    def write(temporary: pathlib.Path) -> None:
+        left = dict(starts)
+        with temporary.open("wb") as file:
+            file.write(struct.pack("<Q", len(text)) + text)
+            file.truncate(8 + len(text) + end)
+            for name, value in tensors:
+                if name not in left or tuple(value.shape) != shapes[name] or value.dtype != dtype:
+                    raise ValueError(
+                        f"{name} is not one of the tensors that were to come, or another than it was to be"
+                    )
+                file.seek(8 + len(text) + left.pop(name))
+                value.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy().tofile(file)
+        if left:
+            raise ValueError(f"{next(iter(left))} has not come")
+
+    write_atomic(path, write)

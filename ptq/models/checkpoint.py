@@ -1,5 +1,6 @@
 """How a checkpoint's weights are read by transformers: all of them into memory, or left on disk block by block."""
 
+import contextlib
 import pathlib
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from accelerate import init_empty_weights
 from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub import snapshot_download
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import accelerate_disk_offload
@@ -15,8 +16,13 @@ from transformers.integrations.accelerate import accelerate_disk_offload
 from ptq.errors import UserError
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.files.scratch import ScratchFolder
-from ptq.models.locations import ModelSource
+from ptq.models.locations import ModelSource, quiet
+from ptq.models.resident_memory import return_freed_memory
+from ptq.models.rounding import beyond, round_in_place
 from ptq.models.weights import OffloadedWeights, ResidentWeights, Weights, shards_of
+
+TRIM_EVERY = 1 << 25
+"""Bytes of weights read after which the pieces that they came in are given back to the system."""
 
 
 def _pretrained(source: ModelSource, options: dict[str, Any]) -> Any:
@@ -40,15 +46,22 @@ def _pretrained(source: ModelSource, options: dict[str, Any]) -> Any:
 def read_resident(
     source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
 ) -> tuple[Any, Weights] | None:
-    """Returns the model in memory, or None when a weight is beyond the range of `rounding`."""
+    """Returns the model in memory, or None when a weight is beyond the range of `rounding`.
+
+    Parameters are read one by one where each of them lies in the checkpoint, so that the model is all that is in memory. Those
+    that transformers puts together while it reads, such as experts, are read by it, and rounded after.
+    """
+    try:
+        if source.location.kind != "gguf" and (filled := _filled(source, rounding, arithmetic, device)) is not None:
+            return filled, ResidentWeights()
+    except OverflowError:
+        return None
     model = _pretrained(source, {"dtype": arithmetic})
     model.requires_grad_(False)
-    most = torch.finfo(rounding).max
     for parameter in model.parameters():
-        if rounding == torch.float16 and bool((parameter.abs() > most).any()):
+        if rounding == torch.float16 and beyond(parameter, rounding):
             return None
-        if rounding != arithmetic:
-            parameter.copy_(parameter.to(rounding))
+        round_in_place(parameter, rounding)
     if source.location.kind == "gguf":  # its weights are plain tensors now: nothing shall treat the model as quantized
         for owner, name in (
             (model.config, "quantization_config"),
@@ -60,6 +73,64 @@ def read_resident(
     return model.to(device), ResidentWeights()
 
 
+def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> Any | None:
+    """Returns the model, each parameter read by itself; None for one that transformers has to read.
+
+    Raises:
+        OverflowError: when a weight is beyond the range of `rounding`.
+    """
+    if (found := _mapped(source, arithmetic)) is None:
+        return None
+    model, index, _ = found
+    stored = _stored(index)
+    tied = getattr(model, "all_tied_weights_keys", None) or {}
+    kept_wide = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
+    if arithmetic != torch.float32 and kept_wide:
+        return None  # which of them stay in fp32 is transformers' to say
+    if any(name in stored and stored.get(other) != stored[name] for name, other in tied.items()):
+        return None  # both are stored: whether they are tied depends on their values
+    shapes = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    if any(name not in stored or stored[name].shape != shape for name, shape in shapes.items()):
+        return None
+    parameters, since = dict(model.named_parameters()), 0
+    for name in shapes:
+        if name in tied:
+            continue
+        outer, _, inner = name.rpartition(".")
+        module = model.get_submodule(outer)
+        if name not in parameters:
+            module._buffers[inner] = stored[name].read(arithmetic, arithmetic, device)
+            continue
+        if rounding == torch.float16 and stored[name].overflows(rounding):
+            raise OverflowError(name)
+        value = stored[name].read(rounding, arithmetic, device)
+        module._parameters[inner] = torch.nn.Parameter(value, requires_grad=False)
+        since += value.nbytes
+        if since > TRIM_EVERY:
+            return_freed_memory()
+            since = 0
+    return_freed_memory()
+    model.tie_weights()
+    if model.can_generate():
+        options = {key: value for key, value in source.arguments.items() if key in {"revision", "local_files_only"}}
+        # One that was not saved is made of the config, which the model has done.
+        with contextlib.suppress(OSError), quiet():
+            model.generation_config = GenerationConfig.from_pretrained(source.location.base, **options)
+    return model.to(device)
+
+
+def _stored(index: dict[str, Any]) -> dict[str, StoredTensor]:
+    """Returns the place of each weight by accelerate's index."""
+    headers: dict[str, dict[str, StoredTensor]] = {}
+    stored: dict[str, StoredTensor] = {}
+    for name, entry in index.items():
+        file = entry["safetensors_file"]
+        if file not in headers:
+            headers[file] = read_header(pathlib.Path(file))
+        stored[name] = headers[file][entry.get("weight_name", name)]
+    return stored
+
+
 def read_offloaded(
     source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
 ) -> tuple[Any, Weights] | None:
@@ -69,13 +140,7 @@ def read_offloaded(
     """
     found = _mapped(source, arithmetic) or _converted(source, arithmetic)
     model, index, folder = found
-    headers: dict[str, dict[str, StoredTensor]] = {}
-    stored: dict[str, StoredTensor] = {}
-    for name, entry in index.items():
-        file = entry["safetensors_file"]
-        if file not in headers:
-            headers[file] = read_header(pathlib.Path(file))
-        stored[name] = headers[file][entry.get("weight_name", name)]
+    stored = _stored(index)
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if other in stored:
             stored[name] = stored[other]

@@ -20,7 +20,9 @@ from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
 from ptq.models.checkpoint import read_offloaded, read_resident
 from ptq.models.gguf_tokenizer import as_llama_cpp
+from ptq.models.gguf_weights import convert_gguf
 from ptq.models.locations import Location, ModelSource, quiet, source_of
+from ptq.models.resident_memory import return_freed_memory
 from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
 
 _CONVERTERS = ("ptq.models", "ptq.files")
@@ -187,7 +189,8 @@ def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = 
     in the checkpoint's own 16-bit type on CUDA. An explicit dtype is used for both.
 
     With a `store`, a GGUF file is converted once, to safetensors in the baseline's type: the same bits, read in a tenth of
-    the time. The first conversion needs the whole model in memory, also when the weights are offloaded afterwards.
+    the time. The first conversion goes tensor by tensor, except for experts, where the whole model is in memory for it, also
+    when the weights are offloaded afterwards.
 
     Raises:
         UserError: for a model that is missing, damaged, out of reach, or cannot be offloaded.
@@ -244,6 +247,7 @@ def _read(
             source = _unpacked(source, rounding, store)
         except OverflowError:
             return None
+        return_freed_memory()
     read = read_offloaded if execution.weights == "offloaded" else read_resident
     return read(source, rounding, arithmetic, device)
 
@@ -256,6 +260,8 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
     """
 
     def fill(temporary: pathlib.Path) -> None:
+        if convert_gguf(source, rounding, temporary):
+            return
         loaded = read_resident(source, rounding, torch.float32, torch.device("cpu"))
         if loaded is None:
             raise OverflowError(NAMES[rounding])

