@@ -14,6 +14,7 @@ from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
 from ptq.cli.sweeps import compare_commands, sweep_commands
+from ptq.cli.threads import limit_threads
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 
@@ -127,6 +128,7 @@ def _command(command: str, arguments: list[str], program: str) -> int:
         sweep_commands.with_ablation(options)
     path = _config_path(options)
     if command == "run" and options.multirun and not options.cfg:
+        limit_threads()
         return sweep_commands.sweep(path, options, (*program.split(), *arguments))
     if command == "run":
         sweep_commands.refuse_without_multirun(options)
@@ -166,6 +168,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
         return lambda recipe: show_footprint(recipe, options.context)
     from ptq.run.experiment import collect_statistics, dry_run, run
 
+    limit_threads()
     if options.dry_run:
         return dry_run
     if command == "run":
