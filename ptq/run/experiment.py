@@ -61,10 +61,11 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
     recipe, steps = _checked(recipe)
-    check_before(recipe, steps)
+    # What has ended here was checked then: its texts are read once for its identity, and its network is not built.
     if not force and (folder := finished_before(recipe, shared)) is not None:
         _show_finished(folder)
         return Result(folder, None, "the run was finished before")
+    check_before(recipe, steps)
     with _folder_of_a_run(recipe, sources_of(steps)) as folder, alone(folder):
         return _run(recipe, steps, folder, shared, force)
 

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from ptq.config.building import recipe_from
+from ptq.data.sources import read_text
 from ptq.files.store import Store
 from ptq.models.shared import Shared
 from ptq.run.experiment import finished_before, run_recipe
@@ -69,3 +70,23 @@ def test_a_finished_run_is_known_without_reading_the_texts_again(tmp_path, tiny_
     assert finished_before(recipe, shared) == folder
     monkeypatch.setattr("ptq.run.session.sample_tokens", lambda *args: pytest.fail("drawn again"))
     assert finished_before(recipe, shared) == folder
+
+
+def test_a_run_that_was_finished_reads_each_text_once_and_builds_no_network(tmp_path, tiny_llama, monkeypatch, capsys):
+    recipe = make(tmp_path, tiny_llama, *POINTS[0])
+    first = run_recipe(recipe)
+    read = []
+
+    def counted(config, field):
+        read.append(field)
+        return read_text(config, field)
+
+    def built(*arguments, **options):
+        raise AssertionError("a network was built")
+
+    monkeypatch.setattr("ptq.data.sampling.read_text", counted)
+    monkeypatch.setattr("ptq.run.preflight.skeleton", built)
+    monkeypatch.setattr("ptq.run.experiment.open_session", built)
+    assert run_recipe(recipe).folder == first.folder
+    assert sorted(read) == ["data.calibration", "data.evaluation"]
+    assert "finished before" in capsys.readouterr().out
