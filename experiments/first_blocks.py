@@ -1,6 +1,6 @@
 """A cheap look at a recipe: only the first blocks are quantized, and their output is compared on text that was not calibrated on.
 
-    PTQ_DATA=../shared/data python -m experiments.first_blocks --blocks 3 --samples 24 scheme=w4a16_g64 method=gptq
+    python -m experiments.first_blocks --blocks 3 --samples 24 scheme=w4a16_g64 method=gptq
 
 Seconds where a row of experiments/smol_wt2.py takes minutes: for choosing among options, never a result of its own. Text of
 the validation part far behind the calibration samples is looked at, none of the evaluation text.

@@ -1,6 +1,6 @@
 """What 4-bit weights and inputs leave at the outputs of one block's Linears, behind each map of their inputs: SmolLM2-135M.
 
-    PTQ_DATA=../shared/data python -m experiments.bench.input_maps --block 14
+    python -m experiments.bench.input_maps --block 14
 
 Tokens of the calibration text give maps, clip ratios and GPTQ's Hessians; the error is on tokens of a later part of that text, in percent of
 the output's energy. Weights per channel, symmetric; inputs per token, with zero points.

@@ -65,6 +65,8 @@ def find_weighed_sums(call: Call, block: Block, hidden: torch.Tensor, known: Col
         for place, tensor in before.items():
             if names[0] in own and torch.equal(tensor, own[names[0]]):
                 continue  # a norm of queries, say
+            if place in block.linears:
+                continue  # What a Linear reads as it is, such as the values that an attention has weighed, is not the stream.
             if place in after and _grew_along(tensor, after[place], probe):
                 found.update(dict.fromkeys(names, place))
     return found

@@ -116,6 +116,12 @@ class Step(Transform):
         context.note(f"rotate: residual stream: {_blocks(width, size)}{factorise(size).describe()}")
         centred = self._check(context, width)
         options, device = self.options, context.stream.device
+        if (options.learn or options.seeds > 1) and any(context.norm_sums(b) for b in context.network.blocks):
+            field = "learn" if options.learn else "seeds"
+            raise UserError(
+                f"steps.rotate.{field}: {getattr(options, field)!r}, but norms write to this model's residual stream, and what they "
+                "give is turned online by the Hadamard matrix of one seed: use learn=null seeds=1"
+            )
         seed, rows = options.seed, None
         if options.learn or options.seeds > 1:
             rows = self._rows(context, width, centred)
@@ -273,7 +279,8 @@ class Step(Transform):
             _neutral(network.model, link.producer, norm, basis.centred)
         for name in context.norm_sums(block):
             # Its gain comes after its own division, so what it gives can only be turned online.
-            attach_output(context.module(name), OnlineHadamard(width, self.options.seed).to(basis.matrix.device))
+            online = OnlineHadamard(width, self.options.seed, self.options.block)
+            attach_output(context.module(name), online.to(basis.matrix.device))
         for name in _writers(block, context):
             writer = context.module(name)
             weight, bias = weight_of(writer), writer.bias

@@ -28,17 +28,18 @@ pytest.importorskip("compressed_tensors")
 SCHEMES = catalog.groups()["scheme"]
 EXPRESSED = {
     "compressed-tensors": {
-        "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a8", "w4a8_g64", "w8a16", "w8a16_g32", "w8a16_g64",
-        "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
+        "w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a4_asym", "w4a4_g64", "w4a8", "w4a8_g64",
+        "w8a16", "w8a16_g32", "w8a16_g64", "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
     },
-    "gguf": {"w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w8a16", "w8a16_g32", "w8a16_g64"},
+    "gguf": {"w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w8a16", "w8a16_g32", "w8a16_g64"},
     "llama2c": {"w8a8_g64"},
     "kuiper": {"w8a16_g32", "w8a16_g64"},
 }  # fmt: skip
 """What each format holds; all else it refuses. Written out, so that neither changes unseen."""
 PAIRS = [(scheme, export) for export in sorted(EXPRESSED) for scheme in SCHEMES]
-FITTED = {"rptq_w4a4": ["scheme.overrides=[]"]}
-"""What makes a scheme fit the tiny LLaMA: OPT's names of Linears are not there."""
+LONG = ["evaluation.length=192"]
+FITTED = {"rptq_w4a4": ["scheme.overrides=[]"], "kv2": LONG, "kv4": LONG, "w4a4kv4": LONG}
+"""What makes a scheme fit the tiny LLaMA and its windows: OPT's names of Linears are not there, and 64 tokens leave nothing behind a cache's window."""
 WINDOWS, LENGTH = 2, 64
 
 
