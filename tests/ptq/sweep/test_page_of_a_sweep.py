@@ -27,7 +27,17 @@ def test_the_page_has_every_point_and_the_table_lies_beside_it(swept, capsys):
 
 
 def test_a_points_command_is_the_sweeps_with_its_own_values(swept):
-    sweep = read_sweep(swept.main)
+    # As it was typed first: another test types the same sweep in other words, and the folder has the last ones.
+    typed = (
+        "ptq",
+        "run",
+        "--config",
+        str(swept.recipe),
+        "-m",
+        "steps.smooth.alpha=0.3,0.5",
+        "scheme.weight.bits=4,8,9",
+    )
+    sweep = dataclasses.replace(read_sweep(swept.main), command=typed)
     words = shlex.split(command_of(sweep, sweep.points[3]))
     assert words == ["ptq", "run", "--config", str(swept.recipe), "steps.smooth.alpha=0.5", "scheme.weight.bits=4"]
 
