@@ -56,7 +56,7 @@ def lease(path: pathlib.Path, told: Callable[[str], None] = lambda line: None) -
     finally:
         ended.set()
         beating.join()
-        with contextlib.suppress(OSError), _alone(path.parent):
+        with contextlib.suppress(OSError), locked(path.parent):
             if _read(path) == token:
                 path.unlink()
 
@@ -69,7 +69,7 @@ def is_held(path: pathlib.Path) -> bool:
 
 def _take(path: pathlib.Path, token: dict[str, object]) -> str | None:
     """Takes the lease where it is free or its holder dead. Returns None then, else the number of the holder's process."""
-    with _alone(path.parent):
+    with locked(path.parent):
         holder = _read(path)
         if holder is not None and _lives(path, holder):
             return str(holder.get("pid", "?"))
@@ -119,8 +119,8 @@ def _read(path: pathlib.Path) -> dict[str, object] | None:
 
 
 @contextlib.contextmanager
-def _alone(folder: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time look at the leases of a folder, where its file system has locks."""
+def locked(folder: pathlib.Path) -> Iterator[None]:
+    """Lets one process at a time into a folder (its leases, its entries), where its file system has locks."""
     descriptor = os.open(folder, os.O_RDONLY)
     try:
         with contextlib.suppress(OSError):

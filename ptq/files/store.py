@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ptq.config.schema import Recipe
 from ptq.files.atomic import put_in_place, sync, sync_tree, writing_failed
-from ptq.files.lease import lease
+from ptq.files.lease import lease, locked
 from ptq.files.manifest import MANIFEST, DamagedEntry, check_entry, key_digest, write_manifest
 from ptq.files.scratch import remove, remove_stale, scratch_path
 
@@ -132,7 +132,7 @@ class Store:
             write_manifest(temporary, kind, key, about)
             os.chmod(temporary, 0o755)
             sync_tree(temporary)
-            with _locked(entry.parent):
+            with locked(entry.parent):
                 if replace or not _is_whole(entry):  # another process may have been quicker
                     self._release(entry)
                     put_in_place(temporary, entry)
@@ -206,18 +206,6 @@ def _is_whole(entry: pathlib.Path) -> bool:
     except DamagedEntry:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(folder: pathlib.Path) -> Iterator[None]:
-    """Lets one process at a time put entries into `folder`, where its file system has locks."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        with contextlib.suppress(OSError):
-            fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)
 
 
 def _close(held: dict[pathlib.Path, int]) -> None:

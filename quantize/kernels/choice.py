@@ -1,12 +1,14 @@
 """Which kernel multiplies: one by name, or of those that can the one that is fastest here, which changes no bit."""
 
+import importlib
+import pkgutil
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
 
-from quantize.kernels import int_mm, onednn_int8
+import quantize.kernels
 from quantize.kernels.base import (
     SIMULATED,
     IntegerRows,
@@ -22,8 +24,11 @@ from quantize.spec.quant_spec import QuantSpec
 AUTO = "auto"
 ROUNDS = 3
 """Calls of a kernel whose least time counts, after one that warms it up."""
-BUILT_IN = (int_mm.IntMm.name, onednn_int8.OnednnInt8.name)
-"""Kernels that come with this package, in the order in which they are tried."""
+
+# A kernel is a module of this package that registers itself, as a format is one of `quantize.codecs`.
+for _module in pkgutil.iter_modules(quantize.kernels.__path__):
+    if _module.name != "choice":
+        importlib.import_module(f"quantize.kernels.{_module.name}")
 
 
 def names() -> tuple[str, ...]:
