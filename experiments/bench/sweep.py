@@ -72,13 +72,13 @@ def evaluate_alone(words: list[str]) -> list[float]:
     from ptq.network.block_stream import BlockStream, Nothing
     from ptq.network.network import build_network
     from ptq.run.experiment import run_recipe
-    from ptq.run.session import device_of, evaluation_tokens
+    from ptq.run.session import device_of, evaluation_draw
 
     config = catalog.locate(words[words.index("--config") + 1])
     overrides = [w for w in words if "=" in w]
     [job] = compose_jobs(config, overrides)
     result = run_recipe(job.recipe, force=True)
-    tokens = evaluation_tokens(job.recipe, result.tokenizer)
+    tokens = evaluation_draw(job.recipe).tokens(result.tokenizer)
     network = build_network(result.model)
     result.model.config.use_cache = False
     stream = BlockStream(network, ResidentWeights(), device_of(job.recipe))

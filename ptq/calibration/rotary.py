@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from ptq.errors import UserError
-from ptq.network.attention import CHILD, NAME, AttentionQuantizers, show_tables
+from ptq.network.attention import CHILD, AttentionQuantizers, show_tables, use_simulated_attention
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import Block, Network
 from quantize.transforms.rotary import layout_of
@@ -38,7 +38,7 @@ def rotary_layouts(
         UserError: for an attention that is called without rotary embeddings, or with some that no known layout undoes.
     """
     before = network.model.config._attn_implementation
-    network.model.set_attn_implementation(NAME)
+    use_simulated_attention(network)
     finder = _Finder(network, stream, attentions, (field, instead))
     try:
         ids = torch.arange(1, TOKENS + 1)[None] % network.model.get_input_embeddings().num_embeddings

@@ -4,6 +4,7 @@ import bisect
 import hashlib
 import itertools
 import random
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -40,6 +41,43 @@ class Tokens:
         return self.ids[:, len(self.begin) :]
 
 
+Read = Callable[[TextConfig, str], Text]
+"""Reads a text that is no mix, as `ptq.data.sources.read_text` does."""
+
+
+@dataclass(frozen=True)
+class Draw:
+    """Which windows are drawn from which text: the arguments of `sample_tokens` but for the tokenizer."""
+
+    text: TextConfig
+    samples: int | None
+    length: int
+    sampling: str
+    seed: int
+    bos: bool | str
+    field: str
+
+    @property
+    def parts(self) -> list[tuple[TextConfig, str]]:
+        """The texts that are read, and their places in the recipe: those of a mix, or the text itself."""
+        if self.text.source != "mix":
+            return [(self.text, self.field)]
+        return [(part, f"{self.field}.mix[{i}]") for i, part in enumerate(self.text.mix)]
+
+    def tokens(self, tokenizer: Any, read: Read = read_text) -> "Tokens":
+        """Draws them with `sample_tokens`, whatever the model's positions."""
+        options = (self.samples, self.length, self.sampling, self.seed, self.bos)
+        return sample_tokens(tokenizer, self.text, *options, None, self.field, read)
+
+
+def check_length(length: int, max_positions: int | None, field: str) -> None:
+    """Raises `UserError` for windows that are longer than the model has positions (None: it has no end of them)."""
+    if max_positions is not None and length > max_positions:
+        raise UserError(
+            f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer"
+        )
+
+
 def sample_tokens(
     tokenizer: Any,
     config: TextConfig,
@@ -50,6 +88,7 @@ def sample_tokens(
     bos: bool | str,
     max_positions: int | None,
     field: str,
+    read: Read = read_text,
 ) -> Tokens:
     """Draws `samples` windows (None: all) of `length` tokens from the text that `config` names.
 
@@ -60,18 +99,15 @@ def sample_tokens(
     Raises:
         UserError: when there is too little text, the window is longer than `max_positions`, or there is no BOS.
     """
-    if max_positions is not None and length > max_positions:
-        raise UserError(
-            f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer"
-        )
+    check_length(length, max_positions, field)
     begin = beginning(tokenizer, bos, field)
     text_length = length - len(begin)
     if text_length < 1:
         raise UserError(f"{field}: windows of {length} tokens, of which {len(begin)} begin each: make them longer")
     if config.source == "mix":
-        parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field)
+        parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field, read)
     else:
-        parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field)]
+        parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field, read)]
     ids = torch.cat([part.windows for part in parts])
     if begin:
         ids = torch.cat([torch.tensor(begin).expand(len(ids), -1), ids], dim=1)
@@ -129,23 +165,37 @@ def _numbered(parts: list[_Part]) -> tuple[int, ...] | None:
 
 
 def _mixed(
-    tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
+    tokenizer: Any,
+    config: TextConfig,
+    samples: int | None,
+    length: int,
+    sampling: str,
+    seed: int,
+    field: str,
+    read: Read,
 ) -> list[_Part]:
     if samples is None:
         raise UserError(f"{field}.mix: needs a number of samples to share out: give one")
     share, rest = divmod(samples, len(config.mix))
     counts = [share + (i < rest) for i in range(len(config.mix))]
     return [
-        _windows(tokenizer, part, count, length, sampling, seed + i, f"{field}.mix[{i}]")
+        _windows(tokenizer, part, count, length, sampling, seed + i, f"{field}.mix[{i}]", read)
         for i, (part, count) in enumerate(zip(config.mix, counts, strict=True))
         if count
     ]
 
 
 def _windows(
-    tokenizer: Any, config: TextConfig, samples: int | None, length: int, sampling: str, seed: int, field: str
+    tokenizer: Any,
+    config: TextConfig,
+    samples: int | None,
+    length: int,
+    sampling: str,
+    seed: int,
+    field: str,
+    read: Read,
 ) -> _Part:
-    text = read_text(config, field)
+    text = read(config, field)
     if text.slices:
         return _slices(tokenizer, text, samples or text.windows or 1, length, seed, field)
     encoded = _tokenise(tokenizer, text.joined)

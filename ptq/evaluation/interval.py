@@ -4,7 +4,6 @@ import math
 from dataclasses import dataclass
 
 import torch
-from scipy.special import stdtrit
 
 FEWEST = 8
 """Windows from which on a bootstrap over windows says something: fewer have too few different resamples."""
@@ -66,6 +65,8 @@ def t_interval(baseline: torch.Tensor, quantized: torch.Tensor, confidence: floa
     With two windows and 95% it is 12.7 standard errors wide to each side: as little as two windows know. The baseline's
     perplexity is taken as it is, so the interval's ends are baseline x (exp(d) - 1) of the ends d in nats.
     """
+    from scipy.special import stdtrit  # a fifth of a second, which runs of more windows need not wait for
+
     difference = quantized - baseline
     error = float(difference.std()) / math.sqrt(len(difference))
     reach = float(stdtrit(len(difference) - 1, (1 + confidence) / 2)) * error

@@ -1,8 +1,11 @@
 """Models by path: checked, with their tokenizer, their weights rounded to the baseline's type."""
 
+import contextlib
 import dataclasses
 import hashlib
+import json
 import pathlib
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,23 +13,21 @@ import huggingface_hub
 import tokenizers
 import torch
 import transformers
-from transformers import AutoConfig, AutoTokenizer
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
 from ptq.files.gguf_header import check_gguf
 from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
-from ptq.models.checkpoint import read_offloaded, read_resident
 from ptq.models.gguf_tokenizer import as_llama_cpp
-from ptq.models.gguf_weights import convert_gguf
-from ptq.models.locations import Location, ModelSource, quiet, source_of
+from ptq.models.locations import Location, ModelSource, locate, quiet, source_of
 from ptq.models.resident_memory import return_freed_memory
 from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
 
 _CONVERTERS = ("ptq.models", "ptq.files")
 """The code that makes folders out of GGUF files: of other code they are made again, not of any change in the framework."""
+_WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".gguf", ".h5", ".msgpack", ".onnx")
+"""What files of weights end in; of all others beside a model, a tokenizer may read any."""
 MOST_BLOCKS = 1000
 """More blocks than any model has: a config that asks for more would keep the machine busy for nothing."""
 NAMES = {torch.float32: "fp32", torch.float16: "fp16", torch.bfloat16: "bf16"}
@@ -80,8 +81,8 @@ def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> 
         raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
     _check_sizes(config, found)
     # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
-    encoder = type(found) in MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
-    causal = type(found) in MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
+    encoder = type(found) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
+    causal = type(found) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING or "AutoModelForCausalLM" in (
         getattr(found, "auto_map", None) or {}
     )
     if encoder or getattr(found, "is_encoder_decoder", False) or not causal:
@@ -115,7 +116,7 @@ def _config(source: ModelSource, store: Store | None, weights: bool = True) -> A
         (check_directory if weights else check_config)(pathlib.Path(base))
 
     def read() -> Any:
-        return source.guarded(lambda: AutoConfig.from_pretrained(base, **source.arguments))
+        return source.guarded(lambda: transformers.AutoConfig.from_pretrained(base, **source.arguments))
 
     if source.location.kind != "gguf":
         return read()
@@ -123,7 +124,7 @@ def _config(source: ModelSource, store: Store | None, weights: bool = True) -> A
     if store is None:
         return read()
     folder = store.keep("gguf-config", key, lambda temporary: read().save_pretrained(temporary), _words(source))
-    return source.guarded(lambda: AutoConfig.from_pretrained(folder))
+    return source.guarded(lambda: transformers.AutoConfig.from_pretrained(folder))
 
 
 def _gguf_key(source: ModelSource) -> dict[str, object]:
@@ -151,13 +152,40 @@ def _tokenizer(config: ModelConfig, store: Store | None) -> tuple[Any, tuple[str
     if config.tokenizer is None:
         source = source_of(config)
         return _tokenizer_of(source, _config(source, store), store)
-    named = dataclasses.replace(config, path=config.tokenizer, revision=None, tokenizer=None)
-    try:
+    with _named_tokenizer(config) as named:
         source = source_of(named, weights=False)
         found = _config(source, store) if source.location.kind == "gguf" else None
         return _tokenizer_of(source, found, store)
+
+
+@contextlib.contextmanager
+def _named_tokenizer(config: ModelConfig) -> Iterator[ModelConfig]:
+    """Gives the place of the tokenizer that a recipe names, as that of a model; errors are told as the tokenizer's."""
+    try:
+        yield dataclasses.replace(config, path=config.tokenizer or config.path, revision=None, tokenizer=None)
     except UserError as error:
         raise UserError(str(error).replace("model.path:", "model.tokenizer:", 1)) from None
+
+
+def tokenizer_fingerprint(config: ModelConfig, store: Store | None = None) -> str | None:
+    """Returns a digest of all that the recipe's tokenizer is built from, without building it.
+
+    None where that is not known before: on the hub, and where code of the model's own may run.
+
+    Raises:
+        UserError: when there is nothing where the tokenizer should be.
+    """
+    if config.trust_remote_code:
+        return None
+    with contextlib.nullcontext(config) if config.tokenizer is None else _named_tokenizer(config) as named:
+        location = locate(named)
+        if location.kind == "hub":
+            return None
+        if location.kind == "gguf":
+            key = json.dumps(_gguf_key(ModelSource(named, location, {})), sort_keys=True)
+            return hashlib.sha256(key.encode()).hexdigest()
+    beside = sorted(p for p in pathlib.Path(location.base).iterdir() if p.is_file() and p.suffix not in _WEIGHTS)
+    return digest_files(beside, store) if beside else None
 
 
 def _tokenizer_of(source: ModelSource, found: Any, store: Store | None) -> tuple[Any, tuple[str, ...]]:
@@ -167,7 +195,7 @@ def _tokenizer_of(source: ModelSource, found: Any, store: Store | None) -> tuple
         # The config is handed on because reading it out of a GGUF file takes seconds each time.
         base, arguments = source.location.base, source.arguments
         known = arguments if found is None else {**arguments, "config": found}
-        return source.guarded(lambda: AutoTokenizer.from_pretrained(base, **known), "tokenizer")
+        return source.guarded(lambda: transformers.AutoTokenizer.from_pretrained(base, **known), "tokenizer")
 
     if source.location.kind != "gguf":
         return read(), ()
@@ -177,7 +205,9 @@ def _tokenizer_of(source: ModelSource, found: Any, store: Store | None) -> tuple
         folder = store.keep(
             "gguf-tokenizer", _gguf_key(source), lambda temporary: read().save_pretrained(temporary), _words(source)
         )
-        tokenizer = source.guarded(lambda: AutoTokenizer.from_pretrained(folder, config=found), "tokenizer")
+        tokenizer = source.guarded(
+            lambda: transformers.AutoTokenizer.from_pretrained(folder, config=found), "tokenizer"
+        )
     note = as_llama_cpp(tokenizer, pathlib.Path(_words(source)))
     return tokenizer, () if note is None else (note,)
 
@@ -242,6 +272,11 @@ def _read(
     store: Store | None,
 ) -> tuple[Any, Weights] | None:
     """Returns the model and its weights, or None when a weight is beyond the range of `rounding`."""
+    from ptq.models.checkpoint import (
+        read_offloaded,
+        read_resident,
+    )  # transformers' models, which take seconds to import
+
     if source.location.kind == "gguf" and store is not None:
         try:
             source = _unpacked(source, rounding, store)
@@ -260,6 +295,9 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
     """
 
     def fill(temporary: pathlib.Path) -> None:
+        from ptq.models.checkpoint import read_resident
+        from ptq.models.gguf_weights import convert_gguf
+
         if convert_gguf(source, rounding, temporary):
             return
         loaded = read_resident(source, rounding, torch.float32, torch.device("cpu"))
@@ -282,7 +320,10 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
 def fingerprint_of(config: ModelConfig, store: Store | None = None) -> str:
     """Returns the fingerprint that `load` gives the model, without loading it. Raises `UserError` as `check`."""
     source = source_of(config)
-    revision = getattr(_config(source, store), "_commit_hash", None)
+    # Of a folder and of a file the bytes are enough: no config is read, for which transformers reads its models' code.
+    if source.location.kind == "directory":
+        check_directory(pathlib.Path(source.location.base))
+    revision = getattr(_config(source, store), "_commit_hash", None) if source.location.kind == "hub" else None
     return _fingerprint(source.location, revision or config.revision, store)
 
 

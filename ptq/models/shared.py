@@ -9,9 +9,10 @@ import psutil
 import torch
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
-from ptq.data.sampling import Tokens
+from ptq.data.kept_tokens import kept_tokens
+from ptq.data.sampling import Draw, Tokens
 from ptq.files.store import Store
-from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
+from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer, tokenizer_fingerprint
 
 SPARE = 1.25
 """A model is kept for later runs where this many times its bytes are free beside it: for the copy that a run changes."""
@@ -22,10 +23,14 @@ class Shared:
 
     One model is kept at a time, the last: runs of one model should follow each other. Nothing is kept of a model whose
     weights are offloaded, which is read block by block anyway, nor of one that fits only once.
+
+    Args:
+        models: whether models are kept. One run by itself changes the model that it loads, and shares the rest with its checks.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, models: bool = True) -> None:
         self.loads = 0
+        self._models = models
         self._model: tuple[Hashable, LoadedModel] | None = None
         self._known: dict[Hashable, Any] = {}
 
@@ -36,7 +41,7 @@ class Shared:
             self._model = None  # the old one goes before the new one comes
             loaded = load(config, execution, store)
             self.loads += 1
-            if not loaded.weights.resident or not _fits_twice(loaded.model):
+            if not self._models or not loaded.weights.resident or not _fits_twice(loaded.model):
                 return loaded
             self._model = key, loaded
         loaded = self._model[1]
@@ -50,9 +55,18 @@ class Shared:
         """Returns the fingerprint of the model's files, taken once: what was loaded is what counts, whatever they become."""
         return str(self.once(("fingerprint", config), lambda: fingerprint_of(config, store)))
 
-    def tokens(self, key: Hashable, draw: Callable[[], Tokens]) -> Tokens:
-        """Returns the windows that `draw` draws, drawn once for each `key`."""
-        found: Tokens = self.once(("tokens", key), draw)
+    def tokens(self, config: ModelConfig, draw: Draw, store: Store) -> Tokens:
+        """Returns the windows of `draw` for a model's tokenizer, drawn once: here, or by whoever kept them in the store.
+
+        Raises:
+            UserError: for a text or a tokenizer that cannot be had.
+        """
+
+        def drawn() -> Tokens:
+            known = tokenizer_fingerprint(config, store)
+            return kept_tokens(draw, lambda: self.tokenizer(config, store), known, store)
+
+        found: Tokens = self.once(("tokens", config, draw), drawn)
         return found
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:

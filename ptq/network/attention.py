@@ -13,10 +13,9 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import nn
 from torch.nn import functional
-from transformers import AttentionInterface, AttentionMaskInterface
-from transformers.masking_utils import sdpa_mask
 
 from ptq.config.cache import CacheConfig
 from ptq.errors import UserError
@@ -284,10 +283,6 @@ class _Mask:
         return scores.masked_fill(~seen, torch.finfo(scores.dtype).min)
 
 
-AttentionInterface.register(NAME, simulated_attention)
-AttentionMaskInterface.register(NAME, sdpa_mask)
-
-
 @contextmanager
 def unquantized_attention(block: Block) -> Iterator[None]:
     """Inside the context the block's attentions multiply what is not quantized; their transforms still act."""
@@ -303,6 +298,9 @@ def unquantized_attention(block: Block) -> Iterator[None]:
 
 def use_simulated_attention(network: Network) -> None:
     """Lets the model call `simulated_attention` from now on."""
+    # Not when this module is imported: transformers reads its models' code then, for seconds, which finished runs do without.
+    transformers.AttentionInterface.register(NAME, simulated_attention)
+    transformers.AttentionMaskInterface.register(NAME, transformers.masking_utils.sdpa_mask)
     network.model.set_attn_implementation(NAME)
 
 
@@ -310,7 +308,7 @@ def attentions_of(network: Network, stream: BlockStream) -> dict[int, list[str]]
     """Returns the full names of the modules that call the attention interface, by block, seen in one tiny forward pass."""
     found: dict[int, list[str]] = {block.index: [] for block in network.blocks}
     before = network.model.config._attn_implementation
-    network.model.set_attn_implementation(NAME)
+    use_simulated_attention(network)
     seers = []
     try:
         for block in network.blocks:

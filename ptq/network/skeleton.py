@@ -6,9 +6,9 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 
 from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
@@ -46,7 +46,7 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
     config = check(model, store, weights)
     with torch.device("meta"), _counted(model):
         try:
-            built = AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
+            built = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         except ValueError as error:
             raise UserError(
                 f"model.path: {model.path} is no causal language model ({str(error).splitlines()[0]})"
@@ -96,8 +96,8 @@ def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
 
     model = network.model
     before = model.config._attn_implementation
-    AttentionInterface.register(NAME, attention)
-    AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
+    transformers.AttentionInterface.register(NAME, attention)
+    transformers.AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
     with quiet():
         try:
             model.set_attn_implementation(NAME)

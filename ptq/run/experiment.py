@@ -61,11 +61,12 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
     recipe, steps = _checked(recipe)
+    shared = shared or Shared(models=False)
     # What has ended here was checked then: its texts are read once for its identity, and its network is not built.
     if not force and (folder := finished_before(recipe, shared)) is not None:
         _show_finished(folder)
         return Result(folder, None, "the run was finished before")
-    check_before(recipe, steps)
+    check_before(recipe, steps, shared)
     with _folder_of_a_run(recipe, sources_of(steps)) as folder, alone(folder):
         return _run(recipe, steps, folder, shared, force)
 
@@ -89,8 +90,8 @@ def run_folder(recipe: Recipe) -> pathlib.Path:
     return _folder(recipe, sources_of(steps))
 
 
-def check_recipe(recipe: Recipe) -> list[str]:
-    """Checks everything that can be checked without running.
+def check_recipe(recipe: Recipe, shared: Shared | None = None) -> list[str]:
+    """Checks everything that can be checked without running; `shared` keeps the tokenizer and the windows for runs that follow.
 
     Returns:
         Lines that say what was checked, what could not be, and where a run would write to.
@@ -99,7 +100,10 @@ def check_recipe(recipe: Recipe) -> list[str]:
         UserError: for the first thing that would stop the run.
     """
     recipe, steps = _checked(recipe)
-    return [*check_before(recipe, steps), f"ok: {recipe.name} would write to {_folder(recipe, sources_of(steps))}"]
+    return [
+        *check_before(recipe, steps, shared),
+        f"ok: {recipe.name} would write to {_folder(recipe, sources_of(steps))}",
+    ]
 
 
 def _checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
@@ -132,7 +136,7 @@ def _show_finished(folder: pathlib.Path) -> None:
     print(f"results: {folder}")
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared | None, force: bool) -> Result:
+def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared, force: bool) -> Result:
     journal = Journal(folder / "run.log")
     journal.note(f"recipe {recipe.name}, hash {folder.name}")
     if (folder / METRICS).is_file() and not force:
@@ -198,16 +202,17 @@ def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pa
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check(recipe)
     recipe = resolved(recipe)
-    check_before(recipe)
+    shared = Shared(models=False)
+    check_before(recipe, shared=shared)
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
     with _folder_of_a_run(recipe, sources_of(build_steps(recipe.steps))) as folder, alone(folder):
-        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors")
+        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors", shared)
 
 
-def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path, shared: Shared) -> pathlib.Path:
     ensure_folder(path.parent, "--output")
     journal = Journal(folder / "statistics.log")
-    with open_session(recipe, journal, folder) as session:
+    with open_session(recipe, journal, folder, shared) as session:
         statistics, _ = statistics_of(session)
         statistics.save(path)
         journal.show(outlier_table(statistics))

@@ -13,23 +13,24 @@ from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
 from ptq.files.atomic import check_folder
 from ptq.files.store import store_of
-from ptq.models.loading import load_tokenizer
 from ptq.models.locations import locate
+from ptq.models.shared import Shared
 from ptq.models.weights import check_shapes
 from ptq.network.skeleton import skeleton
 from ptq.run.exports import check_export
 from ptq.run.kernel_choice import check_kernels
 from ptq.run.memory_estimate import check_memory
-from ptq.run.session import calibration_tokens, check_experts, device_of, evaluation_tokens
+from ptq.run.session import calibration_draw, check_experts, device_of, evaluation_draw
 from ptq.steps._step import SOLVER, Step
 
 
-def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list[str]:
+def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared: Shared | None = None) -> list[str]:
     """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
 
     Args:
         recipe: what is to be run.
         steps: its steps; None where statistics are taken only, which read no evaluation text.
+        shared: keeps the tokenizer and the windows for the run that follows.
 
     Returns:
         Lines that say what was checked and what could not be.
@@ -38,6 +39,7 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         UserError: for the first thing that would stop the run later.
     """
     lines: list[str] = []
+    store, shared = store_of(recipe), shared or Shared()
     device_of(recipe)
     solvers = [name for name, step in (steps or {}).items() if step.kind == SOLVER]
     if solvers and not _quantizes(recipe):
@@ -60,7 +62,7 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
         )
         _check_statistics_file(recipe)
         return lines
-    network = skeleton(recipe.model, store_of(recipe))
+    network = skeleton(recipe.model, store)
     if (place := locate(recipe.model)).kind == "directory":
         shapes = {name: tuple(parameter.shape) for name, parameter in network.model.named_parameters()}
         check_shapes(pathlib.Path(place.base), shapes, {block.name: list(block.linears) for block in network.blocks})
@@ -70,10 +72,10 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> lis
     lines.append(check_kernels(recipe, network))
     check_experts(recipe, network)
     check_positions(recipe, network.max_positions)
-    tokenizer = load_tokenizer(recipe.model, store_of(recipe))
-    calibration = calibration_tokens(recipe, tokenizer, network.max_positions)
+    tokenizer = shared.tokenizer(recipe.model, store)
+    calibration = shared.tokens(recipe.model, calibration_draw(recipe), store)
     if steps is not None:
-        evaluation = evaluation_tokens(recipe, tokenizer, network.max_positions)
+        evaluation = shared.tokens(recipe.model, evaluation_draw(recipe), store)
         check_tokens(recipe, tokenizer, calibration, evaluation, network.vocabulary)
     notes = check_export(recipe, network)
     if recipe.export is not None:

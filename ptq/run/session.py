@@ -2,20 +2,20 @@
 
 import pathlib
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
-from ptq.data.sampling import Tokens, sample_tokens
+from ptq.data.sampling import Draw, Tokens, check_length
 from ptq.errors import UserError
 from ptq.files.scratch import remove_stale
 from ptq.files.store import Store, store_of
-from ptq.models.loading import LoadedModel, load
+from ptq.models.loading import LoadedModel
 from ptq.models.shared import Shared
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.experts.routing import ALL, ROUTED
@@ -41,11 +41,15 @@ class Session:
 
     def calibration_tokens(self) -> Tokens:
         """Draws the calibration samples of the recipe, once."""
-        return _drawn(calibration_tokens, self.recipe, self.loaded.tokenizer, self.network.max_positions, self.shared)
+        return self._tokens(calibration_draw(self.recipe))
 
     def evaluation_tokens(self) -> Tokens:
         """Draws the evaluation windows of the recipe, once."""
-        return _drawn(evaluation_tokens, self.recipe, self.loaded.tokenizer, self.network.max_positions, self.shared)
+        return self._tokens(evaluation_draw(self.recipe))
+
+    def _tokens(self, draw: Draw) -> Tokens:
+        check_length(draw.length, self.network.max_positions, draw.field)
+        return self.shared.tokens(self.recipe.model, draw, self.store)
 
     def kept(self, what: str, key: Mapping[str, object] | str, flows: list[Flow], visitor: Any) -> KeptPass | None:
         """Returns what the pass `what` keeps of its finished blocks in the run's folder, None for a session without one."""
@@ -100,51 +104,16 @@ class Session:
         return f"{self.recipe.model.path}, {tokens.source}, {samples} x {length} tokens"
 
 
-def calibration_tokens(recipe: Recipe, tokenizer: Any, positions: int | None = None) -> Tokens:
-    """Draws the calibration samples of a recipe."""
+def calibration_draw(recipe: Recipe) -> Draw:
+    """Returns which calibration samples a recipe asks for."""
     c = recipe.calibration
-    return sample_tokens(
-        tokenizer,
-        recipe.data.calibration,
-        c.samples,
-        c.length,
-        c.sampling,
-        c.seed,
-        c.bos,
-        positions,
-        "data.calibration",
-    )
+    return Draw(recipe.data.calibration, c.samples, c.length, c.sampling, c.seed, c.bos, "data.calibration")
 
 
-def evaluation_tokens(recipe: Recipe, tokenizer: Any, positions: int | None = None) -> Tokens:
-    """Draws the evaluation windows of a recipe."""
+def evaluation_draw(recipe: Recipe) -> Draw:
+    """Returns which evaluation windows a recipe asks for."""
     e = recipe.evaluation
-    return sample_tokens(
-        tokenizer,
-        recipe.data.evaluation,
-        e.windows,
-        e.length,
-        "contiguous",
-        e.seed,
-        e.bos,
-        positions,
-        "data.evaluation",
-    )
-
-
-def _drawn(
-    draw: Callable[[Recipe, Any, int | None], Tokens],
-    recipe: Recipe,
-    tokenizer: Any,
-    positions: int | None,
-    shared: Shared,
-) -> Tokens:
-    """Returns what `draw` draws for a recipe, drawn once for all recipes of `shared` that ask for the same."""
-    c = replace(recipe.calibration, statistics=None, batch_size=1)
-    e = replace(recipe.evaluation, batch_size=1)
-    return shared.tokens(
-        (draw.__name__, recipe.model, recipe.data, c, e, positions), lambda: draw(recipe, tokenizer, positions)
-    )
+    return Draw(recipe.data.evaluation, e.windows, e.length, "contiguous", e.seed, e.bos, "data.evaluation")
 
 
 def identity_of(
@@ -167,14 +136,13 @@ def identity_of(
 
 
 def known_identity(recipe: Recipe, sources: Mapping[str, str], shared: Shared | None = None) -> str:
-    """Returns `identity_of` a run before its model is loaded: the tokenizer is enough, and `shared` may have it.
+    """Returns `identity_of` a run before its model is loaded: its windows and its weights' digest are enough, and kept.
 
     Raises:
         UserError: for a model or a text that cannot be had.
     """
     store, shared = store_of(recipe), shared or Shared()
-    tokenizer = shared.tokenizer(recipe.model, store)
-    tokens = [_drawn(draw, recipe, tokenizer, None, shared) for draw in (calibration_tokens, evaluation_tokens)]
+    tokens = [shared.tokens(recipe.model, draw(recipe), store) for draw in (calibration_draw, evaluation_draw)]
     return identity_of(recipe, sources, shared.fingerprint(recipe.model, store), tokens, device_of(recipe))
 
 
@@ -190,12 +158,11 @@ def open_session(
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
     """
-    store = store_of(recipe, journal.say)
+    store, shared = store_of(recipe, journal.say), shared or Shared(models=False)
     store.sweep()
     remove_stale(pathlib.Path(tempfile.gettempdir()))
     with journal.phase("load"):
-        # A run by itself changes the model that it loads; runs that share one get copies.
-        loaded = (load if shared is None else shared.load)(recipe.model, recipe.execution, store)
+        loaded = shared.load(recipe.model, recipe.execution, store)
         network = build_network(loaded.model)
     for note in loaded.notes:
         journal.say(f"tokenizer: {note}")
@@ -211,7 +178,7 @@ def open_session(
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
     )
     try:
-        yield Session(recipe, journal, loaded, network, stream, store, folder, shared or Shared())
+        yield Session(recipe, journal, loaded, network, stream, store, folder, shared)
     finally:
         stream.close()
 

@@ -53,7 +53,7 @@ def check_points(
                 _refuse_repeated(point, seen.setdefault(experiment, point))
                 folder = None if force else finished_before(recipe, shared)
                 if folder is None:
-                    check_recipe(recipe)
+                    check_recipe(recipe, shared)
                 else:
                     finished[point.number] = folder
             except UserError as error:

@@ -1,7 +1,7 @@
 """What the model's own checkpoints call its tensors, where transformers renames or stacks them while it reads."""
 
 import torch
-from transformers.core_model_loading import revert_weight_conversion
+import transformers
 
 from ptq.network.experts.linears import Piece
 from ptq.network.network import Network
@@ -31,7 +31,7 @@ def published_names(network: Network) -> dict[str, str]:
         experts = first.shape[0]
         state[source] = numbered(names).view(experts, -1, *(1 for _ in first.shape[2:]))
     found: dict[str, str] = {}
-    for published, tensor in revert_weight_conversion(model, state).items():
+    for published, tensor in transformers.core_model_loading.revert_weight_conversion(model, state).items():
         if tensor.numel() == 1:
             found[numbers[int(tensor.item())]] = published
     return found

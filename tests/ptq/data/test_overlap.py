@@ -131,7 +131,7 @@ def test_one_text_on_both_sides_is_refused_before_anything_is_loaded(tmp_path, r
     text = read_text(TextConfig(), "x").joined
     whole, shifted = file(tmp_path / "a.txt", text[:4000]), file(tmp_path / "b.txt", "Shifted by this. " + text[:4000])
     further = file(tmp_path / "c.txt", text[4000:9000])
-    monkeypatch.setattr("ptq.run.session.load", None)
+    monkeypatch.setattr("ptq.models.shared.load", None)
     for both in ((whole, whole), (whole, shifted), ({"source": "docs"}, whole)):
         for act in (run, check_recipe):
             with pytest.raises(UserError, match=r"^data: 2 of 2 evaluation windows .*allow_overlap=true") as error:

@@ -154,7 +154,7 @@ def test_a_gguf_file_whose_weights_are_made_of_several_tensors_is_left_to_transf
     assert not convert_gguf(source_of(config), torch.float16, tmp_path / "none")
     assert not list((tmp_path / "none").glob("*"))
     monkeypatch.undo()
-    monkeypatch.setattr("ptq.models.loading.convert_gguf", lambda *arguments: False)
+    monkeypatch.setattr("ptq.models.gguf_weights.convert_gguf", lambda *arguments: False)
     assert same(load(config, CPU, Store(tmp_path / "store")), direct)
 
 

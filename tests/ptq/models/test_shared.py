@@ -68,7 +68,7 @@ def test_a_finished_run_is_known_without_reading_the_texts_again(tmp_path, tiny_
     assert finished_before(recipe, shared) is None
     folder = run_recipe(recipe, shared=shared).folder
     assert finished_before(recipe, shared) == folder
-    monkeypatch.setattr("ptq.run.session.sample_tokens", lambda *args: pytest.fail("drawn again"))
+    monkeypatch.setattr("ptq.models.shared.kept_tokens", lambda *args: pytest.fail("drawn again"))
     assert finished_before(recipe, shared) == folder
 
 
@@ -84,7 +84,7 @@ def test_a_run_that_was_finished_reads_each_text_once_and_builds_no_network(tmp_
     def built(*arguments, **options):
         raise AssertionError("a network was built")
 
-    monkeypatch.setattr("ptq.data.sampling.read_text", counted)
+    monkeypatch.setattr("ptq.data.kept_tokens.read_text", counted)
     monkeypatch.setattr("ptq.run.preflight.skeleton", built)
     monkeypatch.setattr("ptq.run.experiment.open_session", built)
     assert run_recipe(recipe).folder == first.folder

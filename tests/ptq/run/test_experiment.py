@@ -88,7 +88,7 @@ def test_a_finished_run_is_not_run_again_unless_it_is_forced_to(tmp_path, tiny_o
     folder = run(recipe)
     written = (folder / "metrics.json").stat().st_mtime_ns
     monkeypatch.setattr(BlockStream, "run", lambda *a, **k: pytest.fail("a pass ran"))
-    monkeypatch.setattr("ptq.run.session.load", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr("ptq.models.shared.load", lambda *a, **k: pytest.fail("weights were loaded"))
     forwards = []
     hook = register_module_forward_pre_hook(lambda module, args: forwards.append(type(module).__name__))
     assert run(recipe) == folder

@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-import ptq.run.session
+import ptq.models.shared
 from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
@@ -29,7 +29,7 @@ CASES = {
 @pytest.fixture(autouse=True)
 def spare(monkeypatch):
     """Every model has a Linear that it never calls."""
-    load = ptq.run.session.load
+    load = ptq.models.shared.load
 
     def with_spare(*args, **kwargs):
         loaded = load(*args, **kwargs)
@@ -39,7 +39,7 @@ def spare(monkeypatch):
         loaded.model.model.layers[0].mlp.spare = linear
         return loaded
 
-    monkeypatch.setattr(ptq.run.session, "load", with_spare)
+    monkeypatch.setattr(ptq.models.shared, "load", with_spare)
 
 
 @pytest.mark.parametrize("case", CASES)
