@@ -27,6 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 from omegaconf.resolvers import oc
 
 from ptq.cli.catalog import config_folder, groups
+from ptq.cli.compose.interpolations import check_interpolations
 from ptq.cli.compose.override_words import MOST_CHARACTERS, quoted
 from ptq.cli.compose.recipe_files import RecipeFiles, check_trusted, environment, is_shipped, typed_values
 from ptq.cli.compose.recipe_paths import placed
@@ -237,7 +238,9 @@ def _axes(overrides: list[Override], multirun: bool) -> list[list[tuple[str, boo
 
 def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Job:
     lines = [line for line, _ in point]
-    plain = _plain(_composed(config, lines))
+    composed = _composed(config, lines)
+    check_interpolations(_plain(composed, resolve=False), config.name)
+    plain = _plain(composed)
     plain.setdefault("name", named(config.stem))
     missing: tuple[str, ...] = ()
     if not is_shipped(config):
@@ -271,8 +274,8 @@ def _composed(config: pathlib.Path, lines: list[str]) -> DictConfig:
     return compose(config_name=config.stem, overrides=[*others, f"method={BEST}/{scheme}"])
 
 
-def _plain(composed: DictConfig) -> dict[str, Any]:
-    plain = OmegaConf.to_container(composed, resolve=True, throw_on_missing=True)
+def _plain(composed: DictConfig, resolve: bool = True) -> dict[str, Any]:
+    plain = OmegaConf.to_container(composed, resolve=resolve, throw_on_missing=resolve)
     return {str(key): value for key, value in plain.items()} if isinstance(plain, dict) else {}
 
 
@@ -321,10 +324,11 @@ def _explain(config: pathlib.Path, error: Exception) -> str:
         return f"{found[1]}: {config.name} has no such group in its defaults: write +{found[1]}=... to add it"
     if found := re.search(r"Could not delete(?: from config)?\. ?'?([\w./@-]+)'? does not (?:exist|match)", text):
         return f"~{found[1]}: nothing of that name and value to remove: look at the config with --cfg job"
-    return f"{config.name}: {_flat(error)}"
+    told = error if str(error).strip() or error.__cause__ is None else error.__cause__
+    return f"{config.name}: {_flat(told)}"
 
 
-def _flat(error: Exception) -> str:
+def _flat(error: BaseException) -> str:
     """The error's text on one line, without the search paths and stack frames that follow it."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return " ".join(lines[:3]) if lines else type(error).__name__

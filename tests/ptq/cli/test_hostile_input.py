@@ -97,6 +97,37 @@ def test_a_config_of_no_model_gets_one_line_at_once(desk, capsys, changes, said)
     assert said in desk.refused(capsys)
 
 
+CHAIN = {f"x{i}": f"${{x{i + 1}}}${{x{i + 1}}}" for i in range(40)} | {"x40": "a"}
+BOMBS = {
+    "texts": {"name": "${x0}", **CHAIN},
+    "lists": {"name": "${x0}", **{f"x{i}": [f"${{x{i + 1}}}"] * 2 for i in range(40)}, "x40": "a"},
+    "relative": {"a": {f"x{i}": f"${{.x{i + 1}}}${{.x{i + 1}}}" for i in range(40)} | {"x40": "a"}, "name": "${a.x0}"},
+    "by a resolver": {"name": "${oc.select:x0}", **CHAIN},
+    "in a group": {"model": {"path": "${x0}"}, **CHAIN},
+}
+
+
+@pytest.mark.parametrize("bomb", BOMBS)
+def test_interpolations_that_double_forty_times_are_refused_at_once(desk, capsys, bomb):
+    content = yaml.safe_load(desk.recipe.read_text()) | BOMBS[bomb]
+    desk.recipe.write_text(yaml.safe_dump(content))
+    assert "write the values instead" in desk.refused(capsys)
+
+
+def test_an_interpolation_whose_name_holds_another_is_refused_but_for_the_environment(desk, capsys):
+    assert "write the name out" in desk.refused(capsys, "name='${${calibration.samples}.x}'")
+    assert "write the name out" in desk.refused(capsys, "name='${oc.select:${name}}'")
+    assert "write the name out" in desk.refused(capsys, "name='${a.${name}}'")
+    assert "asks for an environment variable" in desk.refused(capsys, "name='${oc.env:${x}}'", "+x=HOME")
+
+
+def test_interpolations_typed_in_overrides_are_bounded_too_and_a_ring_is_told(desk, capsys):
+    typed = [f"+{key}='{value}'" for key, value in CHAIN.items()]
+    assert "write the values instead" in desk.refused(capsys, *typed)
+    assert "write the values instead" in desk.refused(capsys, *typed, "execution='${x0}'")
+    assert "Recursive interpolation" in desk.refused(capsys, "+a='${b}'", "+b='${a}'")
+
+
 def test_deeply_nested_files_of_a_model_get_one_line(desk, capsys, llama):
     (desk.model / "config.json").write_text(DEEP)
     assert "nested too deep" in desk.refused(capsys)
