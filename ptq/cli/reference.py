@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
-from ptq.cli import catalog
+from ptq.cli import catalog, kernels
 from ptq.cli.parser import Parser
 from ptq.config.options import MISSING, default_of, in_yaml
 from ptq.config.schema import Recipe
@@ -63,9 +63,14 @@ def show_command(arguments: list[str], program: str) -> int:
     """``ptq show NAME``."""
     parser = Parser(prog=program, allow_abbrev=False, description="Says what a part of a recipe, or an option, means.")
     parser.add_argument(
-        "name", metavar="NAME", help="such as steps.gptq, scheme.weight, evaluation.windows, export.gguf"
+        "name",
+        metavar="NAME",
+        help="such as steps.gptq, scheme.weight, evaluation.windows, export.gguf; kernels: who multiplies here",
     )
     name = parser.parse_args(arguments).name
+    if name == "kernels":
+        print("\n".join(kernels.lines()))
+        return 0
     part = find(name)
     print(_wrapped(f"{part.name}: {part.about}", 0))
     if part.schema is not None:

@@ -15,6 +15,7 @@ from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import LinearSpecs, attention_tensors, check_scheme, linear_specs
 from ptq.config.shipped import scheme_named
 from ptq.errors import UserError, nearest
+from ptq.integrations.kernels import use_kernels_
 from ptq.network.network import is_linear, replace_module, weight_of
 from quantize.codecs.base import checked
 from quantize.modules.packed import PackedLinear, packed_layout, packed_type
@@ -75,6 +76,7 @@ def quantize_(
         replace_everywhere(model, old, new)
         del old
     remember(model, scheme, skipped)
+    use_kernels_(model)
 
 
 def prepare_(
@@ -96,6 +98,7 @@ def prepare_(
         old = model.get_submodule(name)
         replace_everywhere(model, old, emptied(old, specs))
     remember(model, scheme, skipped)
+    use_kernels_(model)
 
 
 @torch.no_grad()

@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq.config.building import build
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
+from ptq.integrations.kernels import say_what_is_decoded, use_kernels_
 from ptq.integrations.replace import (
     HEAD,
     METHOD,
@@ -30,10 +31,12 @@ from ptq.integrations.replace import (
     scheme_of,
 )
 from ptq.models.resident_memory import forget_pages, return_freed_memory
+from quantize.kernels.choice import AUTO
+from quantize.kernels.stored import HOLD_BITS
 from quantize.modules.packed import PackedLinear
 from quantize.spec.quant_spec import QuantSpec, SpecError
 
-_OPTIONS = ("scheme", "double_quant", "group_size", "threshold", "skip_modules")
+_OPTIONS = ("scheme", "double_quant", "group_size", "threshold", "skip_modules", "kernels", "hold_bits")
 
 
 @register_quantization_config(METHOD)
@@ -48,6 +51,8 @@ class PtqConfig(QuantizationConfigMixin):
         threshold: magnitude from which an input column is an outlier; scheme llm.int8.
         skip_modules: patterns of the Linears that stay as they are, as `ptq.integrations.replace.quantize_`'s `exclude`; None for the
             head and what is tied to an embedding.
+        kernels: who multiplies, as `ptq.integrations.kernels.use_kernels_` has it; not kept in config.json.
+        hold_bits: bits a weight that kernels may hold beside what is stored; not kept either.
         specs: the scheme itself in containers of JSON, as config.json has it; then none of the above but `skip_modules`.
 
     Raises:
@@ -61,6 +66,8 @@ class PtqConfig(QuantizationConfigMixin):
         group_size: int | None = None,
         threshold: float | None = None,
         skip_modules: Sequence[str] | None = None,
+        kernels: str = AUTO,
+        hold_bits: float = HOLD_BITS,
         specs: dict[str, Any] | None = None,
         **others: Any,
     ):
@@ -80,6 +87,7 @@ class PtqConfig(QuantizationConfigMixin):
             raise UserError(f"PtqConfig.skip_modules: {skip_modules!r} is a text: use a list, [{skip_modules!r}]")
         self.given = skip_modules is not None and specs is None
         """Whether the patterns come from a user, who wants to hear of one that matches nothing."""
+        self.kernels, self.hold_bits = kernels, hold_bits
         self.skip_modules = [HEAD] if skip_modules is None else list(skip_modules)
 
     def to_dict(self) -> dict[str, Any]:
@@ -181,6 +189,7 @@ class PtqQuantizer(HfQuantizer):
         for _, module in _packed(model):
             del module.__dict__["weight"]
             module.requires_grad_(False)
+        say_what_is_decoded(use_kernels_(model, self.quantization_config.kernels, self.quantization_config.hold_bits))
         return model
 
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:

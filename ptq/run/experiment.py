@@ -29,7 +29,7 @@ from ptq.run.exports import adapted, check_export, check_places, export_session,
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.state import LOCK, alone
-from ptq.run.kernel_choice import choice_of, keep_timings
+from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before, check_tokens
@@ -186,7 +186,8 @@ def _quantize(
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
         kept = context.keep("quantize", carried, visitor)
-        stream.run(flows, visitor, "quantize", kept)
+        with agreeing():
+            stream.run(flows, visitor, "quantize", kept)
         if (place := flow.first_nonfinite()) is not None:
             raise UserError(
                 f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"

@@ -1,19 +1,18 @@
 """Who multiplies in a run: what a recipe asks for, checked before the work, and what is known of each kernel's speed here."""
 
-import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 from ptq.config.schema import Recipe
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError, nearest
-from ptq.files.atomic import write_text
+from ptq.files import kernel_timings
+from ptq.files.kernel_timings import read_timings
 from ptq.network.network import Network
-from ptq.run.kept.identity import machine
 from ptq.run.session import Session, device_of
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import AUTO, Choice, describe, names
-
-TIMINGS = "kernel-timings"
-"""Kind of the store's entry that says which kernel is fast here."""
+from quantize.kernels.fastest import KernelMismatch
 
 
 def check_kernels(recipe: Recipe, network: Network) -> str:
@@ -44,24 +43,24 @@ def check_kernels(recipe: Recipe, network: Network) -> str:
 
 def choice_of(session: Session) -> Choice:
     """Returns what the session's recipe asks for, with the timings of this machine, its versions and threads that are kept."""
-    return Choice(session.recipe.execution.kernels, _timings(session))
+    return Choice(session.recipe.execution.kernels, read_timings(session.store, session.stream.device))
 
 
 def keep_timings(session: Session, choice: Choice) -> None:
     """Keeps what was timed, beside what other runs have found meanwhile."""
-    known = _timings(session)
-    if choice.timings.keys() - known.keys():
-        text = json.dumps({**choice.timings, **known})
-        key = machine(session.stream.device)
-        session.store.add(TIMINGS, key, lambda path: write_text(path, text), "which kernel is fast here")
+    kernel_timings.keep_timings(session.store, session.stream.device, choice.timings)
 
 
-def _timings(session: Session) -> dict[str, dict[str, float]]:
-    found = session.store.find(TIMINGS, machine(session.stream.device))
-    if found is None:
-        return {}
+@contextmanager
+def agreeing() -> Iterator[None]:
+    """Ends the run where two kernels give results that differ by more than rounding.
+
+    Raises:
+        UserError: then, with what differs.
+    """
     try:
-        return dict(json.loads(found.read_text(encoding="utf-8")))
-    except (OSError, ValueError) as error:
-        session.store.made_again(TIMINGS, str(error))
-        return {}
+        yield
+    except KernelMismatch as error:
+        raise UserError(
+            f"execution.kernels: {error}: a library or the processor is at fault: use execution.kernels={SIMULATED}"
+        ) from None

@@ -1,9 +1,9 @@
 """Which kernel multiplies: one by name, or of those that can the one that is fastest here, which changes no bit."""
 
 import importlib
+import math
 import pkgutil
-import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,15 +19,14 @@ from quantize.kernels.base import (
     format_refusal,
     registered,
 )
+from quantize.kernels.fastest import Fastest, KernelMismatch, Timings, keep_nowhere
 from quantize.spec.quant_spec import QuantSpec
 
 AUTO = "auto"
-ROUNDS = 3
-"""Calls of a kernel whose least time counts, after one that warms it up."""
 
 # A kernel is a module of this package that registers itself, as a format is one of `quantize.codecs`.
 for _module in pkgutil.iter_modules(quantize.kernels.__path__):
-    if _module.name != "choice":
+    if _module.name not in {"choice", "stored"}:
         importlib.import_module(f"quantize.kernels.{_module.name}")
 
 
@@ -42,13 +41,17 @@ class Choice:
 
     Attributes:
         wanted: ``auto``, ``simulated`` or a kernel's name.
-        timings: milliseconds of each kernel by what was multiplied, as they were found; kept by whoever keeps them.
+        timings: milliseconds of each kernel by what was multiplied, as they were found.
+        keep: told of all timings whenever there are new ones.
+        hold_bits: bits a weight that a kernel may hold beside what is stored.
         ran: number of Linears by the kernel that they have, filled as they get it.
         refused: number of Linears that are simulated, by the reason.
     """
 
     wanted: str = AUTO
-    timings: dict[str, dict[str, float]] = field(default_factory=dict)
+    timings: Timings = field(default_factory=dict)
+    keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere
+    hold_bits: float = math.inf
     ran: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
 
@@ -62,9 +65,16 @@ class Choice:
         if reason is not None or weight is None or inputs is None:
             return [], reason or ""
         wanted = [k for name, k in registered().items() if self.wanted in {AUTO, name}]
-        refusals = {k.name: k.refusal(weight, inputs, shape, device) for k in wanted}
+        refusals = {k.name: k.refusal(weight, inputs, shape, device) or self._too_large(k, weight) for k in wanted}
         able = [k for k in wanted if refusals[k.name] is None]
         return able, "" if able else "; ".join(f"{name}: {why}" for name, why in refusals.items())
+
+    def _too_large(self, kernel: Kernel, weight: QuantSpec) -> str | None:
+        """Returns why a kernel that `auto` would take holds too much; one that is asked for by name may hold what it wants."""
+        held = kernel.held_bits + (0 if weight.bits == 8 and weight.symmetric else 8)
+        if self.wanted != AUTO or held <= self.hold_bits:
+            return None
+        return f"it would hold {held:g} bits a weight, and hold_bits is {self.hold_bits:g}"
 
     def refuse(self, reason: str) -> None:
         """Counts a Linear that is simulated for `reason`."""
@@ -84,30 +94,34 @@ class Choice:
             self.ran[able[0].name] = self.ran.get(able[0].name, 0) + 1
         else:
             self.ran["integer"] = self.ran.get("integer", 0) + 1
-        return Multiplier(able, what, self.timings)
+        return Multiplier(able, what, self.timings, self.keep)
 
 
-class Multiplier:
-    """Multiplies for one Linear by whichever kernel is fastest for the number of rows; all of them give the same bits.
-
-    For each power of two of rows all kernels run on what comes first, and the fastest is kept. Weights are packed when a
-    kernel is first used.
+class Multiplier(Fastest[IntegerRows]):
+    """Multiplies integers for one Linear; all kernels give the same bits.
 
     Args:
         kernels: those that can.
-        what: names formats, shape and device among `timings`.
+        what: names formats, shape and device among the timings.
         timings: see `Choice`.
+        keep: see `Choice`.
     """
 
-    def __init__(self, kernels: list[Kernel], what: str, timings: dict[str, dict[str, float]]):
-        self.kernels, self._what, self._timings = kernels, what, timings
+    def __init__(
+        self,
+        kernels: list[Kernel],
+        what: str,
+        timings: Timings,
+        keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere,
+    ):
+        super().__init__([k.name for k in kernels], what, timings, keep)
+        self.kernels = kernels
         self._weight: IntegerWeight | None = None
-        self._prepared: dict[str, Multiply] = {}
 
     def forget(self) -> None:
         """Lets what was packed go: the weight is about to change or move."""
+        super().forget()
         self._weight = None
-        self._prepared.clear()
 
     @property
     def ready(self) -> bool:
@@ -121,49 +135,26 @@ class Multiplier:
 
     def __call__(self, rows: IntegerRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Returns the Linear's output (rows, out) in `dtype`."""
-        return finish(self._sums(rows), rows, bias, dtype)
+        return finish(self.run(rows, rows.codes.shape[0]), rows, bias, dtype)
 
-    def fastest(self, rows: int) -> str | None:
-        """Returns the kernel's name for so many rows; None where they have not been timed yet."""
-        if len(self.kernels) == 1:
-            return self.kernels[0].name
-        found = self._timings.get(self._key(rows), {})
-        able = {k.name for k in self.kernels}
-        return min(found, key=found.__getitem__) if found.keys() == able else None
+    def held_bits(self) -> float:
+        """Returns the bits a weight that kernels hold at present, beside codes of one byte."""
+        return sum(k.held_bits for k in self.kernels if k.name in self._prepared)
 
-    def _key(self, rows: int) -> str:
-        return f"{self._what} {1 << max(rows - 1, 0).bit_length()} rows"
+    def _prepare(self, name: str) -> Multiply:
+        if self._weight is None:
+            raise ValueError("weight: none was taken: call take first")
+        return next(k for k in self.kernels if k.name == name).prepare(self._weight)
 
-    def _sums(self, rows: IntegerRows) -> torch.Tensor:
-        name = self.fastest(len(rows.codes))
-        if name is not None:
-            return self._of(name)(rows)
-        timings: dict[str, float] = {}
-        sums = rows.scale
-        for kernel in self.kernels:
-            multiply = self._of(kernel.name)
-            sums = multiply(rows)
-            timings[kernel.name] = min(_milliseconds(multiply, rows) for _ in range(ROUNDS))
-        self._timings[self._key(len(rows.codes))] = timings
-        self._keep_used()
-        return sums
-
-    def _of(self, name: str) -> Multiply:
-        if name not in self._prepared:
-            if self._weight is None:
-                raise ValueError("weight: none was taken: call take first")
-            kernel = next(k for k in self.kernels if k.name == name)
-            self._prepared[name] = kernel.prepare(self._weight)
-        return self._prepared[name]
-
-    def _keep_used(self) -> None:
-        """Drops the packed form of kernels that have won for no number of rows so far."""
-        winners = {min(t, key=t.__getitem__) for key, t in self._timings.items() if key.startswith(f"{self._what} ")}
-        self._prepared = {name: multiply for name, multiply in self._prepared.items() if name in winners}
+    def _check(self, results: Mapping[str, torch.Tensor], given: IntegerRows) -> None:
+        first = next(iter(results))
+        for name, sums in results.items():
+            if not torch.equal(sums, results[first]):
+                raise KernelMismatch(f"{self._what}: {name} gives other sums than {first}: integers have one sum only")
 
     def __getstate__(self) -> dict[str, object]:
         """A copy packs for itself: what kernels pack cannot be copied."""
-        return {**self.__dict__, "_weight": None, "_prepared": {}}
+        return {**super().__getstate__(), "_weight": None}
 
 
 def describe(ran: Mapping[str, int], refused: Mapping[str, int]) -> str:
@@ -171,13 +162,3 @@ def describe(ran: Mapping[str, int], refused: Mapping[str, int]) -> str:
     parts = [f"{count} Linears by {name}" for name, count in sorted(ran.items())]
     why = [f"{count} simulated: {reason}" for reason, count in refused.items()]
     return "kernels: " + ", ".join(parts or ["no Linears"]) + "".join(f" ({line})" for line in why)
-
-
-def _milliseconds(multiply: Multiply, rows: IntegerRows) -> float:
-    if rows.codes.device.type == "cuda":
-        torch.cuda.synchronize(rows.codes.device)
-    start = time.perf_counter()
-    multiply(rows)
-    if rows.codes.device.type == "cuda":
-        torch.cuda.synchronize(rows.codes.device)
-    return 1e3 * (time.perf_counter() - start)

@@ -15,6 +15,7 @@ class IntMm:
     """``torch._int_mm``."""
 
     name = "int_mm"
+    held_bits = 0.0
 
     def refusal(self, weight: QuantSpec, inputs: QuantSpec, shape: tuple[int, int], device: torch.device) -> str | None:
         """Any integers on CPUs; on CUDA widths that are multiples of 8."""

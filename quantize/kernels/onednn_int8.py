@@ -12,6 +12,7 @@ class OnednnInt8:
     """``torch.ops.onednn.qlinear_pointwise``: symmetric weights with one scale a row, symmetric inputs or one zero point for all."""
 
     name = "onednn_int8"
+    held_bits = 8.0
 
     def refusal(self, weight: QuantSpec, inputs: QuantSpec, shape: tuple[int, int], device: torch.device) -> str | None:
         """CPUs; no groups, no zero points of the weight, no zero points a token."""

@@ -1,4 +1,4 @@
-"""The packed Linear: codes and scales are all that it holds of its weight, which is decoded in each forward."""
+"""The packed Linear: codes and scales are all that it holds of its weight, decoded in each forward or multiplied by a kernel."""
 
 from collections.abc import Callable
 from typing import Any, Self
@@ -12,6 +12,11 @@ from quantize.codecs.integers import INTEGERS
 from quantize.codecs.llm_int8 import WEIGHT, llm_int8_linear
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
+from quantize.kernels.base import SHIFT, IntegerWeight
+from quantize.kernels.choice import Choice, Multiplier
+from quantize.kernels.floating import StoredWeight
+from quantize.kernels.stored import Products, products
+from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
@@ -82,6 +87,10 @@ class PackedLinear(nn.Linear):
         self.in_features, self.out_features = in_features, out_features
         self.weight_spec, self.input_spec = weight_spec, input_spec
         self.dtype = torch.get_default_dtype() if dtype is None else dtype
+        self._choice: Choice | None = None
+        self._shared = SharedInput()
+        self._kernel: Multiplier | Products | None = None
+        self._taken: tuple[Any] | None = None
         layout = packed_layout(out_features, in_features, weight_spec, input_spec)
         self.stored_names = tuple(layout)
         for name, (shape, kind) in layout.items():
@@ -152,6 +161,7 @@ class PackedLinear(nn.Linear):
         return codec_of(self.weight_spec).encode(weight.contiguous(), self.weight_spec)
 
     def _set(self, stored: Encoded) -> None:
+        self._forget_kernel()
         for name in self.stored_names:
             setattr(self, name, _frozen(stored[name].detach()))
 
@@ -181,13 +191,88 @@ class PackedLinear(nn.Linear):
             return result
         return self._product(x, self.bias)
 
+    def use_kernels(self, choice: Choice | None, shared: SharedInput | None = None) -> None:
+        """Lets kernels multiply from now on, where `choice` has some that can; None has the weight decoded at each call.
+
+        Which, is settled when it is first called, and again when it was moved or filled anew.
+
+        Args:
+            choice: who is wanted; may be shared by all Linears of a model.
+            shared: what Linears that read the same tensor share; None for one of its own.
+        """
+        self._choice, self._shared = choice, SharedInput() if shared is None else shared
+        self._forget_kernel()
+
+    @property
+    def kernel_choice(self) -> Choice | None:
+        """Who is wanted; None where the weight is decoded at each call."""
+        return self._choice
+
+    @property
+    def offloaded(self) -> bool:
+        """Whether accelerate brings the codes anew at each call: what a kernel packs would be packed each time."""
+        return bool(getattr(self.__dict__.get("_hf_hook"), "offload", False))
+
+    def kernel_bytes(self) -> int:
+        """Returns the bytes that kernels hold of the weight at present, beside what is stored."""
+        if self._kernel is None:
+            return 0
+        stored = self.weight_spec.bits == 8 and self.weight_spec.symmetric
+        codes = 8 if isinstance(self._kernel, Multiplier) and not stored else 0
+        return round((self._kernel.held_bits() + codes) * self.in_features * self.out_features / 8)
+
+    def _forget_kernel(self) -> None:
+        self._kernel = self._taken = None
+
+    def _settled(self, x: torch.Tensor) -> Multiplier | Products | None:
+        """Returns what multiplies `x`, or None where the weight is decoded."""
+        if self._choice is None or type(x) is not torch.Tensor or x.dtype is not self.dtype:
+            return None
+        if torch.compiler.is_compiling():
+            return None  # A tracer sees the definition, and no timing.
+        codes = self._parameters["codes"]
+        if self._taken is None or self._taken[0] is not codes:
+            self._take(codes)
+        return self._kernel
+
+    def _take(self, codes: Any) -> None:
+        """Looks for a kernel for what is stored now."""
+        self._taken, self._kernel = (
+            (codes,),
+            None,
+        )  # In a tuple: a module would take it for a parameter of another name.
+        choice, shape = self._choice, (self.out_features, self.in_features)
+        if choice is None or self.offloaded:
+            return
+        kernel = products(
+            choice, self.weight_spec, self.input_spec, shape, codes.device, self.dtype,
+            None if self.input_spec is None else self._rounded,
+        )  # fmt: skip
+        stored = {name: tensor.detach() for name, tensor in self.stored.items()}
+        held = StoredWeight(stored, self.weight_spec, self.input_spec, shape, self.dtype)
+        if isinstance(kernel, Products):
+            kernel.take(held)
+        elif kernel is not None:
+            kernel.take(_integers(held))
+        self._kernel = kernel
+
+    def _rounded(self, x: torch.Tensor) -> torch.Tensor:
+        return x if self.input_spec is None else self._shared.rounded(x, self.input_spec)
+
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        kernel = self._settled(x)
+        if isinstance(kernel, Multiplier) and self.input_spec is not None:
+            y = kernel(self._shared.codes(x, self.input_spec), bias, x.dtype)
+            return y.view(*x.shape[:-1], self.out_features)
+        if isinstance(kernel, Products):
+            return kernel(x, bias)
         if self.input_spec is not None:
             x = fake_quantize_dynamic(x, self.input_spec)
         return functional.linear(x, self.dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         held = {id(tensor) for tensor in self.stored.values()}
+        self._forget_kernel()
 
         def keeping(tensor: torch.Tensor) -> torch.Tensor:
             # In another type they would no longer be what was encoded, and small scales would become 0.
@@ -199,6 +284,14 @@ class PackedLinear(nn.Linear):
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.stored.values())).device)).dtype
         result: Self = super()._apply(keeping, recurse)
         return result
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self._forget_kernel()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """A copy packs for itself."""
+        return {**self.__dict__, "_kernel": None, "_taken": None}
 
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it is held, scales included."""
@@ -279,6 +372,14 @@ def packed_layout(rows: int, columns: int, weight_spec: QuantSpec, input_spec: Q
             raise ValueError("dynamic: False for the input needs ranges from calibration: use dynamic true")
         grouped(torch.empty(1, columns, device="meta"), input_spec)
     return codec_of(weight_spec).layout((rows, columns), weight_spec)
+
+
+def _integers(held: StoredWeight) -> IntegerWeight:
+    """Returns a stored weight as integer kernels take it; symmetric codes of 8 bits are the stored ones, and no copy."""
+    codes, zero = held.codes(), held.zeros()
+    if zero is None:
+        return IntegerWeight(codes, held.scales().contiguous(), None)
+    return IntegerWeight((codes ^ SHIFT).view(torch.int8), held.scales().contiguous(), zero.to(torch.int32) - SHIFT)
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

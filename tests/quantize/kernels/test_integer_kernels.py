@@ -198,6 +198,7 @@ def test_a_changed_or_moved_weight_is_packed_again():
 def test_a_kernel_of_ones_own_takes_part(monkeypatch):
     class Slow:
         name = "slow"
+        held_bits = 0.0
 
         def refusal(self, weight, inputs, shape, device):
             return None if weight.bits == 8 else "8 bits only"

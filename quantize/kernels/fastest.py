@@ -1,0 +1,116 @@
+"""The fastest of several that give the same: found by a short timing for each power of two of rows."""
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from typing import Generic, TypeVar
+
+import torch
+
+ROUNDS = 3
+"""Calls of a kernel whose least time counts, after one that warms it up."""
+Given = TypeVar("Given")
+Timings = dict[str, dict[str, float]]
+"""Milliseconds of each kernel by what was multiplied."""
+
+
+class KernelMismatch(ValueError):
+    """Two kernels gave results that differ by more than rounding."""
+
+
+def keep_nowhere(timings: Mapping[str, Mapping[str, float]]) -> None:
+    """Keeps timings for as long as the process lives only."""
+
+
+class Fastest(Generic[Given]):
+    """Multiplies for one Linear by whichever kernel is fastest for the number of rows.
+
+    For each power of two of rows all kernels run on what comes first, their results are compared, and the fastest is kept.
+    Weights are packed when a kernel is first used; what has won for no number of rows is let go.
+
+    Args:
+        names: the kernels that can.
+        what: names formats, shape and device among `timings`.
+        timings: what has been timed before, and is from now on.
+        keep: told when something was timed.
+    """
+
+    def __init__(
+        self,
+        names: Sequence[str],
+        what: str,
+        timings: Timings,
+        keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere,
+    ):
+        self.names, self._what, self._timings, self._keep = tuple(names), what, timings, keep
+        self._prepared: dict[str, Callable[[Given], torch.Tensor]] = {}
+        # By the bits of the number of rows: what a call costs beside the product is one look into it.
+        self._by_size: dict[int, Callable[[Given], torch.Tensor]] = {}
+
+    def _prepare(self, name: str) -> Callable[[Given], torch.Tensor]:
+        """Returns the product by the kernel `name`."""
+        raise TypeError(f"{type(self).__name__} does not say how a kernel is prepared")
+
+    def _check(self, results: Mapping[str, torch.Tensor], given: Given) -> None:
+        """Raises `KernelMismatch` where `results`, by kernel, differ by more than rounding."""
+        raise TypeError(f"{type(self).__name__} does not say what may differ")
+
+    def forget(self) -> None:
+        """Lets what was packed go: the weight is about to change or move."""
+        self._prepared.clear()
+        self._by_size.clear()
+
+    def fastest(self, rows: int) -> str | None:
+        """Returns the kernel's name for so many rows; None where they have not been timed yet."""
+        if len(self.names) == 1:
+            return self.names[0]
+        found = self._timings.get(self._key(rows), {})
+        return min(found, key=found.__getitem__) if found.keys() == set(self.names) else None
+
+    def _key(self, rows: int) -> str:
+        return f"{self._what} {1 << max(rows - 1, 0).bit_length()} rows"
+
+    def run(self, given: Given, rows: int) -> torch.Tensor:
+        """Returns the product with `given`, which has so many rows."""
+        known = self._by_size.get((rows - 1).bit_length())
+        return known(given) if known is not None and rows else self._find(given, rows)
+
+    def _find(self, given: Given, rows: int) -> torch.Tensor:
+        name = self.fastest(rows) if rows else next(iter(self._prepared), self.names[0])
+        if name is None:
+            return self._time(given, rows)
+        multiply = self._of(name)
+        if rows:
+            self._by_size[(rows - 1).bit_length()] = multiply
+        return multiply(given)
+
+    def _time(self, given: Given, rows: int) -> torch.Tensor:
+        timings, results = {}, {}
+        for name in self.names:
+            multiply = self._of(name)
+            results[name] = multiply(given)
+            timings[name] = min(_milliseconds(multiply, given, results[name].device) for _ in range(ROUNDS))
+        self._check(results, given)
+        self._timings[self._key(rows)] = timings
+        self._keep(self._timings)
+        winners = {min(t, key=t.__getitem__) for key, t in self._timings.items() if key.startswith(f"{self._what} ")}
+        self._prepared = {name: multiply for name, multiply in self._prepared.items() if name in winners}
+        return results[self.fastest(rows) or self.names[0]]
+
+    def _of(self, name: str) -> Callable[[Given], torch.Tensor]:
+        if name not in self._prepared:
+            self._prepared[name] = self._prepare(name)
+        return self._prepared[name]
+
+    def __getstate__(self) -> dict[str, object]:
+        """A copy packs for itself: what kernels pack cannot be copied."""
+        return {**self.__dict__, "_prepared": {}, "_by_size": {}}
+
+
+def _milliseconds(multiply: Callable[[Given], torch.Tensor], given: Given, device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    start = time.perf_counter()
+    multiply(given)
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return 1e3 * (time.perf_counter() - start)
