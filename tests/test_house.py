@@ -20,7 +20,10 @@ FLOORS = (
 )  # fmt: skip
 """The folders of ptq from the edge down: each imports those after it only."""
 MOST_MODULES = 13
-ALLOWED_BESIDE = {"quantize": {"torch", "onnx", "onnxruntime"}, "group_methods": {"torch", "sklearn", "threadpoolctl", "numpy"}}
+ALLOWED_BESIDE = {
+    "quantize": {"torch", "onnx", "onnxruntime"},
+    "group_methods": {"torch", "sklearn", "threadpoolctl", "numpy"},
+}
 """onnx and onnxruntime: an optional kernel, imported when it first multiplies."""
 MOST_LINES = 449
 
