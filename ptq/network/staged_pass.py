@@ -110,6 +110,8 @@ class StagedPass:
                 own.seen.add(stage)
                 here.parent.switch((stage, args[0]))
             now: nn.Module = self._stream.network.model.get_submodule(self._stages[stage][0])
-            return self._plain[stage](*args, **kwargs) if now is self._modules[stage] else now(*args, **kwargs)
+            # The hooks of the first one, online transforms among them, act around this call: those that its successor has
+            # taken over from it are not to act a second time.
+            return (self._plain[stage] if now is self._modules[stage] else now.forward)(*args, **kwargs)
 
         return forward
