@@ -10,6 +10,7 @@ from typing import Any
 
 import ptq
 from ptq.cli import catalog, completion, files, reference, store_commands
+from ptq.cli.bits import sensitivity_command
 from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
@@ -24,9 +25,10 @@ COMMANDS = {
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
 TOOLS = (
-    files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | compare_commands.COMMANDS | reference.COMMANDS
-)
-"""The commands that take no recipe."""
+    files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | compare_commands.COMMANDS
+    | sensitivity_command.COMMANDS | reference.COMMANDS
+)  # fmt: skip
+"""The commands that have a parser of their own."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
 _KEPT = "what was finished is kept, and the same command takes it up"
@@ -217,7 +219,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
 
 def _overview() -> str:
     commands = COMMANDS | {name: what for name, (what, _) in TOOLS.items()}
-    rows = "\n".join(f"  {name:9} {what}" for name, what in commands.items())
+    rows = "\n".join(f"  {name:11} {what}" for name, what in commands.items())
     return f"usage: ptq <command> [options]\n\ncommands:\n{rows}\n\nptq <command> --help says more; ptq list what there is; ptq show NAME what it means;\nptq --version the version; ptq --completion bash|zsh|fish completes in a shell.\n"
 
 

@@ -60,7 +60,7 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
-    recipe, steps = _checked(recipe)
+    recipe, steps = checked(recipe)
     shared = shared or Shared(models=False)
     # What has ended here was checked then: its texts are read once for its identity, and its network is not built.
     if not force and (folder := finished_before(recipe, shared)) is not None:
@@ -77,7 +77,7 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
     Raises:
         UserError: for steps that cannot be built, a model or a text that cannot be had.
     """
-    recipe, steps = _checked(recipe)
+    recipe, steps = checked(recipe)
     sources = sources_of(steps)
     folder = _folder(recipe, sources)
     there = (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources, shared))
@@ -86,7 +86,7 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
 
 def run_folder(recipe: Recipe) -> pathlib.Path:
     """Returns where a run of `recipe` would write to; nothing is made. Raises `UserError` for steps that cannot be built."""
-    recipe, steps = _checked(recipe)
+    recipe, steps = checked(recipe)
     return _folder(recipe, sources_of(steps))
 
 
@@ -99,15 +99,19 @@ def check_recipe(recipe: Recipe, shared: Shared | None = None) -> list[str]:
     Raises:
         UserError: for the first thing that would stop the run.
     """
-    recipe, steps = _checked(recipe)
+    recipe, steps = checked(recipe)
     return [
         *check_before(recipe, steps, shared),
         f"ok: {recipe.name} would write to {_folder(recipe, sources_of(steps))}",
     ]
 
 
-def _checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
-    """Returns the recipe with all its options and what its export fixes, and its steps, which fit its scheme and its export."""
+def checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
+    """Returns the recipe with all its options and what its export fixes, and its steps, which fit its scheme and its export.
+
+    Raises:
+        UserError: for values that no part of a recipe can use together; needs no model and no data.
+    """
     check(recipe)
     steps = build_steps(recipe.steps)
     recipe = resolved(adapted(recipe))
@@ -233,7 +237,7 @@ def dry_run(recipe: Recipe) -> None:
 
 def output_folder(recipe: Recipe) -> pathlib.Path:
     """Returns ``<outputs>/<recipe>/<hash of the recipe and of methods from outside>``, created and proved writable."""
-    recipe, steps = _checked(recipe)
+    recipe, steps = checked(recipe)
     folder = _folder(recipe, sources_of(steps))
     ensure_folder(folder, "outputs")
     return folder

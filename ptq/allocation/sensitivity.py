@@ -1,0 +1,228 @@
+"""What rounding each Linear's weight to each candidate format costs, in nats of KL to the baseline: one pass for all of them."""
+
+import dataclasses
+import json
+import math
+import pathlib
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ptq.allocation.candidates import candidates, stored_bytes
+from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, output_gradients
+from ptq.config.schema import Recipe
+from ptq.config.scheme import linear_specs
+from ptq.errors import UserError
+from ptq.files.atomic import write_text
+from ptq.files.bounded import parse_json
+from ptq.network.block_stream import Flow
+from ptq.network.network import Block, weight_of
+from ptq.run.experiment import sources_of
+from ptq.run.planning import open_context, plan_steps
+from ptq.run.session import Session
+from ptq.steps._step import TRANSFORM, Context, Step
+from quantize.codecs.registry import codec_of
+from quantize.spec.quant_spec import QuantSpec
+
+KIND = "sensitivity"
+"""The kind of the store's entries."""
+
+
+@dataclass(frozen=True)
+class Sensitivity:
+    """What each Linear's rounding costs.
+
+    Attributes:
+        formats: the candidate formats by name.
+        shapes: (out, in) of every Linear by full name.
+        groups: full names of the Linears that a runtime keeps in one format (q/k/v, gate/up, a layer's experts), in order.
+        costs: by Linear and format the KL divergence to the baseline that rounding this weight alone is predicted to cause,
+            nats a token. They add up over Linears.
+        tokens: how many it was measured on.
+        unreached: Linears that no token reached; they cost nothing as far as is known.
+    """
+
+    formats: dict[str, QuantSpec]
+    shapes: dict[str, tuple[int, int]]
+    groups: tuple[tuple[str, ...], ...]
+    costs: dict[str, dict[str, float]]
+    tokens: int
+    unreached: tuple[str, ...] = ()
+
+    def bits(self, name: str, form: str) -> float:
+        """Returns the stored bits a weight of one Linear in one format."""
+        out, columns = self.shapes[name]
+        return 8 * stored_bytes((out, columns), self.formats[form]) / (out * columns)
+
+    def uniform_bits(self, form: str) -> float:
+        """Returns the bits a weight of all these Linears in one format."""
+        total = sum(stored_bytes(shape, self.formats[form]) for shape in self.shapes.values())
+        return 8 * total / sum(out * columns for out, columns in self.shapes.values())
+
+    def uniform_cost(self, form: str) -> float:
+        """Returns the predicted KL, nats a token, of all these Linears in one format."""
+        return sum(costs[form] for costs in self.costs.values())
+
+    def save(self, path: pathlib.Path) -> None:
+        """Writes it as JSON."""
+        write_text(path, json.dumps(dataclasses.asdict(self)))
+
+    @classmethod
+    def load(cls, path: pathlib.Path) -> "Sensitivity":
+        """Reads what `save` wrote. Raises `ValueError` for anything else."""
+        try:
+            found = parse_json(path.read_text(encoding="utf-8"))
+            return cls(
+                {name: QuantSpec(**spec) for name, spec in found["formats"].items()},
+                {name: (int(shape[0]), int(shape[1])) for name, shape in found["shapes"].items()},
+                tuple(tuple(group) for group in found["groups"]),
+                {name: {f: float(v) for f, v in costs.items()} for name, costs in found["costs"].items()},
+                int(found["tokens"]),
+                tuple(found["unreached"]),
+            )
+        except (OSError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
+
+
+@dataclass(frozen=True)
+class Forward:
+    """The samples that a sensitivity is measured on: `inputs` has what reaches each block, `flow` what leaves the last."""
+
+    context: Context
+    flow: Flow
+    inputs: list[torch.Tensor]
+
+
+def open_forward(session: Session, steps: Mapping[str, Step]) -> Forward:
+    """Carries the calibration samples through the network as the recipe's transforms leave it, and keeps what reaches each block.
+
+    Raises:
+        UserError: where NaN or inf arises.
+    """
+    transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
+    context = open_context(session, transforms)
+    plan_steps(session, transforms, context)
+    stream = session.stream
+    with session.journal.phase("forward"):
+        # A sample at a time: gradients are summed over the tokens of one before they are squared.
+        flow = stream.calibration(session.calibration_tokens().ids, 1)
+        inputs = block_inputs(stream, flow, context.shown)
+    if (place := flow.first_nonfinite()) is not None:
+        raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
+    return Forward(context, flow, inputs)
+
+
+def measured(
+    session: Session, steps: Mapping[str, Step], names: Sequence[str], given: bool, seed: int = 0
+) -> Sensitivity:
+    """Returns the sensitivity of the session's model to the formats `names`, out of the store where it was measured before.
+
+    Args:
+        session: its recipe's calibration samples are used, its scheme and its transforms.
+        steps: the recipe's.
+        names: of candidates.
+        given: whether somebody has named them, as in `candidates`.
+        seed: of the random signs.
+
+    Raises:
+        UserError: for formats that do not fit, and where NaN or inf arises.
+    """
+    recipe = session.recipe
+    found, dropped = candidates(names, recipe.scheme, recipe.export, session.network, given)
+    for line in dropped:
+        session.journal.say(f"formats: {line}")
+    key = _key(session, steps, found, seed)
+    with session.store.found_or_mine(KIND, key, lambda line: session.journal.say(f"sensitivity: {line}")) as entry:
+        if entry is not None:
+            try:
+                known = Sensitivity.load(entry)
+            except ValueError as error:
+                session.store.made_again(KIND, str(error))
+            else:
+                session.journal.say("sensitivity: measured before, read from the store")
+                return known
+        made = measure(session, open_forward(session, steps), found, seed)
+        session.store.add(KIND, key, made.save, session.about(session.calibration_tokens()))
+        return made
+
+
+def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec], seed: int = 0) -> Sensitivity:
+    """Measures the sensitivity to `formats` in one backward pass.
+
+    Raises:
+        UserError: where a gradient is NaN or inf.
+    """
+    context, flow, stream = forward.context, forward.flow, session.stream
+    positions = flow.ids.shape[0] * (flow.ids.shape[1] - 1)
+    sums: dict[str, dict[str, torch.Tensor]] = {}
+
+    def entered(block: Block) -> Callable[[Mapping[str, torch.Tensor]], None]:
+        errors = {name: _errors(weight_of(context.module(name)), formats) for name in chosen(session.recipe, block)}
+
+        def seen(gradients: Mapping[str, torch.Tensor]) -> None:
+            for name in errors.keys() & gradients.keys():
+                known = sums.setdefault(name, {})
+                for form, error in errors[name].items():
+                    cost = cost_of_rows(error, gradients[name]).double()
+                    known[form] = known[form] + cost if form in known else cost
+
+        return seen
+
+    with session.journal.phase("head"):
+        gradients = output_gradients(stream, flow.hidden, session.recipe.evaluation.chunk, seed)
+    with session.journal.phase("backward"):
+        backward(stream, flow, forward.inputs, gradients, context.shown, entered)
+    costs = {name: {form: float(v) / (2 * positions) for form, v in known.items()} for name, known in sums.items()}
+    if bad := [name for name, known in costs.items() if not all(map(math.isfinite, known.values()))]:
+        raise UserError(f"NaN or inf in the gradients at {bad[0]}: try model.dtype=float32")
+    order = [name for block in session.network.blocks for name in chosen(session.recipe, block)]
+    unreached = tuple(name for name in order if name not in costs)
+    return Sensitivity(
+        formats=dict(formats),
+        shapes={name: session.network.shapes[name] for name in order},
+        groups=tuple(group for block in session.network.blocks for group in kept_together(context, block)),
+        costs={name: costs.get(name, dict.fromkeys(formats, 0.0)) for name in order},
+        tokens=positions,
+        unreached=unreached,
+    )
+
+
+def chosen(recipe: Recipe, block: Block) -> list[str]:
+    """Returns the Linears of a block whose weights the recipe's scheme quantizes, in order."""
+    return [name for name in block.linears if linear_specs(recipe.scheme, name).weight is not None]
+
+
+def kept_together(context: Context, block: Block) -> list[tuple[str, ...]]:
+    """Returns the Linears of a block that runtimes keep in one format: those that read one tensor, and all its experts'."""
+    quantized = {name for name in block.linears if linear_specs(context.scheme, name).weight is not None}
+    experts = {name for names in block.experts.values() for name in names}
+    groups: list[tuple[str, ...]] = []
+    together: list[str] = []
+    for stage in context.stages(block):
+        alone = tuple(name for name in stage if name in quantized and name not in experts)
+        together += [name for name in stage if name in quantized and name in experts]
+        if alone:
+            groups.append(alone)
+    return [*groups, *([tuple(together)] if together else [])]
+
+
+def _errors(weight: torch.Tensor, formats: Mapping[str, QuantSpec]) -> dict[str, torch.Tensor]:
+    """Returns by format what rounding a weight (out, in) to nearest adds to it, float32."""
+    exact = weight.float()
+    return {form: codec_of(spec).fake_weight(exact, spec) - exact for form, spec in formats.items()}
+
+
+def _key(session: Session, steps: Mapping[str, Step], formats: Mapping[str, QuantSpec], seed: int) -> dict[str, object]:
+    transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
+    planned = {name: dataclasses.asdict(step.options) for name, step in transforms.items()}
+    return {
+        **session.key(session.calibration_tokens()),
+        "scheme": dataclasses.asdict(session.recipe.scheme),
+        "transforms": planned,
+        "sources": sources_of(transforms),
+        "statistics": session.recipe.calibration.statistics,
+        "batch_size": session.recipe.calibration.batch_size if transforms else None,
+        "formats": {name: dataclasses.asdict(spec) for name, spec in formats.items()},
+        "seed": seed,
+    }

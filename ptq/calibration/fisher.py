@@ -1,0 +1,185 @@
+"""What errors of weights cost: the Fisher information along them, block by block, backward from what reaches each block.
+
+Where a model is compared with itself the KL divergence and its gradient are zero; what an error dW costs is its curvature,
+``KL ~ 1/2 dW^T F dW``, with F the Fisher information of the model's own predictions. With J the derivative of the logits by the
+weights, ``F = J^T (diag(p) - p p^T) J``: the covariance of G = J^T v for any random v of covariance ``diag(p) - p p^T``
+(`fisher_root`), so that the mean of ``<dW, G>^2`` over samples and draws is what dW costs. G of a sample is what a backward
+pass gives: the sum over tokens of the gradient by a Linear's output times its input.
+"""
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.network import Block, replaced_forward, weight_of
+from quantize.kernels.matmul import fast_linears, linear, product
+
+Shown = Callable[[Block], AbstractContextManager[None]]
+"""Gives a context in which a block's weights are in memory, as they are to be looked at."""
+Entered = Callable[[Block], Callable[[Mapping[str, torch.Tensor]], None]]
+"""Called with a block whose weights are in memory; returns what is called with each sample's gradients by the block's Linears:
+float32 (out, in) by full name, of those that a token of the sample has reached. They are overwritten later.
+"""
+
+
+@torch.no_grad()
+def block_inputs(stream: BlockStream, flow: Flow, shown: Shown, what: str = "forward") -> list[torch.Tensor]:
+    """Carries samples through all blocks and returns what reaches each, (samples, length, channels), in order.
+
+    They are in memory, or memory-mapped where the stream keeps hidden states on disk. `flow.hidden` is the last block's output.
+    """
+    kept: list[torch.Tensor] = []
+    for block in stream.network.blocks:
+        kept.append(stream.allocate(tuple(flow.hidden.shape), flow.hidden))
+        kept[-1].copy_(flow.hidden)
+        with shown(block):
+            stream.step(flow, block)
+        stream.progress(what, block.index + 1, len(stream.network.blocks))
+    return kept
+
+
+def output_gradients(stream: BlockStream, hidden: torch.Tensor, chunk: int, seed: int = 0) -> torch.Tensor:
+    """Returns the gradients of the sum over tokens of v times logits, v of `fisher_root`, by the final hidden states.
+
+    Args:
+        stream: its head gives logits.
+        hidden: final hidden states (samples, length, channels); the last token predicts nothing that is evaluated, and has none.
+        chunk: tokens whose logits exist at once.
+        seed: of the random signs.
+
+    Returns:
+        As `hidden`, in its type.
+    """
+    gradients = stream.allocate(tuple(hidden.shape), hidden)
+    generator = torch.Generator().manual_seed(seed)
+    head = stream.network.model.get_output_embeddings()
+    last = hidden.shape[1] - 1
+    with stream.head() as logits_of, watched({"head": head} if _is_linear(head) else {}, None), fast_linears():
+        for row in range(len(hidden)):
+            gradients[row, last:].zero_()
+            for start in range(0, last, chunk):
+                span = slice(start, min(start + chunk, last))
+                with torch.enable_grad():
+                    x = hidden[row : row + 1, span].detach().to(stream.device).requires_grad_()
+                    logits = logits_of(x)
+                    (gradient,) = torch.autograd.grad(logits, x, fisher_root(logits.detach(), generator))
+                gradients[row : row + 1, span].copy_(gradient)
+    return gradients
+
+
+def fisher_root(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Returns random v (..., vocabulary), in the type of `logits`, with mean 0 and covariance ``diag(p) - p p^T`` at each token.
+
+    ``v = s (r sqrt(p) - p sum(r sqrt(p)))`` with random signs r, one for each entry of the vocabulary, and s, one for each token,
+    by which tokens are uncorrelated. Labels drawn from p have the same covariance; signs have no rare large draws.
+    """
+    p = torch.softmax(logits.float(), dim=-1)
+    signs = _signs((p.shape[-1],), generator).to(p)
+    v = p.sqrt().mul_(signs)
+    v.addcmul_(p, v.sum(-1, keepdim=True), value=-1)
+    return v.mul_(_signs((*p.shape[:-1], 1), generator).to(p)).to(logits.dtype)
+
+
+def backward(
+    stream: BlockStream,
+    flow: Flow,
+    inputs: Sequence[torch.Tensor],
+    gradients: torch.Tensor,
+    shown: Shown,
+    entered: Entered,
+) -> None:
+    """Carries gradients backward through the blocks, from the last; one block's weights are in memory at a time.
+
+    Args:
+        stream: calls blocks.
+        flow: of one sample a batch: a sample's gradients are summed over its tokens before anything is squared.
+        inputs: what reaches each block.
+        gradients: by the last block's output; overwritten by those by the first block's input.
+        shown: as in `block_inputs`.
+        entered: told of every block, and then of every sample's gradients by its weights.
+    """
+    blocks = stream.network.blocks
+    for block in reversed(blocks):
+        with shown(block):
+            seen = entered(block)
+            modules = {name: stream.network.model.get_submodule(name) for name in block.linears}
+            for i, rows in flow.slices():
+                sums: dict[str, torch.Tensor] = {}
+                with watched(modules, sums), fast_linears(), torch.enable_grad():
+                    x = inputs[block.index][rows].detach().to(stream.device).requires_grad_()
+                    # A copy: blocks may write into what they are given.
+                    output = stream.call(flow, block, i, x.clone())
+                    (gradient,) = torch.autograd.grad(output, x, gradients[rows].to(output))
+                gradients[rows].copy_(gradient)
+                seen(sums)
+        stream.progress("backward", len(blocks) - block.index, len(blocks))
+
+
+def cost_of_rows(error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
+    """Returns the sum over rows of ``<dW_row, G_row>^2`` of one sample, float32 (): its mean over samples is what an error whose
+    rows are independent of one another costs, twice over.
+
+    Rows of a weight are rounded without regard to one another, and channels of an input go together: errors of one row are
+    weighed with all their correlations, and the noise of single draws averages out over rows.
+
+    Args:
+        error: of a weight, (out, in).
+        gradient: G, (out, in).
+    """
+    return torch.bmm(error[:, None, :], gradient[:, :, None]).square_().sum()
+
+
+@contextmanager
+def watched(modules: Mapping[str, nn.Module], sums: dict[str, torch.Tensor] | None) -> Iterator[None]:
+    """Inside the context the Linears `modules` have a derivative by their input where `fast_linears` leaves products to oneDNN.
+
+    A backward pass adds each one's gradient by its weight, float32 (out, in), to `sums` under its name, unless that is None.
+    """
+    names = list(modules)
+
+    def forward(index: int) -> Callable[..., Any]:
+        module, name = modules[names[index]], names[index]
+        weight, bias = weight_of(module).detach(), getattr(module, "bias", None)
+        return lambda x: _Watched.apply(x, weight, bias if isinstance(bias, torch.Tensor) else None, name, sums)
+
+    with replaced_forward(list(modules.values()), forward):
+        yield
+
+
+class _Watched(torch.autograd.Function):
+    """x W^T + b, whose backward pass adds the gradient by W to a dictionary."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+        name: str,
+        sums: dict[str, torch.Tensor] | None,
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.name, ctx.sums = name, sums
+        return linear(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
+        x, weight = ctx.saved_tensors
+        outputs = gradients[0].reshape(-1, weight.shape[0])
+        if ctx.sums is not None:
+            by_weight = product(outputs.t().float().contiguous(), x.reshape(-1, weight.shape[1]).float())
+            known = ctx.sums.get(ctx.name)
+            ctx.sums[ctx.name] = by_weight if known is None else known.add_(by_weight)
+        return product(outputs.contiguous(), weight).reshape(x.shape), None, None, None, None
+
+
+def _is_linear(module: Any) -> bool:
+    return isinstance(module, nn.Linear)
+
+
+def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    return torch.randint(2, shape, generator=generator) * 2 - 1

@@ -1,0 +1,1 @@
+"""The command lines of which bits where: ``ptq sensitivity`` and ``ptq allocate``."""

@@ -1,0 +1,208 @@
+"""ptq sensitivity: what it predicts is what happens, for every format at once; what it leaves; what it refuses."""
+
+import csv
+import json
+
+import pytest
+import torch
+import transformers
+
+from ptq.allocation.candidates import candidate, stored_bytes
+from ptq.allocation.one_at_a_time import one_at_a_time, rank_correlation
+from ptq.allocation.sensitivity import Sensitivity, measure, open_forward
+from ptq.allocation.sensitivity_run import run_sensitivity
+from ptq.calibration import fisher
+from ptq.cli.app import main
+from ptq.config.building import recipe_from
+from ptq.errors import UserError
+from ptq.run.experiment import checked
+from ptq.run.record.journal import Journal
+from ptq.run.session import open_session
+from quantize.codecs.registry import codec_of
+from quantize.modules.simulated import QuantLinear
+from quantize.spec.quant_spec import QuantSpec
+
+FORMATS = ("int2_g32", "int3_g32", "int4_g32", "int8_g32", "fp4_g32")
+
+
+def make(tmp_path, model, samples=8, **changes):
+    """A recipe of 4-bit weights on a local model."""
+    base = {
+        "name": "tiny",
+        "model": {"path": str(model)},
+        "calibration": {"samples": samples, "length": 64},
+        "evaluation": {"windows": 4, "length": 64},
+        "scheme": {"weight": {"bits": 4, "granularity": "group", "group_size": 32}},
+        "steps": {"rtn": {}},
+        "outputs": str(tmp_path / "outputs"),
+        "store": str(tmp_path / "store"),
+    }
+    return recipe_from({**base, **changes})
+
+
+def specs(*names):
+    """The formats by name."""
+    return {name: candidate(name) for name in names}
+
+
+@pytest.fixture
+def session_of():
+    """A function that opens a session of a recipe and carries its samples forward."""
+    import contextlib
+
+    with contextlib.ExitStack() as stack:
+
+        def opened(recipe):
+            recipe, steps = checked(recipe)
+            session = stack.enter_context(open_session(recipe, Journal()))
+            return session, open_forward(session, steps)
+
+        yield opened
+
+
+def test_the_prediction_ranks_linears_as_rounding_each_alone_does(tmp_path, tiny_llama, session_of):
+    session, forward = session_of(make(tmp_path, tiny_llama, samples=16))
+    found = measure(session, forward, specs("int3_g32"))
+    alone = one_at_a_time(session, forward, found.formats)
+    assert found.costs.keys() == alone.keys() and len(alone) == 4 * 7
+    for form in found.formats:
+        assert rank_correlation(found.costs, alone, form) >= 0.9
+        assert 0.5 < found.uniform_cost(form) / sum(costs[form] for costs in alone.values()) < 2
+
+
+def test_one_at_a_time_is_the_divergence_of_the_whole_model_with_that_weight_rounded(tmp_path, tiny_llama, session_of):
+    session, forward = session_of(make(tmp_path, tiny_llama, samples=2))
+    spec = candidate("int3")
+    found = one_at_a_time(session, forward, {"int3": spec})
+    ids = forward.flow.ids
+    # The baseline's weights are rounded to fp16.
+    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float16).float()
+    with torch.no_grad():
+        before = model(ids).logits[:, :-1].log_softmax(-1)
+        for name in ("model.layers.0.mlp.down_proj", "model.layers.2.self_attn.q_proj"):
+            linear = model.get_submodule(name)
+            kept = linear.weight.clone()
+            linear.weight.copy_(codec_of(spec).fake_weight(kept, spec))
+            after = model(ids).logits[:, :-1].log_softmax(-1)
+            linear.weight.copy_(kept)
+            kl = (before.exp() * (before - after)).sum(-1).mean()
+            assert found[name]["int3"] == pytest.approx(float(kl), rel=2e-3)
+
+
+def test_all_formats_share_one_backward_pass_and_each_costs_what_it_costs_alone(
+    tmp_path, tiny_llama, session_of, monkeypatch
+):
+    session, forward = session_of(make(tmp_path, tiny_llama, samples=2))
+    calls = []
+    original = fisher.output_gradients
+    monkeypatch.setattr("ptq.allocation.sensitivity.output_gradients", lambda *a: calls.append(1) or original(*a))
+    together = measure(session, forward, specs(*FORMATS))
+    assert len(calls) == 1
+    alone = measure(session, forward, specs("fp4_g32"))
+    assert {n: c["fp4_g32"] for n, c in together.costs.items()} == {n: c["fp4_g32"] for n, c in alone.costs.items()}
+    for costs in together.costs.values():
+        assert costs["int2_g32"] > costs["int3_g32"] > costs["int4_g32"] > costs["int8_g32"] > 0
+
+
+def test_offloaded_weights_and_hidden_states_on_disk_give_the_same_bits(tmp_path, tiny_llama, session_of):
+    found = []
+    for execution in ({}, {"weights": "offloaded", "hidden_states": "disk"}):
+        session, forward = session_of(make(tmp_path, tiny_llama, samples=2, execution=execution))
+        found.append(measure(session, forward, specs("int4_g32")))
+    assert found[0] == found[1]
+
+
+def test_transforms_of_the_recipe_count(tmp_path, tiny_llama_outliers, session_of):
+    """Outlying channels that a rotation spreads over all others make what writes to the stream costly to round: seen by both."""
+    plain = session_of(make(tmp_path, tiny_llama_outliers, samples=2))
+    turned = session_of(make(tmp_path, tiny_llama_outliers, samples=2, steps={"rotate": {}, "rtn": {}}))
+    costs = [measure(*opened, specs("int4")) for opened in (plain, turned)]
+    alone = one_at_a_time(*turned, specs("int4"))
+    assert costs[1].uniform_cost("int4") > 5 * costs[0].uniform_cost("int4")
+    assert rank_correlation(costs[1].costs, alone, "int4") >= 0.9
+
+
+def test_linears_that_runtimes_keep_in_one_format_are_grouped(tmp_path, tiny_llama, tiny_mixtral, session_of):
+    session, forward = session_of(
+        make(tmp_path, tiny_llama, samples=1, scheme={"weight": {}, "exclude": ["*.1.mlp.*"]})
+    )
+    found = measure(session, forward, specs("int4"))
+    assert found.groups[:4] == tuple(
+        tuple(f"model.layers.0.{name}" for name in names)
+        for names in (
+            ("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+            ("self_attn.o_proj",),
+            ("mlp.gate_proj", "mlp.up_proj"),
+            ("mlp.down_proj",),
+        )
+    )
+    assert [name for group in found.groups for name in group] == list(found.costs)
+    assert not any(".1.mlp." in name for name in found.costs)
+    session, forward = session_of(make(tmp_path, tiny_mixtral, samples=1))
+    groups = measure(session, forward, specs("int4")).groups
+    experts = [group for group in groups if any("experts" in name for name in group)]
+    assert len(experts) == len(session.network.blocks)
+    assert all(len(group) == len([n for n in block.linears if "experts" in n]) for group, block in zip(experts, session.network.blocks, strict=True))  # fmt: skip
+
+
+@pytest.mark.parametrize("name", ["int3", "int4_g32", "int4_g32_asym", "int8_tensor", "int2_g64", "nf4", "fp4_g32", "mxfp4", "nvfp4", "fp8_e4m3", "q8_0"])  # fmt: skip
+def test_bytes_are_those_of_the_module_that_a_run_makes(name):
+    spec, weight = candidate(name), torch.randn(48, 128, generator=torch.Generator().manual_seed(0))
+    assert stored_bytes((48, 128), spec) == QuantLinear(weight, None, spec).stored_bytes()
+
+
+def test_integer_formats_are_like_the_recipes():
+    base = QuantSpec(bits=4, granularity="group", group_size=64, symmetric=False, range="mse", scales="float16_min")
+    assert candidate("int3_g32", base) == QuantSpec(bits=3, granularity="group", group_size=32, symmetric=False, range="mse", scales="float16_min")  # fmt: skip
+    assert candidate("int8", base).scales == "float16" and candidate("int4_sym", base).symmetric
+    assert candidate("int4_g32", QuantSpec(format="nf4", bits=4, granularity="group", group_size=64)) == QuantSpec(bits=4, granularity="group", group_size=32)  # fmt: skip
+
+
+def test_the_command_leaves_tables_and_a_picture_and_the_second_time_reads_the_store(
+    tmp_path, tiny_llama, capsys, monkeypatch
+):
+    folder = tmp_path / "out"
+    found, place = run_sensitivity(make(tmp_path, tiny_llama), FORMATS, True, samples=2, check=True, output=folder)
+    assert place == folder
+    rows = list(csv.DictReader((folder / "sensitivity.csv").open()))
+    assert len(rows) == 28 * 5
+    row = next(r for r in rows if r["name"] == "model.layers.1.mlp.up_proj" and r["format"] == "int3_g32")
+    assert float(row["predicted_kl"]) == found.costs[row["name"]]["int3_g32"] and float(row["bits_per_weight"]) == 4
+    assert (row["block"], row["linear"]) == ("1", "mlp.up_proj") and float(row["one_at_a_time_kl"]) > 0
+    facts = json.loads((folder / "sensitivity.json").read_text())
+    assert facts["sensitivity"]["tokens"] == found.tokens == 2 * 63
+    assert (folder / "sensitivity.png").read_bytes()[:4] == b"\x89PNG"
+    monkeypatch.setattr("ptq.allocation.sensitivity.open_forward", None)
+    again, _ = run_sensitivity(make(tmp_path, tiny_llama), FORMATS, True, samples=2, output=tmp_path / "again")
+    assert again == found and isinstance(again, Sensitivity)
+    out = capsys.readouterr().out
+    assert "the Linears that hurt most" in out and "rank correlation" in out and "read from the store" in out
+
+
+@pytest.mark.parametrize(
+    ("names", "line"),
+    [
+        (("int4_g33",), "does not divide"),
+        (("int9",), "no format"),
+        (("nf5",), "did you mean 'nf4'"),
+        (("llm_int8",), "weight"),
+        (("int4_g32", "int4_g32_sym"), "int4_g32 once more"),
+    ],
+)
+def test_formats_that_make_no_sense_are_refused_in_a_line(tmp_path, tiny_llama, names, line):
+    with pytest.raises(UserError, match="--formats") as error:
+        run_sensitivity(make(tmp_path, tiny_llama), names, True, samples=1)
+    assert line in str(error.value)
+
+
+def test_the_command_line_says_what_it_cannot_use(tmp_path, tiny_llama, capsys):
+    where = ["--config", "demo", f"outputs={tmp_path}/o", f"store={tmp_path}/s"]
+    for words, line in (
+        (["sensitivity"], "--config"),
+        (["sensitivity", *where, "--formats", ","], "--formats: ',' names none"),
+        (["sensitivity", *where, "--samples", "0"], "--samples: 0 is too small"),
+        (["sensitivity", *where, "--chek"], "--chek: no such option"),
+        (["sensitivity", *where, "scheme.weight=null"], "scheme.weight: null"),
+    ):
+        assert main(words) == 2
+        assert line in capsys.readouterr().err

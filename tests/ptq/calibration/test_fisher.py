@@ -1,0 +1,94 @@
+"""The Fisher information by a pass backward through blocks: against plain autograd through the whole model, and its own definition."""
+
+from contextlib import contextmanager
+
+import pytest
+import torch
+from transformers.pytorch_utils import Conv1D
+
+from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, fisher_root, output_gradients
+from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.models.loading import load
+from ptq.network.block_stream import BlockStream
+from ptq.network.network import build_network
+from ptq.testing import byte_tokenizer, random_tiny
+
+
+def test_the_random_vectors_have_the_covariance_of_the_softmax_and_tokens_are_uncorrelated():
+    generator = torch.Generator().manual_seed(0)
+    logits = torch.tensor([[2.0, 0.0, -1.0, 0.5], [0.0, 0.0, 3.0, -2.0]])
+    draws = torch.stack([fisher_root(logits, generator) for _ in range(6000)]).double()
+    p = torch.softmax(logits.double(), -1)
+    for token in range(2):
+        found = torch.einsum("da,db->ab", draws[:, token], draws[:, token]) / len(draws)
+        assert torch.allclose(found, torch.diag(p[token]) - torch.outer(p[token], p[token]), atol=0.02)
+    across = torch.einsum("da,db->ab", draws[:, 0], draws[:, 1]) / len(draws)
+    assert across.abs().max() < 0.02 and draws.mean(0).abs().max() < 0.02
+
+
+def test_the_cost_of_rows_is_the_square_of_each_rows_change():
+    error, gradient = torch.randn(2, 5, 7, generator=torch.Generator().manual_seed(0))
+    assert float(cost_of_rows(error, gradient)) == pytest.approx(
+        sum(float(e @ g) ** 2 for e, g in zip(error, gradient, strict=True))
+    )
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gpt2", "gemma3", "mixtral"])
+@pytest.mark.parametrize("weights", ["resident", "offloaded"])
+def test_the_sums_are_the_squared_gradients_of_every_sample_by_plain_autograd(kind, weights, tmp_path):
+    random_tiny(kind).save_pretrained(tmp_path, max_shard_size="40KB")
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    found = _by_blocks(tmp_path, ids, weights)
+    expected = _by_autograd(tmp_path, ids)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        scale = float(value.abs().max())
+        assert torch.allclose(found[name], value, rtol=2e-3, atol=1e-5 * scale), name
+
+
+def _network(folder, weights="resident"):
+    loaded = load(ModelConfig(str(folder), dtype="float32"), ExecutionConfig(weights=weights))
+    network = build_network(loaded.model)
+    return BlockStream(network, loaded.weights, torch.device("cpu"))
+
+
+def _by_blocks(folder, ids, weights):
+    stream = _network(folder, weights)
+
+    @contextmanager
+    def shown(block):
+        with stream.weights.hold([block.name]):
+            yield
+
+    flow = stream.open(ids, 1)
+    inputs = block_inputs(stream, flow, shown)
+    gradients = output_gradients(stream, flow.hidden, chunk=100, seed=5)
+    found = {}
+
+    def seen(sums):
+        for name, gradient in sums.items():
+            found[name] = found.get(name, 0) + gradient.square()
+
+    backward(stream, flow, inputs, gradients, shown, lambda block: seen)
+    return found
+
+
+def _by_autograd(folder, ids):
+    """One backward pass of transformers' own code for each sample, with the same random vectors."""
+    stream = _network(folder)
+    network, generator = stream.network, torch.Generator().manual_seed(5)
+    weights = {name: module.weight for name, module in network.linears.items()}
+    for weight in weights.values():
+        weight.requires_grad_(True)
+    totals = {}
+    for sample in ids:
+        logits = network.model(input_ids=sample[None], use_cache=False).logits[:, :-1]
+        v = fisher_root(logits.detach(), generator)
+        gradients = torch.autograd.grad((logits * v).sum(), list(weights.values()), allow_unused=True)
+        for name, gradient in zip(weights, gradients, strict=True):
+            if gradient is not None and bool(gradient.any()):
+                square = gradient.square()
+                conv = isinstance(network.linears[name], Conv1D)  # keeps (in, out)
+                totals[name] = totals.get(name, 0) + (square.t() if conv else square)
+    return totals
