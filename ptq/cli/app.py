@@ -10,7 +10,7 @@ from typing import Any
 
 import ptq
 from ptq.cli import catalog, completion, files, reference, store_commands
-from ptq.cli.bits import sensitivity_command
+from ptq.cli.bits import allocate_command, sensitivity_command
 from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
@@ -26,7 +26,7 @@ COMMANDS = {
 }
 TOOLS = (
     files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | compare_commands.COMMANDS
-    | sensitivity_command.COMMANDS | reference.COMMANDS
+    | sensitivity_command.COMMANDS | allocate_command.COMMANDS | reference.COMMANDS
 )  # fmt: skip
 """The commands that have a parser of their own."""
 EXIT_MISTAKE = 2

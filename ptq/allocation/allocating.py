@@ -1,0 +1,131 @@
+"""From costs and a budget to a recipe: each group of Linears gets the format with which all together cost least."""
+
+import dataclasses
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from ptq.allocation.candidates import stored_bytes, total_bytes, uniform
+from ptq.allocation.knapsack import allocate
+from ptq.allocation.sensitivity import Sensitivity
+from ptq.config.options import MISSING, default_of
+from ptq.config.schema import Override, Recipe, SchemeConfig
+from ptq.errors import UserError
+from quantize.spec.quant_spec import QuantSpec
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A format for each Linear.
+
+    Attributes:
+        formats: by full name of a Linear the name of its format.
+        bytes: what all of them take.
+        bits: the same as an average over weights.
+        cost: the predicted KL to the baseline, nats a token.
+    """
+
+    formats: dict[str, str]
+    bytes: int
+    bits: float
+    cost: float
+
+
+def allocated(found: Sensitivity, budget: int, asked: str) -> Allocation:
+    """Returns the allocation within `budget` bytes whose predicted KL is least.
+
+    Args:
+        found: what each Linear costs in each format.
+        budget: bytes of all these weights.
+        asked: the option that gave it and its value, for messages.
+
+    Raises:
+        UserError: for a budget below what the smallest formats take, or one at which every Linear can have its largest.
+    """
+    forms = list(found.formats)
+    sizes = [
+        [sum(stored_bytes(found.shapes[n], found.formats[f]) for n in group) for f in forms] for group in found.groups
+    ]
+    losses = [[sum(found.costs[n][f] for n in group) for f in forms] for group in found.groups]
+    count = sum(out * columns for out, columns in found.shapes.values())
+    least, most = (sum(pick(group) for group in sizes) for pick in (min, max))
+    if budget < least:
+        low = min(forms, key=found.uniform_bits)
+        raise UserError(
+            f"{asked}: below the smallest: {low} everywhere takes {8 * least / count:.4f} bits a weight, {least} bytes of quantized "
+            f"weights, and the budget leaves {8 * budget / count:.4f}: use more, or smaller --formats"
+        )
+    if budget >= most:
+        high = max(forms, key=found.uniform_bits)
+        raise UserError(
+            f"{asked}: above the largest: {high} everywhere takes {8 * most / count:.4f} bits a weight, and the budget allows "
+            f"{8 * budget / count:.4f}, so that there is nothing to choose: use less, or larger --formats"
+        )
+    chosen = [forms[i] for i in allocate(sizes, losses, budget)]
+    formats = {name: form for group, form in zip(found.groups, chosen, strict=True) for name in group}
+    size = sum(stored_bytes(found.shapes[name], found.formats[form]) for name, form in formats.items())
+    return Allocation(formats, size, 8 * size / count, sum(found.costs[name][form] for name, form in formats.items()))
+
+
+def best_uniform(found: Sensitivity, budget: int) -> str | None:
+    """Returns the format that within `budget` bytes is predicted to cost least when all Linears have it, None where none fits."""
+    fitting = [form for form, spec in found.formats.items() if total_bytes(found.shapes, spec) <= budget]
+    return min(fitting, key=found.uniform_cost, default=None)
+
+
+def scheme_of(scheme: SchemeConfig, allocation: Allocation, formats: Mapping[str, QuantSpec]) -> SchemeConfig:
+    """Returns `scheme` with the weights' formats of `allocation`: the most frequent as its own, overrides for the others."""
+    weights = Counter(allocation.formats.values())
+    usual = max(weights, key=lambda form: (weights[form], form))
+    base = uniform(scheme, formats[usual])
+    overrides = []
+    for form in formats:
+        names = [name for name, chosen in allocation.formats.items() if chosen == form]
+        if form != usual:
+            patterns = globs(names)
+            overrides += [Override(pattern, {"weight": formats[form]}) for pattern in patterns]
+    return dataclasses.replace(base, overrides=(*base.overrides, *overrides))
+
+
+def globs(names: Sequence[str]) -> list[str]:
+    """Returns few globs that match `names` and no other names, in order.
+
+    Names that differ in one character are matched by a set of characters: ``model.layers.3.self_attn.[kqv]_proj``.
+    """
+    left, found = list(names), []
+    while left:
+        first = left.pop(0)
+        found.append(first)
+        for place in reversed(range(len(first))):
+            alike = [n for n in left if len(n) == len(first) and n[:place] + n[place + 1 :] == first[:place] + first[place + 1 :]]  # fmt: skip
+            letters = sorted({first[place], *(n[place] for n in alike)})
+            if alike and all(letter.isalnum() for letter in letters):
+                found[-1] = f"{first[:place]}[{''.join(letters)}]{first[place + 1 :]}"
+                left = [n for n in left if n not in alike]
+                break
+    return found
+
+
+def recipe_text(recipe: Recipe, head: Sequence[str]) -> str:
+    """Returns a recipe as YAML, without what has its default, under the lines `head` as comments."""
+    content = yaml.safe_dump(_changed(recipe), sort_keys=False, allow_unicode=True, width=120)
+    return "".join(f"# {line}\n" for line in head) + content
+
+
+def _changed(value: Any) -> Any:
+    """Returns what of a dataclass is not its default, as plain containers."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        found = {}
+        for field in dataclasses.fields(value):
+            given, usual = getattr(value, field.name), default_of(field)
+            if usual is MISSING or given != usual:
+                found[field.name] = _changed(given)
+        return found
+    if isinstance(value, Mapping):
+        return {str(key): _changed(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_changed(item) for item in value]
+    return value
