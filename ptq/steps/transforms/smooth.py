@@ -3,7 +3,7 @@
 import pathlib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, Self
 
 import torch
 
@@ -28,6 +28,10 @@ KINDS = ("fc1_fc2", "up_down", "v_o", "norm")
 """Kinds of links, in the order in which a block is smoothed: v's new rows are among the weights that read the norm."""
 SEARCH_VALUES = 1 << 20
 """Numbers of one link's tensor on which the search measures output errors."""
+TRIAL_TOKENS = 384
+"""Tokens that a trial of smoothing rounds, about: its candidates differ by far more than what other tokens would say."""
+TRIAL_OUTPUTS = 384
+"""Outputs of all readers of a link that a trial of smoothing multiplies, about: evenly spaced rows of their weights."""
 
 
 @dataclass(frozen=True)
@@ -72,7 +76,7 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Chooses the scale of every link, and rewrites the statistics of what it touches."""
-        planning = _Formula(self.options, context)
+        planning = Formula(self.options, context)
         if not self.options.search and any(plan.basis is not None for plan in context.plans.values()):
             context.note(
                 "smooth: its formula goes by the greatest magnitudes of channels, which a rotation of the stream has made alike, and was "
@@ -230,7 +234,7 @@ class Planning:
         raise TypeError(f"{type(self).__name__} does not say how it chooses a scale")
 
 
-class _Formula(Planning):
+class Formula(Planning):
     """SmoothQuant's formula, alpha given or searched."""
 
     def __init__(self, options: Options, context: Context):
@@ -248,12 +252,22 @@ class _Formula(Planning):
         if rows is None:
             return smoothing_scale(activation, columns, self.options.alpha, self.options.beta)
         specs = specs_of(self.context, _of_linear(link, self.context))
-        outputs = [product(rows, weight.t()) for weight in readers]
-        trial = _Trial(rows, readers, outputs, _clusterless(specs.weight), specs.input, statistics)
+        trial = self.trial(rows, readers, _clusterless(specs.weight), specs.input, statistics)
         scales = [torch.ones_like(columns)]
         scales += [smoothing_scale(activation, columns, alpha, self.options.beta) for alpha in self.options.candidates]
         errors = [trial.error(link.reader_scale(scale)) for scale in scales]
         return scales[min(range(len(errors)), key=errors.__getitem__)]
+
+    def trial(
+        self,
+        rows: torch.Tensor,
+        readers: Sequence[torch.Tensor],
+        weight: QuantSpec | None,
+        input: QuantSpec | None,
+        statistics: ChannelStatistics,
+    ) -> "Trial":
+        """Returns what measures the candidates of one link: see `Trial.of`."""
+        return Trial.of(rows, readers, weight, input, statistics)
 
 
 class Search:
@@ -284,25 +298,63 @@ class Search:
 
 
 @dataclass(frozen=True)
-class _Trial:
-    """Measures what quantization does to the outputs of a link's readers when the link is rescaled."""
+class Trial:
+    """Measures what quantization does to the outputs of a link's readers when the link is rescaled.
+
+    Evenly spaced tokens and evenly spaced outputs stand for all. What shares a scale is rounded whole, so that each of them is rounded
+    as it will be.
+
+    Attributes:
+        rows: tokens of the link's tensor that are rounded together, (tokens, in).
+        tokens: which of them are multiplied.
+        readers: weights that are rounded together, each (out, in).
+        outputs: which of their rows are multiplied.
+        exact: what those tokens and rows give unquantized, each (tokens, outputs).
+        weight: format of the weights; None leaves them alone.
+        input: format of the input; None leaves it alone.
+        statistics: of the link's tensor, for static ranges.
+    """
 
     rows: torch.Tensor
+    tokens: slice
     readers: Sequence[torch.Tensor]
-    outputs: Sequence[torch.Tensor]
+    outputs: slice
+    exact: Sequence[torch.Tensor]
     weight: QuantSpec | None
     input: QuantSpec | None
     statistics: ChannelStatistics
 
+    @classmethod
+    def of(
+        cls,
+        rows: torch.Tensor,
+        readers: Sequence[torch.Tensor],
+        weight: QuantSpec | None,
+        input: QuantSpec | None,
+        statistics: ChannelStatistics,
+        tokens: int = TRIAL_TOKENS,
+        outputs: int = TRIAL_OUTPUTS,
+    ) -> Self:
+        """Returns the trial on about so many `tokens` and `outputs` of `rows` (tokens, in) and `readers`, each (out, in)."""
+        # An odd step: the first tokens of windows, whose lengths are even, are seen as often as others.
+        chosen = slice(None, None, max(1, len(rows) // tokens) | 1)
+        kept = slice(None, None, max(1, sum(map(len, readers)) // outputs))
+        if input is None or not input.dynamic or not codec_of(input).couples_tokens(input):
+            rows, chosen = rows[chosen].contiguous(), slice(None)
+        if weight is None or not codec_of(weight).couples_tokens(weight):
+            readers, kept = [reader[kept].contiguous() for reader in readers], slice(None)
+        exact = [product(rows[chosen], reader[kept].t()) for reader in readers]
+        return cls(rows, chosen, readers, kept, exact, weight, input, statistics)
+
     def error(self, scale: torch.Tensor) -> float:
-        """Returns the squared error of all outputs for `scale` (in,)."""
-        x = self._input(self.rows / scale, scale)
+        """Returns the squared error of the outputs for `scale` (in,)."""
+        x = self._input(self.rows / scale, scale)[self.tokens]
         total = 0.0
-        for weight, original in zip(self.readers, self.outputs, strict=True):
+        for weight, exact in zip(self.readers, self.exact, strict=True):
             scaled = weight * scale
             if self.weight is not None:
                 scaled = codec_of(self.weight).fake_weight(scaled, self.weight)
-            total += float((original - product(x, scaled.t())).square_().sum())
+            total += float((exact - product(x, scaled[self.outputs].t())).square_().sum())
         return total
 
     def _input(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
