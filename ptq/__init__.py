@@ -5,7 +5,7 @@
     python -m ptq <command>                                             # the command line
 
 Folders from the edge down: cli, allocation, sweep, run, integrations, footprint, export, inspect, report, steps, evaluation, calibration,
-network, models, data, files, config. `quantize` and `group_methods` beside this package know tensors only.
+network, models, data, ranks, files, config. `quantize` and `group_methods` beside this package know tensors only.
 """
 
 import importlib

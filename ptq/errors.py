@@ -5,7 +5,13 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """A mistake that the user can mend. Its text is one line: what was wrong, what was expected, what to do."""
+    """A mistake that the user can mend. Its text is one line: what was wrong, what was expected, what to do.
+
+    Attributes:
+        said_elsewhere: another process of the same run tells it.
+    """
+
+    said_elsewhere = False
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:

@@ -16,7 +16,7 @@ BELOW = {
 }
 FLOORS = (
     "cli", "allocation", "sweep", "run", "integrations", "footprint", "export", "inspect", "report", "steps", "evaluation", "calibration",
-    "network", "models", "data", "files", "config", "errors",
+    "network", "models", "data", "ranks", "files", "config", "errors",
 )  # fmt: skip
 """The folders of ptq from the edge down: each imports those after it only."""
 MOST_MODULES = 13

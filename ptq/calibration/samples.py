@@ -39,7 +39,7 @@ class Samples:
         return self.flow.ids.numel()
 
     @torch.no_grad()
-    def feed(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
+    def feed(self, block: Block, watchers: Mapping[str, Watcher], shared: bool = False) -> None:
         """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
 
         Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with.
@@ -48,14 +48,17 @@ class Samples:
             block: the present block, weights in memory.
             watchers: by full name of a module, what looks at its input; "" for the block's output. A batch stops at the
                 last of them.
+            shared: the watchers see this rank's batches only, and what they gather is added up (`ptq.calibration.sums`).
+                Otherwise they see all batches, in order, on every rank.
         """
         if self._paused is not None and watchers and set(watchers) <= set(self._paused.stage):
-            for rows, x in self._paused.inputs():
+            for rows, x in self._paused.inputs() if shared else self._paused.all_inputs():
                 for watcher in watchers.values():
                     watcher(x, _tokens(self.flow, rows))
             return
-        for i, rows in self.flow.slices():
+        for i, rows in self.stream.own(self.flow) if shared else self.flow.slices():
             self._pass(self.flow, block, i, rows, watchers)
+        self.stream.count_experts(self.flow)
 
     @contextmanager
     def stage_by_stage(self, block: Block, stages: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[str, ...]]]:
@@ -74,7 +77,7 @@ class Samples:
         with StagedPass(self.stream, self.flow, block, stages) as paused:
             self._paused = paused
             try:
-                yield _advanced(paused, stages)
+                yield self._advanced(paused, stages)
                 paused.finish()
             finally:
                 self._paused = None
@@ -91,10 +94,11 @@ class Samples:
             )
         targets = self.stream.allocate(tuple(self.flow.hidden.shape), self.flow.hidden)
         with torch.no_grad(), unquantized_attention(block):
-            for i, rows in self.flow.slices():
+            for i, rows in self.stream.own(self.flow):
                 targets[rows].copy_(
                     self.stream.call(self.flow, block, i, self.flow.hidden[rows].to(self.stream.device))
                 )
+        self.stream.spread(self.flow, targets)
         return Pairs(self.stream, self.flow, block, targets)
 
     @torch.no_grad()
@@ -103,7 +107,8 @@ class Samples:
 
         Returns:
             The inputs (tokens of all samples, channels) of the modules `names`, and the block's output for the name "", in
-            memory or memory-mapped as the execution asks for hidden states; they are overwritten by the next call.
+            memory or memory-mapped as the execution asks for hidden states; they are overwritten by the next call. Of the
+            inputs each rank has its own batches' only.
 
         Raises:
             ValueError: when no step captures `REFERENCE`.
@@ -122,11 +127,18 @@ class Samples:
 
         watchers = {name: partial(keep, place, name) for place, name in enumerate(names) if name}
         with unquantized_attention(block):
-            for i, rows in reference.slices():
+            for i, rows in self.stream.own(reference):
                 reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
+        self.stream.spread(reference, reference.hidden)
         if "" in names:
             kept[""] = reference.hidden.flatten(0, 1)
         return kept
+
+    def _advanced(self, paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+        for stage in stages:
+            paused.advance()
+            self.stream.count_experts(self.flow)
+            yield stage
 
     def _pass(
         self, flow: Flow, block: Block, batch: int, rows: slice, watchers: Mapping[str, Watcher], whole: bool = False
@@ -197,12 +209,6 @@ class Pairs:
             hidden = self._flow.hidden[rows].to(self._stream.device)
             target = self._targets[rows].to(self._stream.device)
             yield Pair(hidden, target, partial(self._stream.call, self._flow, self._block, index, hidden))
-
-
-def _advanced(paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
-    for stage in stages:
-        paused.advance()
-        yield stage
 
 
 def _tokens(flow: Flow, rows: slice) -> slice:

@@ -93,6 +93,20 @@ class ChannelStatistics:
         self.max = torch.maximum(self.max, other.max)
         self._add(other.mean, other.m2, other.count)
 
+    def merged(self, other: "ChannelStatistics") -> "ChannelStatistics":
+        """Returns these statistics, to which the tokens that `other` has seen have been added."""
+        self.merge(other)
+        return self
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns all figures by name; the count is int64 of no dimension."""
+        return {field: getattr(self, field) for field in _FIELDS} | {"count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "ChannelStatistics":
+        """Returns the statistics whose `state` this is."""
+        return cls(state["min"], state["max"], state["mean"], state["m2"], int(state["count"]))
+
     def divided(self, scale: torch.Tensor) -> "ChannelStatistics":
         """Returns the statistics of the same tokens with channel j divided by ``scale[j]`` > 0, exactly (to rounding)."""
         scale = scale.to(self.min.device)

@@ -8,7 +8,10 @@ from torch import nn
 
 from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, WeightStatistics
 from ptq.errors import UserError
+from ptq.network.block_stream import passing
 from ptq.network.network import Block, weight_of
+from ptq.ranks.sample_sum import SampleSum, by_sample
+from ptq.ranks.world import Message, World
 
 _NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
 """Of the statistics of one block, which are part of a pass that is under way."""
@@ -29,6 +32,7 @@ class StatisticsVisitor:
         self.weights: dict[str, WeightStatistics] = {}
         self._handles: list[Any] = []
         self._owner: dict[str, str] = {}
+        self._sums: dict[str, SampleSum[ChannelStatistics]] = {}
         self._last: tuple[torch.Tensor, str] | None = None
 
     def enter(self, block: Block) -> None:
@@ -53,6 +57,32 @@ class StatisticsVisitor:
                     f"{name}: its input holds NaN or inf on the calibration data: try model.dtype=float32 or check the weights"
                 )
 
+    def reduce(self, block: Block, world: World) -> None:
+        """Adds up what the ranks have seen of a block that the samples have passed, in the order of the samples."""
+        if world.size == 1:
+            return
+        own = {name: self._sums[name].nodes() for name in block.readers if name in self._sums}
+        owners = {name: self._owner[name] for name in block.readers if name in self._owner}
+        tensors = {
+            f"{name}|{level}|{index}|{key}": tensor
+            for name, nodes in own.items()
+            for level, index, statistics in nodes
+            for key, tensor in statistics.state().items()
+        }
+        for name in own:
+            del self._sums[name]
+        for message in world.gather(Message(owners, tensors)):
+            found: dict[tuple[str, int, int], dict[str, torch.Tensor]] = {}
+            for full, tensor in message.tensors.items():
+                name, *place, key = full.rsplit("|", 3)
+                found.setdefault((name, int(place[0]), int(place[1])), {})[key] = tensor.to(self.device)
+            for (name, level, index), state in found.items():
+                node = level, index, ChannelStatistics.from_state(state)
+                self._sums.setdefault(name, _sum(1, len(state["min"]), self.device)).add([node])
+            for name, owner in message.facts.items():
+                if owner == name or name not in self._owner:
+                    self._owner[name] = owner
+
     def write(self, block: Block, path: pathlib.Path) -> None:
         """Writes the statistics of a finished block."""
         names = self._gathered(block)
@@ -70,6 +100,9 @@ class StatisticsVisitor:
     def _gathered(self, block: Block) -> list[str]:
         """Returns the block's Linears that tokens have reached, each with the statistics of the tensor that it reads."""
         names = [name for name in block.readers if name in self._owner]
+        for name in names:
+            if (total := self._sums.pop(name).total() if name in self._sums else None) is not None:
+                self.inputs[name] = total
         for name in names:
             self.inputs[name] = self.inputs[self._owner[name]]
         return names
@@ -89,7 +122,15 @@ class StatisticsVisitor:
                     return
             self._last = (x, name)
             self._owner[name] = name
-            statistics = self.inputs.setdefault(name, ChannelStatistics.empty(x.shape[-1], x.device))
-            statistics.update(x.detach())
+            flow, batch = passing()
+            if name not in self._sums:
+                self._sums[name] = _sum(flow.leaf, x.shape[-1], x.device)
+            rows = x.detach().reshape(-1, x.shape[-1])
+            for sample, of in by_sample(x, batch):
+                self._sums[name].of(sample).update(rows[of])
 
         return hook
+
+
+def _sum(leaf: int, channels: int, device: torch.device | str) -> SampleSum[ChannelStatistics]:
+    return SampleSum(leaf, lambda: ChannelStatistics.empty(channels, device), ChannelStatistics.merged)

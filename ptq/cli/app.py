@@ -18,6 +18,7 @@ from ptq.cli.sweeps import compare_commands, sweep_commands
 from ptq.cli.threads import limit_threads
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
+from ptq.ranks.torchrun import name_of_rank, ranks_asked_for
 
 COMMANDS = {
     "run": "one experiment: calibrate, quantize, evaluate against the baseline, report",
@@ -48,7 +49,8 @@ def main(arguments: list[str] | None = None, program: str | None = None) -> int:
             with stopping():
                 return _dispatch(sys.argv[1:] if arguments is None else arguments, program)
         except UserError as error:
-            return _fail("error", str(error), EXIT_MISTAKE)
+            # Of several ranks the first says what all of them have found.
+            return EXIT_MISTAKE if error.said_elsewhere else _fail("error", str(error), EXIT_MISTAKE)
         except Stopped as error:
             return _fail("stopped", f"{error.name}; {_KEPT}", 128 + error.number)
         except KeyboardInterrupt:
@@ -129,6 +131,8 @@ def _command(command: str, arguments: list[str], program: str) -> int:
     if command == "run":
         sweep_commands.with_ablation(options)
     path = _config_path(options)
+    if options.multirun and (ranks := ranks_asked_for()) > 1:
+        raise UserError(f"-m: {ranks} ranks share one run, not the points of a sweep: start it without torchrun")
     if command == "run" and options.multirun and not options.cfg:
         limit_threads()
         return sweep_commands.sweep(path, options, (*program.split(), *arguments))
@@ -168,17 +172,28 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
         from ptq.footprint.tables import show_footprint
 
         return lambda recipe: show_footprint(recipe, options.context)
+    from ptq.ranks.torch_world import open_world
     from ptq.run.experiment import collect_statistics, dry_run, run
 
     limit_threads()
     if options.dry_run:
-        return dry_run
+        return (lambda recipe: None) if name_of_rank() else dry_run
     if command == "run":
-        return lambda recipe: run(recipe, options.force)
+
+        def run_it(recipe: Recipe) -> None:
+            with open_world(recipe.execution.device) as world:
+                run(recipe, options.force, world)
+
+        return run_it
     output = pathlib.Path(options.output).expanduser() if options.output else None
     if output is not None and options.multirun:
         raise UserError("--output: one file for several jobs of -m: leave it out, each job has its own folder")
-    return lambda recipe: collect_statistics(recipe, output)
+
+    def take(recipe: Recipe) -> None:
+        with open_world(recipe.execution.device) as world:
+            collect_statistics(recipe, output, world)
+
+    return take
 
 
 def _parser(command: str, program: str) -> argparse.ArgumentParser:
@@ -277,5 +292,5 @@ def _of_the_system(error: Exception) -> str | None:
 
 
 def _fail(kind: str, text: str, status: int) -> int:
-    print(f"{kind}: {' '.join(text.split())}", file=sys.stderr, flush=True)
+    print(f"{kind}: {name_of_rank()}{' '.join(text.split())}", file=sys.stderr, flush=True)
     return status

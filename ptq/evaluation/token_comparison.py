@@ -27,6 +27,10 @@ class TokenComparison:
     kl: torch.Tensor
     same_top: torch.Tensor
 
+    def tensors(self) -> tuple[torch.Tensor, ...]:
+        """Returns the figures in the order of the attributes, for tokens of other windows to be put beside them."""
+        return self.losses, self.baseline, self.quantized, self.kl, self.same_top
+
     @property
     def agreement(self) -> float:
         """The share of tokens at which both find the same token the most likely."""

@@ -4,6 +4,7 @@ import math
 import pathlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
+from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -14,6 +15,8 @@ from ptq.models.weights import Weights
 from ptq.network.experts.routing import ROUTED, ExpertTokens, routed_by
 from ptq.network.network import Block, Network, first_tensor, replaced_forward
 from ptq.network.outside import OutsideState
+from ptq.ranks.sample_sum import leaf_of, shares
+from ptq.ranks.world import ALONE, Message, World
 from quantize.kernels.matmul import fast_linears
 
 Progress = Callable[[str, int, int], None]
@@ -74,7 +77,9 @@ class Call:
 class Flow:
     """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
 
-    With `exact` the Linears round as torch's own do; otherwise they may be faster. `ahead` has the outputs of a block, batch by batch, where a solver's pass has computed them already.
+    With `exact` the Linears round as torch's own do; otherwise they may be faster. `ahead` has the outputs of a block, by number
+    of the batch, where a solver's pass has computed them already. Where batches are `shared` out among ranks, each carries its own,
+    and all have the hidden states of all when they have passed a block.
     """
 
     ids: torch.Tensor
@@ -84,9 +89,18 @@ class Flow:
     calls: list[list[Call]] = field(default_factory=list)
     experts: ExpertTokens | None = None
     """What experts see of these samples, for calibration; None for what the router chooses, not counted."""
-    ahead: dict[int, list[torch.Tensor]] = field(default_factory=dict)
+    ahead: dict[int, dict[int, torch.Tensor]] = field(default_factory=dict)
     finite: dict[str, torch.Tensor] = field(default_factory=dict)
     """Whether all was finite that came out of the embedding ("") and of each block, by name: bool, not waited for."""
+    shared: list[range] | None = None
+    """Numbers of the batches of each rank; None where every rank carries all of them."""
+    passed: Callable[[Block], None] = lambda block: None
+    """Called, on every rank, when its samples have passed a block."""
+
+    @property
+    def leaf(self) -> int:
+        """Samples whose sums one rank makes."""
+        return leaf_of(len(self.ids))
 
     def note_finite(self, place: str, output: torch.Tensor) -> None:
         """Notes whether a batch of what came out of `place` was finite: one look at it, and no wait for the device."""
@@ -106,9 +120,34 @@ class Flow:
         return names[0] if names else None
 
     def slices(self) -> Iterator[tuple[int, slice]]:
-        """Yields (index of the batch, its rows)."""
+        """Yields (index of the batch, its rows) of all batches."""
         for i, start in enumerate(range(0, len(self.ids), self.batch_size)):
             yield i, slice(start, start + self.batch_size)
+
+
+_PASSING: ContextVar[tuple[Flow, slice] | None] = ContextVar("ptq-passing", default=None)
+
+
+def passing() -> tuple[Flow, slice]:
+    """Returns which rows of which flow pass a block now, for hooks inside it.
+
+    Raises:
+        LookupError: when none does.
+    """
+    found = _PASSING.get()
+    if found is None:
+        raise LookupError("no batch passes a block now")
+    return found
+
+
+@contextmanager
+def _passing(flow: Flow, rows: slice) -> Iterator[None]:
+    """As `routed_by`, for this thread and this greenlet."""
+    token = _PASSING.set((flow, rows))
+    try:
+        yield
+    finally:
+        _PASSING.reset(token)
 
 
 class _Done(Exception):
@@ -127,6 +166,7 @@ class BlockStream:
         device: where the arithmetic happens.
         hidden_states: ``memory``, or ``disk`` for a memory-mapped file.
         progress: called after every block of every flow.
+        world: the ranks that share the samples.
     """
 
     def __init__(
@@ -136,10 +176,12 @@ class BlockStream:
         device: torch.device,
         hidden_states: str = "memory",
         progress: Progress | None = None,
+        world: World = ALONE,
     ):
         self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
         weights.take_apart(network.pieces)
         self.progress = progress or (lambda what, done, total: None)
+        self.world = world
         self.experts = ROUTED
         """What calibration samples show to experts: `ExpertTokens.mode`."""
         self.outside: list[Callable[[], None]] = []
@@ -179,11 +221,13 @@ class BlockStream:
         exact: bool = False,
         changed: bool = True,
         positions: torch.Tensor | None = None,
+        shared: bool = False,
     ) -> Flow:
         """Runs what comes before the blocks on `ids` (samples, length) and records how the model calls each block.
 
         What is evaluated is to be `exact`: the bits that the model gives outside of the stream. `changed`: see `hold_outside`.
-        `positions` (1, length): those of the tokens, where they do not begin at 0.
+        `positions` (1, length): those of the tokens, where they do not begin at 0. `shared`: ranks share the batches; whoever
+        looks at modules while they pass sees this rank's only.
         """
         flow: Flow | None = None
         with self.hold_outside(changed):
@@ -197,14 +241,41 @@ class BlockStream:
                 flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
         if flow is None:
             raise ValueError("no samples to carry through the network")
+        if shared:
+            flow.shared = shares(len(ids), batch_size, self.world.size)
         return flow
 
-    def calibration(self, ids: torch.Tensor, batch_size: int) -> Flow:
-        """Runs what comes before the blocks on calibration samples (samples, length), of which experts see what `experts` says."""
+    def calibration(self, ids: torch.Tensor, batch_size: int, shared: bool = False) -> Flow:
+        """Runs what comes before the blocks on calibration samples (samples, length), of which experts see what `experts` says.
+
+        Where they are `shared`, whoever sums what they give uses `ptq.ranks.sample_sum`: no rank has a part of a leaf.
+        """
         flow = self.open(ids, batch_size)
+        if shared:
+            flow.shared = shares(len(ids), batch_size, self.world.size, flow.leaf)
         if any(block.mixtures for block in self.network.blocks):
-            flow.experts = ExpertTokens(self.experts, *ids.shape)
+            own = None if flow.shared is None else flow.shared[self.world.rank]
+            flow.experts = ExpertTokens(self.experts, len(ids), ids.shape[1], own=own)
         return flow
+
+    def own(self, flow: Flow) -> Iterator[tuple[int, slice]]:
+        """Yields (index of the batch, its rows) of the batches that this rank carries."""
+        for i, rows in flow.slices():
+            if flow.shared is None or i in flow.shared[self.world.rank]:
+                yield i, rows
+
+    def spread(self, flow: Flow, tensor: torch.Tensor) -> None:
+        """Gives all ranks what each has put into the rows of its own batches in `tensor` (samples, ...)."""
+        for rank, batches in enumerate(flow.shared or ()):
+            self.world.fill(tensor[batches.start * flow.batch_size : batches.stop * flow.batch_size], rank)
+
+    def count_experts(self, flow: Flow) -> None:
+        """Adds up what experts have seen on all ranks; called when the samples have passed, or have come to a place in a block."""
+        if flow.experts is None or flow.shared is None:
+            return
+        fresh = flow.experts.take_fresh()
+        for message in self.world.gather(Message(tensors=fresh)):
+            flow.experts.add(message.tensors)
 
     @torch.no_grad()
     def run(self, flows: Sequence[Flow], visitor: Visitor, what: str = "blocks", kept: Kept | None = None) -> None:
@@ -229,16 +300,24 @@ class BlockStream:
         """Carries one flow through one block whose weights are in memory; `flow.hidden` is overwritten."""
         ahead = flow.ahead.pop(block.index, None)
         with fast_linears(not flow.exact):
-            for i, rows in flow.slices():
+            for i, rows in self.own(flow):
                 output = ahead[i] if ahead else self.call(flow, block, i, flow.hidden[rows].to(self.device))
                 flow.hidden[rows].copy_(output)
                 flow.note_finite(block.name, output)
+        if flow.shared is not None:
+            self.spread(flow, flow.hidden)
+            flow.finite[block.name] = self.world.all(
+                flow.finite.get(block.name, torch.tensor(True, device=self.device))
+            )
+            self.count_experts(flow)
+        flow.passed(block)
 
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""
         call = flow.calls[batch][block.index]
         choice = flow.experts.choice(block.name, batch) if flow.experts is not None and block.mixtures else None
-        with routed_by(choice) if choice is not None else nullcontext():
+        rows = slice(batch * flow.batch_size, min((batch + 1) * flow.batch_size, len(flow.ids)))
+        with _passing(flow, rows), routed_by(choice) if choice is not None else nullcontext():
             return first_tensor(block.module(hidden, *call.args, **call.kwargs))
 
     @contextmanager

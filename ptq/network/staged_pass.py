@@ -10,12 +10,14 @@ from torch import nn
 
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, replaced_forward
+from ptq.ranks.world import Message
 
 
 @dataclass
 class _Batch:
-    """One batch under way: where it waits, and with what; its output when it has come to the end."""
+    """One batch under way, by its number: where it waits, and with what; its output when it has come to the end."""
 
+    index: int
     rows: slice
     call: greenlet
     stage: int = -1
@@ -30,7 +32,7 @@ class _Batch:
 
 
 class StagedPass:
-    """Carries every batch of a flow through a block once, in as many goes as the block has stages.
+    """Carries every batch of a flow, of which each rank has its own, through a block once, in as many goes as the block has stages.
 
     The model's code is not cut up for that: each batch's call of the block is a coroutine (a greenlet) that is left where it
     calls the first Linear of a stage, and entered again when the Linears of that stage have been replaced. What the batches
@@ -55,7 +57,7 @@ class StagedPass:
 
     def __enter__(self) -> "StagedPass":
         self._waiting.__enter__()
-        self._batches = [_Batch(rows, greenlet(self._call)) for _, rows in self._flow.slices()]
+        self._batches = [_Batch(i, rows, greenlet(self._call)) for i, rows in self._stream.own(self._flow)]
         return self
 
     def __exit__(self, *error: Any) -> None:
@@ -73,25 +75,39 @@ class StagedPass:
         return self._stages[self._at] if self._at >= 0 else ()
 
     def inputs(self) -> Iterator[tuple[slice, torch.Tensor]]:
-        """Yields (its rows of the flow, what the Linears of the present stage read) of every batch that comes to them."""
+        """Yields (its rows of the flow, what the Linears of the present stage read) of every batch of this rank that comes to them."""
         for batch in self._batches:
             if batch.stage == self._at and batch.tensor is not None:
                 yield batch.rows, batch.tensor
+
+    def all_inputs(self) -> Iterator[tuple[slice, torch.Tensor]]:
+        """Yields the same of every batch of all ranks, in order."""
+        if self._flow.shared is None:
+            yield from self.inputs()
+            return
+        world, here = self._stream.world, {rows.start: x for rows, x in self.inputs()}
+        for rank, batches in enumerate(self._flow.shared):
+            for i, rows in self._flow.slices():
+                if i in batches:
+                    own = {"input": here[rows.start]} if rows.start in here else {}
+                    found = world.broadcast(Message(tensors=own), rank).tensors
+                    if found:
+                        yield rows, found["input"].to(self._stream.device)
 
     @torch.no_grad()
     def advance(self) -> None:
         """Takes every batch to the next stage, or beyond where it does not call that."""
         self._at += 1
-        for index, batch in enumerate(self._batches):
+        for batch in self._batches:
             if batch.stage < self._at:
-                batch.resume(*((index, batch.rows) if batch.stage < 0 else ()))
+                batch.resume(*((batch.index, batch.rows) if batch.stage < 0 else ()))
 
     @torch.no_grad()
     def finish(self) -> None:
         """Takes every batch to the end of the block; the next `BlockStream.step` of this block takes the outputs."""
         while self._at < len(self._stages):
             self.advance()
-        self._flow.ahead[self._block.index] = [batch.tensor for batch in self._batches if batch.tensor is not None]
+        self._flow.ahead[self._block.index] = {b.index: b.tensor for b in self._batches if b.tensor is not None}
 
     def _call(self, index: int, rows: slice) -> tuple[int, torch.Tensor]:
         hidden = self._flow.hidden[rows].to(self._stream.device)

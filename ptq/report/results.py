@@ -261,6 +261,7 @@ class Environment:
         cpu_flags: features of the processor; empty where the system does not tell.
         cores: processors of the machine; null where the system does not tell.
         threads: threads that torch computes with.
+        ranks: processes that shared the samples.
         seeds: the recipe's seeds, by what they draw.
         git: state of the source tree; null outside of one.
     """
@@ -277,6 +278,7 @@ class Environment:
     cpu_flags: list[str]
     cores: int | None
     threads: int
+    ranks: int
     seeds: dict[str, int]
     git: Git | None
 

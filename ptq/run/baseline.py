@@ -12,6 +12,7 @@ from ptq.errors import UserError
 from ptq.evaluation.token_comparison import window_losses
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Nothing
+from ptq.ranks.reduction import in_shares
 from ptq.run.session import Session
 
 
@@ -47,13 +48,17 @@ def _evaluated(session: Session, tokens: Tokens, key: dict[str, object]) -> Base
     """Evaluates the baseline, and keeps it in the store."""
     evaluation = session.recipe.evaluation
     with session.journal.phase("baseline"):
-        flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True)
+        flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True, shared=True)
         kept = session.kept("baseline", key, [flow], Nothing())
         session.stream.run([flow], Nothing(), "baseline", kept)
         if (place := flow.first_nonfinite()) is not None:
             raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
         with session.stream.head() as head:
-            losses = window_losses(head, flow.hidden, tokens.ids, evaluation.chunk)
+            losses = in_shares(
+                session.world,
+                len(tokens.ids),
+                lambda w: (window_losses(head, flow.hidden[w], tokens.ids[w], evaluation.chunk),),
+            )[0]
         if not torch.isfinite(losses).all():
             raise UserError("NaN or inf in the unquantized model's logits: try model.dtype=float32")
         entry = {"losses": losses, "hidden": flow.hidden}

@@ -1,41 +1,38 @@
 """One experiment: load, find links, calibrate, evaluate the baseline, quantize block by block, evaluate, report."""
 
-import contextlib
 import dataclasses
 import pathlib
 import shutil
-import sys
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
 
+import torch
 import yaml
 
 from ptq.config.checking import check
 from ptq.config.schema import Recipe
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
-from ptq.evaluation.token_comparison import compare_tokens
+from ptq.evaluation.token_comparison import Head, TokenComparison, compare_tokens
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.bounded import parse_json
-from ptq.files.source_digest import PACKAGES, module_digest
 from ptq.integrations.cache import use_packed_cache
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
+from ptq.ranks.reduction import in_shares
+from ptq.ranks.world import ALONE, World, led
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.tables import summary
-from ptq.run.baseline import baseline_of
+from ptq.run.baseline import Baseline, baseline_of
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
-from ptq.run.kept.state import LOCK, alone
+from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
-from ptq.run.preflight import check_before, check_tokens
+from ptq.run.preflight import check_before, check_ranks, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.record.findings import report
-from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
@@ -43,32 +40,31 @@ from ptq.steps._registry import build_steps, with_defaults
 from ptq.steps._step import Context, Step
 from quantize.kernels.choice import describe
 
-_BEGINNINGS = {"recipe.yaml", "run.log", "statistics.log", LOCK}
-"""What a run writes before its first result."""
 
-
-def run(recipe: Recipe, force: bool = False) -> pathlib.Path:
+def run(recipe: Recipe, force: bool = False, world: World = ALONE) -> pathlib.Path:
     """Runs `recipe` as `run_recipe`; returns the folder that holds the results."""
-    return run_recipe(recipe, force).folder
+    return run_recipe(recipe, force, world=world).folder
 
 
-def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None) -> Result:
+def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None, world: World = ALONE) -> Result:
     """Runs `recipe` from calibration to the report; a run that is finished is not run again, unless by `force`.
 
-    `shared` has what earlier runs of this process have loaded, and keeps what this one loads.
+    `shared` has what earlier runs of this process have loaded, and keeps what this one loads. All ranks of `world` call this with
+    one recipe; rank 0 writes the results, and the others end before the report.
 
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
+    led(world, lambda: bool(checked(recipe)))
     recipe, steps = checked(recipe)
     shared = shared or Shared(models=False)
     # What has ended here was checked then: its texts are read once for its identity, and its network is not built.
-    if not force and (folder := finished_before(recipe, shared)) is not None:
-        _show_finished(folder)
-        return Result(folder, None, "the run was finished before")
-    check_before(recipe, steps, shared)
-    with _folder_of_a_run(recipe, sources_of(steps)) as folder, alone(folder):
-        return _run(recipe, steps, folder, shared, force)
+    if not force and led(world, lambda: _shown_finished(recipe, shared)):
+        return Result(run_folder(recipe), None, "the run was finished before")
+    check_ranks(recipe, sources_of(steps), world)
+    led(world, lambda: check_before(recipe, steps, shared))
+    with places_of(recipe, steps, world) as places:
+        return _run(recipe, steps, places, shared, force, world)
 
 
 def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Path | None:
@@ -79,7 +75,7 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
     """
     recipe, steps = checked(recipe)
     sources = sources_of(steps)
-    folder = _folder(recipe, sources)
+    folder = folder_of(recipe, sources)
     there = (folder / METRICS).is_file() and finished(folder, known_identity(recipe, sources, shared))
     return folder if there else None
 
@@ -87,7 +83,7 @@ def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Pat
 def run_folder(recipe: Recipe) -> pathlib.Path:
     """Returns where a run of `recipe` would write to; nothing is made. Raises `UserError` for steps that cannot be built."""
     recipe, steps = checked(recipe)
-    return _folder(recipe, sources_of(steps))
+    return folder_of(recipe, sources_of(steps))
 
 
 def check_recipe(recipe: Recipe, shared: Shared | None = None) -> list[str]:
@@ -102,7 +98,7 @@ def check_recipe(recipe: Recipe, shared: Shared | None = None) -> list[str]:
     recipe, steps = checked(recipe)
     return [
         *check_before(recipe, steps, shared),
-        f"ok: {recipe.name} would write to {_folder(recipe, sources_of(steps))}",
+        f"ok: {recipe.name} would write to {folder_of(recipe, sources_of(steps))}",
     ]
 
 
@@ -127,26 +123,23 @@ def resolved(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, steps=with_defaults(recipe.steps), export=export, execution=execution)
 
 
-def sources_of(steps: Mapping[str, Step]) -> dict[str, str]:
-    """Returns a digest of the source of every step that does not come with this package, by the step's name."""
-    modules = {name: sys.modules[type(step).__module__] for name, step in steps.items()}
-    return {name: module_digest(m) for name, m in modules.items() if m.__name__.partition(".")[0] not in PACKAGES}
-
-
-def _show_finished(folder: pathlib.Path) -> None:
-    """Says what a finished run has found."""
+def _shown_finished(recipe: Recipe, shared: Shared | None) -> bool:
+    """Returns whether this very run has ended before, and says what it has found."""
+    if (folder := finished_before(recipe, shared)) is None:
+        return False
     metrics = parse_json((folder / METRICS).read_text(encoding="utf-8"))
     print(f"finished before: {summary(metrics)}; --force runs it again")
     print(f"results: {folder}")
+    return True
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: Shared, force: bool) -> Result:
-    journal = Journal(folder / "run.log")
+def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared, force: bool, world: World) -> Result:
+    folder, journal = places.folder, places.journal("run.log")
     journal.note(f"recipe {recipe.name}, hash {folder.name}")
     if (folder / METRICS).is_file() and not force:
         journal.say("replaces the result that is here, which was of other code, weights, texts or versions")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    with open_session(recipe, journal, folder, shared) as session:
+    with open_session(recipe, journal, places.kept, shared, world) as session:
         for note in check_export(recipe, session.network):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
@@ -164,7 +157,9 @@ def _run(recipe: Recipe, steps: dict[str, Step], folder: pathlib.Path, shared: S
         for name, proof in visitor.proofs.items():
             journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.heads() as heads:
-            compared = compare_tokens(heads, baseline.hidden, flow.hidden, tokens.ids, recipe.evaluation.chunk)
+            compared = _compared(session, heads, baseline, flow, tokens)
+        if not world.leads:
+            return Result(places.kept, None, "rank 0 writes the results")
         report(session, visitor, tokens, baseline, compared, folder, identity)
         session.stream.change_outside()
         export_session(session, folder)
@@ -184,7 +179,7 @@ def _quantize(
     """Quantizes block by block, from where an interrupted run has come to; returns the visitor and the evaluated flow."""
     recipe, stream, samples = session.recipe, session.stream, context.samples
     with session.journal.phase("quantize"):
-        flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True)
+        flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
         kernels = choice_of(session)
         visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
@@ -203,22 +198,39 @@ def _quantize(
     return visitor, flow
 
 
-def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None) -> pathlib.Path:
+def _compared(
+    session: Session, heads: tuple[Head, Head], baseline: Baseline, flow: Flow, tokens: Tokens
+) -> TokenComparison:
+    """Compares the models' tokens; the ranks share the windows."""
+    chunk = session.recipe.evaluation.chunk
+
+    def work(w: slice) -> tuple[torch.Tensor, ...]:
+        return compare_tokens(heads, baseline.hidden[w], flow.hidden[w], tokens.ids[w], chunk).tensors()
+
+    return TokenComparison(*in_shares(session.world, len(tokens.ids), work))
+
+
+def collect_statistics(recipe: Recipe, output: pathlib.Path | None = None, world: World = ALONE) -> pathlib.Path:
     """Takes calibration statistics only. Returns the file: `output`, or ``statistics.safetensors`` in the run's folder."""
     check(recipe)
     recipe = resolved(recipe)
-    shared = Shared(models=False)
-    check_before(recipe, shared=shared)
+    steps, shared = build_steps(recipe.steps), Shared(models=False)
+    check_ranks(recipe, sources_of(steps), world)
+    led(world, lambda: check_before(recipe, shared=shared))
     recipe = dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, statistics=None))
-    with _folder_of_a_run(recipe, sources_of(build_steps(recipe.steps))) as folder, alone(folder):
-        return _collect_statistics(recipe, folder, output or folder / "statistics.safetensors", shared)
+    with places_of(recipe, steps, world) as places:
+        return _collect_statistics(recipe, places, output or places.folder / "statistics.safetensors", shared, world)
 
 
-def _collect_statistics(recipe: Recipe, folder: pathlib.Path, path: pathlib.Path, shared: Shared) -> pathlib.Path:
+def _collect_statistics(
+    recipe: Recipe, places: Places, path: pathlib.Path, shared: Shared, world: World
+) -> pathlib.Path:
+    folder, journal = places.folder, places.journal("statistics.log")
     ensure_folder(path.parent, "--output")
-    journal = Journal(folder / "statistics.log")
-    with open_session(recipe, journal, folder, shared) as session:
+    with open_session(recipe, journal, places.kept, shared, world) as session:
         statistics, _ = statistics_of(session)
+        if not world.leads:
+            return path
         statistics.save(path)
         journal.show(outlier_table(statistics))
         picture = path.with_suffix(".png")
@@ -238,28 +250,6 @@ def dry_run(recipe: Recipe) -> None:
 def output_folder(recipe: Recipe) -> pathlib.Path:
     """Returns ``<outputs>/<recipe>/<hash of the recipe and of methods from outside>``, created and proved writable."""
     recipe, steps = checked(recipe)
-    folder = _folder(recipe, sources_of(steps))
+    folder = folder_of(recipe, sources_of(steps))
     ensure_folder(folder, "outputs")
     return folder
-
-
-@contextmanager
-def _folder_of_a_run(recipe: Recipe, sources: Mapping[str, str]) -> Iterator[pathlib.Path]:
-    """Gives the run's folder. A refusal before there is any result leaves no trace of a folder that was not there before."""
-    folder = _folder(recipe, sources)
-    above = [path for path in (folder, *folder.parents) if not path.exists()]
-    ensure_folder(folder, "outputs")
-    try:
-        yield folder
-    except UserError:
-        if above and {path.name for path in folder.iterdir()} <= _BEGINNINGS:
-            for path in folder.iterdir():
-                path.unlink()
-            with contextlib.suppress(OSError):  # another run may have put its own folder beside this one
-                for path in above:
-                    path.rmdir()
-        raise
-
-
-def _folder(recipe: Recipe, sources: Mapping[str, str]) -> pathlib.Path:
-    return pathlib.Path(recipe.outputs).expanduser() / recipe.name / recipe.digest(sources)

@@ -9,6 +9,7 @@ from ptq.errors import UserError, nearest
 from ptq.files import kernel_timings
 from ptq.files.kernel_timings import read_timings
 from ptq.network.network import Network
+from ptq.ranks.world import Message
 from ptq.run.session import Session, device_of
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import AUTO, Choice, describe, names
@@ -48,7 +49,8 @@ def choice_of(session: Session) -> Choice:
 
 def keep_timings(session: Session, choice: Choice) -> None:
     """Keeps what was timed, beside what other runs have found meanwhile."""
-    kernel_timings.keep_timings(session.store, session.stream.device, choice.timings)
+    timed = session.world.broadcast(Message(choice.timings)).facts  # rank 0's: each rank may have timed others
+    kernel_timings.keep_timings(session.store, session.stream.device, timed)
 
 
 @contextmanager

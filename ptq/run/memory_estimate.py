@@ -1,5 +1,6 @@
 """How much memory a run takes at its peak, estimated from shapes before the work, beside what the machine has."""
 
+import math
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
@@ -11,6 +12,7 @@ from ptq.config.schema import Recipe
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, Network, weight_of
+from ptq.ranks.sample_sum import LEAVES
 from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step
 
 PROCESS = 700 << 20
@@ -163,8 +165,10 @@ def _solving(block: Block, recipe: Recipe, tokens: int, value: int, reference: b
     widest = max(widths, default=0)
     waiting = 3 * value * tokens * widest if in_memory else 0
     held = value * tokens * sum(sorted(set(widths), reverse=True)[:2]) if reference and in_memory else 0
-    # The Hessian, its inverse and its factor, and the cross moment of a target; in float64 while they are factorised.
-    moments = widest * widest * (4 * 3 + 8)
+    # The Hessian, its inverse and its factor, and the cross moment of a target; in float64 while they are factorised. Before that
+    # the sums of the samples' tree, of which at most one a level and one under way are held.
+    levels = math.ceil(math.log2(min(LEAVES, max(2, recipe.calibration.samples)))) + 1
+    moments = widest * widest * max(4 * 3 + 8, 4 * levels * (2 if reference else 1))
     return waiting + held + moments + 2 * value * max((w.numel() for w in weights.values()), default=0)
 
 

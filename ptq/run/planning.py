@@ -213,5 +213,6 @@ def open_samples(steps: Mapping[str, Step], context: Context) -> Samples | None:
         return None
     batch, wanted, stream = context.batch_size, captures_of_steps(context.scheme, steps), context.stream
     ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
-    reference = stream.calibration(ids, batch) if REFERENCE in wanted else None
-    return Samples(stream, stream.calibration(ids, batch), reference)
+    shared = bool(wanted & {SAMPLES, REFERENCE})
+    reference = stream.calibration(ids, batch, shared) if REFERENCE in wanted else None
+    return Samples(stream, stream.calibration(ids, batch, shared), reference)

@@ -17,7 +17,10 @@ from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.models.weights import check_shapes
 from ptq.network.skeleton import skeleton
+from ptq.ranks.sample_sum import leaf_of, units
+from ptq.ranks.world import World, agree
 from ptq.run.exports import check_export
+from ptq.run.kept.identity import machine
 from ptq.run.kernel_choice import check_kernels
 from ptq.run.memory_estimate import check_memory
 from ptq.run.session import calibration_draw, check_experts, device_of, evaluation_draw
@@ -85,6 +88,31 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared
     lines.append(check_memory(recipe, network, steps or {}))
     _check_statistics_file(recipe, network.shapes)
     return lines
+
+
+def check_ranks(recipe: Recipe, sources: Mapping[str, str], world: World) -> None:
+    """Checks that the ranks of a run are of one mind, and that there is work for each.
+
+    Args:
+        recipe: with its defaults.
+        sources: digests of the source of steps from outside.
+        world: the ranks.
+
+    Raises:
+        UserError: on all ranks.
+    """
+    if world.size == 1:
+        return
+    plain = {key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name"}}
+    facts = {f"recipe ({key})": value for key, value in plain.items()}
+    agree(world, {**facts, "methods": dict(sources), **machine(device_of(recipe))})
+    c = recipe.calibration
+    most = units(c.samples, c.batch_size, leaf_of(c.samples))
+    if world.size > most:
+        raise UserError(
+            f"calibration.samples: {c.samples} samples in batches of {c.batch_size} make {most} shares, too few for {world.size} "
+            f"ranks: start {most} or fewer, or use more samples or a lower calibration.batch_size"
+        )
 
 
 def check_tokens(recipe: Recipe, tokenizer: Any, calibration: Tokens, evaluation: Tokens, vocabulary: int) -> None:

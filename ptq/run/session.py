@@ -21,6 +21,8 @@ from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.experts.routing import ALL, ROUTED
 from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
+from ptq.ranks.ranked_store import ranked
+from ptq.ranks.world import ALONE, World
 from ptq.run.kept.identity import digest_of, machine
 from ptq.run.kept.kept_pass import RESUME, KeptPass
 from ptq.run.record.journal import Journal
@@ -39,6 +41,11 @@ class Session:
     folder: pathlib.Path | None = None
     shared: Shared = field(default_factory=Shared)
 
+    @property
+    def world(self) -> World:
+        """The ranks of the run."""
+        return self.stream.world
+
     def calibration_tokens(self) -> Tokens:
         """Draws the calibration samples of the recipe, once."""
         return self._tokens(calibration_draw(self.recipe))
@@ -56,7 +63,7 @@ class Session:
         if self.folder is None:
             return None
         digest = key if isinstance(key, str) else digest_of(key)
-        return KeptPass(self.folder / RESUME / what, digest, flows, visitor, self.journal.say)
+        return KeptPass(self.folder / RESUME / what, digest, flows, visitor, self.journal.say, self.world)
 
     def traces(self, sums: bool) -> dict[int, Trace]:
         """Returns the links of every block, and the `sums` where asked, out of the store where they were found before."""
@@ -148,12 +155,16 @@ def known_identity(recipe: Recipe, sources: Mapping[str, str], shared: Shared | 
 
 @contextmanager
 def open_session(
-    recipe: Recipe, journal: Journal, folder: pathlib.Path | None = None, shared: Shared | None = None
+    recipe: Recipe,
+    journal: Journal,
+    folder: pathlib.Path | None = None,
+    shared: Shared | None = None,
+    world: World = ALONE,
 ) -> Iterator[Session]:
     """Loads the model of `recipe` and gives a `Session`; its memory-mapped files go when the context ends.
 
     `folder` is the run's, where passes keep what an interrupted one is taken up from; `shared` has what earlier runs of this
-    process have loaded.
+    process have loaded; `world` has the ranks that share the samples.
 
     Raises:
         UserError: for a model that cannot be loaded or a scheme that does not fit its shapes.
@@ -171,14 +182,14 @@ def open_session(
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
     device = device_of(recipe)
     check_experts(recipe, network)
-    stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress)
+    stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress, world)
     stream.experts = recipe.calibration.experts
     journal.say(
         f"{recipe.model.path}: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, "
         f"baseline {loaded.baseline_dtype}, arithmetic {loaded.arithmetic_dtype} on {device}, weights {recipe.execution.weights}"
     )
     try:
-        yield Session(recipe, journal, loaded, network, stream, store, folder, shared)
+        yield Session(recipe, journal, loaded, network, stream, ranked(store, world), folder, shared)
     finally:
         stream.close()
 

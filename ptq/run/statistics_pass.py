@@ -45,8 +45,9 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
 def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object]) -> Statistics:
     """Runs the calibration tokens through the network and gathers statistics of every Linear; `key` says what of."""
     with session.journal.phase("calibration"):
-        flow = session.stream.calibration(tokens.ids, session.recipe.calibration.batch_size)
+        flow = session.stream.calibration(tokens.ids, session.recipe.calibration.batch_size, shared=True)
         visitor = StatisticsVisitor(session.stream.device)
+        flow.passed = lambda block: visitor.reduce(block, session.world)
         session.stream.run([flow], visitor, "calibration", session.kept("calibration", key, [flow], visitor))
     statistics = visitor.result(_provenance(session, tokens))
     for name in statistics.unreached:

@@ -1,11 +1,14 @@
 """Second moments of what the Linears of a stage read now, for solvers that weigh errors by them."""
 
+from collections.abc import Callable
 from functools import partial
 
 import torch
 
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
+from ptq.ranks.reduction import merged, total_of
+from ptq.ranks.sample_sum import SampleSum, by_sample
 from ptq.steps._solving import BlockInputs, specs_of
 from ptq.steps._step import Context
 from quantize.modules.simulated import InputQuantizer
@@ -30,28 +33,30 @@ def stage_hessians(
         specs = specs_of(context, name)
         if specs.weight is not None:
             of[name] = inputs.of(name, specs)
-    found: dict[InputQuantizer | None, Hessian] = {}
+    flow, world = context.samples.flow, context.samples.stream.world
+    found: dict[InputQuantizer | None, SampleSum[Hessian]] = {}
+    empty: dict[InputQuantizer | None, Callable[[], Hessian]] = {}
     for name, quantizer in of.items():
         if quantizer not in found:
             weight = weight_of(context.module(name))
-            found[quantizer] = Hessian(weight.shape[1], weight.device)
+            empty[quantizer] = partial(Hessian, weight.shape[1], weight.device)
+            found[quantizer] = SampleSum(flow.leaf, empty[quantizer], merged)
     if found:
-        context.samples.feed(block, {next(iter(of)): partial(_see, found)})
-    matrices = {quantizer: hessian.matrix for quantizer, hessian in found.items()}
+        context.samples.feed(block, {next(iter(of)): partial(_see, found, flow.ids.shape[1])}, shared=True)
+    matrices = {}
+    for quantizer, mine in found.items():
+        total = total_of(world, mine, Hessian.from_state, context.samples.stream.device)
+        matrices[quantizer] = (empty[quantizer]() if total is None else total).matrix
     return {name: matrices[quantizer] for name, quantizer in of.items()}
 
 
-def samples_of(x: torch.Tensor) -> list[slice]:
-    """Returns which rows of ``x.reshape(-1, channels)`` are each sample's; those of a tensor (tokens, channels) are one's."""
-    length = x.shape[1:-1].numel() if x.dim() > 2 else len(x)
-    return [slice(start, start + length) for start in range(0, x.shape[:-1].numel(), max(1, length))]
-
-
-def _see(hessians: dict[InputQuantizer | None, Hessian], x: torch.Tensor, tokens: slice) -> None:
+def _see(sums: dict[InputQuantizer | None, SampleSum[Hessian]], length: int, x: torch.Tensor, tokens: slice) -> None:
     """Adds a batch, a sample at a time, so that sums do not depend on the batch size."""
-    for quantizer, hessian in hessians.items():
+    if not x.numel():
+        return
+    for quantizer, summed in sums.items():
         # Rounded before samples lie one after another: a range is a sample's own.
         y = x if quantizer is None else quantizer(x)
         rows = y.reshape(-1, y.shape[-1])
-        for sample in samples_of(x):
-            hessian.update(rows[sample])
+        for sample, of in by_sample(y, slice(tokens.start // length, tokens.stop // length)):
+            summed.of(sample).update(rows[of])

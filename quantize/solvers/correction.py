@@ -1,6 +1,6 @@
 """What a quantized Linear should reproduce when its input has changed too: what it gave before anything was quantized."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import torch
 
@@ -36,6 +36,22 @@ class ErrorMoment:
         e, y = (t.detach().reshape(-1, t.shape[-1]).float() for t in (error, present))
         self._sum += product(e.t(), y)
         self.count += len(y)
+
+    def merge(self, other: "ErrorMoment") -> None:
+        """Adds the tokens that `other` has seen, in place."""
+        self._sum += other._sum
+        self.count += other.count
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what has been accumulated, by name: another process's `from_state` goes on with it."""
+        return {"sum": self._sum, "count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "ErrorMoment":
+        """Returns the moment whose `state` this is."""
+        made = cls(0, 0)
+        made._sum, made.count = state["sum"], int(state["count"])
+        return made
 
     def with_tokens_of(self, other: "ErrorMoment") -> "ErrorMoment":
         """Returns the moment of the tokens of both."""

@@ -5,6 +5,7 @@ V = U / diag(U) (rows divided), U = chol(H^-1) upper: column j is rounded with e
 by -e_j V_jc.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 import torch
@@ -98,11 +99,27 @@ class Hessian:
         add_gram(self._sum, tokens)
         self.count += len(tokens)
 
+    def merge(self, other: "Hessian") -> None:
+        """Adds the tokens that `other` has seen, in place."""
+        self._sum += other._sum
+        self.count += other.count
+
     def with_tokens_of(self, other: "Hessian") -> "Hessian":
         """Returns the Hessian of the tokens of both."""
         both = Hessian(0)
         both._sum, both.count = self._sum + other._sum, self.count + other.count
         return both
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns what has been accumulated, by name: another process's `from_state` goes on with it."""
+        return {"sum": self._sum, "count": torch.tensor(self.count)}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor]) -> "Hessian":
+        """Returns the Hessian whose `state` this is."""
+        made = cls(0)
+        made._sum, made.count = state["sum"], int(state["count"])
+        return made
 
     @property
     def matrix(self) -> torch.Tensor:

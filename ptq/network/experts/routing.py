@@ -1,7 +1,7 @@
 """Which experts see which tokens: a mixture's choice, changed or counted on its way to the experts."""
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, field
@@ -82,6 +82,7 @@ class ExpertTokens:
         length: tokens of a sample.
         routed: by full name of a mixture's holder, how many tokens the router sent to each expert, int64 (experts,).
         seen: how many each expert has seen.
+        own: numbers of the batches that this rank counts, where ranks share them; None for all.
     """
 
     mode: str
@@ -89,6 +90,8 @@ class ExpertTokens:
     length: int
     routed: dict[str, torch.Tensor] = field(default_factory=dict)
     seen: dict[str, torch.Tensor] = field(default_factory=dict)
+    own: range | None = None
+    _fresh: dict[str, torch.Tensor] = field(default_factory=dict)
     _counted: set[tuple[str, int]] = field(default_factory=set)
 
     @property
@@ -106,12 +109,25 @@ class ExpertTokens:
             holder = f"{block}.{place}"
             if (holder, batch) not in self._counted:
                 self._counted.add((holder, batch))
-                for counts, numbers in ((self.routed, index), (self.seen, more)):
-                    found = torch.bincount(numbers.flatten(), minlength=experts)
-                    counts[holder] = counts[holder] + found if holder in counts else found
+                found = torch.stack([torch.bincount(n.flatten(), minlength=experts) for n in (index, more)])
+                if self.own is None:
+                    self.add({holder: found})
+                elif batch in self.own:
+                    self._fresh[holder] = self._fresh[holder] + found if holder in self._fresh else found
             return more, added
 
         return choose
+
+    def take_fresh(self) -> dict[str, torch.Tensor]:
+        """Returns what this rank has counted of its own batches and not added yet: routed and seen, int64 (2, experts)."""
+        fresh, self._fresh = self._fresh, {}
+        return fresh
+
+    def add(self, counts: Mapping[str, torch.Tensor]) -> None:
+        """Adds counts, as `take_fresh` returns them, of any rank."""
+        for holder, (routed, seen) in counts.items():
+            for known, found in ((self.routed, routed), (self.seen, seen)):
+                known[holder] = known[holder] + found.to(known[holder].device) if holder in known else found
 
     def of(self, expert: str) -> tuple[int, int] | None:
         """Returns how many tokens the router has sent to the expert of that full name, and how many it has seen."""

@@ -14,6 +14,7 @@ from ptq.files.atomic import write_atomic, write_text
 from ptq.files.bounded import parse_json
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
+from ptq.ranks.world import ALONE, World, led
 
 PROGRESS = "progress.json"
 RESUME = "resume"
@@ -44,6 +45,7 @@ class KeptPass:
         flows: whose hidden states pass.
         visitor: what works on the blocks.
         say: told in a sentence what is taken up or thrown away.
+        world: of its ranks one writes; all of them take up what it finds, from one file system.
     """
 
     def __init__(
@@ -53,8 +55,9 @@ class KeptPass:
         flows: Sequence[Flow],
         visitor: Resumable,
         say: Callable[[str], None] = lambda line: None,
+        world: World = ALONE,
     ):
-        self.folder, self.flows, self.visitor, self.say = folder, list(flows), visitor, say
+        self.folder, self.flows, self.visitor, self.say, self.world = folder, list(flows), visitor, say, world
         self.key = key
         self._sums: list[int] = []
         self._last: dict[str, Any] | None = None
@@ -64,21 +67,23 @@ class KeptPass:
     def take_up(self, blocks: Sequence[Block]) -> int:
         """Puts back what was kept; returns how many blocks are done."""
         self._since, self._total = time.perf_counter(), len(blocks)
-        for entry in self._entries():
-            if self._whole(entry):
-                done, self._slot = int(entry["blocks"]), 1 - int(entry["slot"])
-                for i, flow in enumerate(self.flows):
-                    _read_into(flow.hidden, self._hidden(int(entry["slot"]), i))
-                for block in blocks[:done]:
-                    self.visitor.read(block, self.file_of(block))
-                self._sums, self._last = list(entry["block_sums"]), entry
-                self.say(f"resumed after block {done} of {len(blocks)}")
-                return done
-        self.drop()
-        return 0
+        entry = led(self.world, lambda: next((e for e in self._entries() if self._whole(e)), None))
+        if entry is None:
+            self.drop()
+            return 0
+        done, self._slot = int(entry["blocks"]), 1 - int(entry["slot"])
+        for i, flow in enumerate(self.flows):
+            _read_into(flow.hidden, self._hidden(int(entry["slot"]), i))
+        for block in blocks[:done]:
+            self.visitor.read(block, self.file_of(block))
+        self._sums, self._last = list(entry["block_sums"]), entry
+        self.say(f"resumed after block {done} of {len(blocks)}")
+        return done
 
     def keep(self, block: Block) -> None:
         """Writes the finished block and the hidden states after it."""
+        if not self.world.leads:
+            return
         start = time.perf_counter()
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.file_of(block)
@@ -101,13 +106,14 @@ class KeptPass:
 
     def hand_over(self, blocks: Sequence[Block], folder: pathlib.Path) -> None:
         """Copies the files of the finished blocks into another folder."""
-        for block in blocks:
+        for block in blocks if self.world.leads else ():
             source = self.file_of(block)
             write_atomic(folder / source.name, partial(shutil.copyfile, source))
 
     def drop(self) -> None:
         """Removes everything that was kept."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        if self.world.leads:
+            shutil.rmtree(self.folder, ignore_errors=True)
         self._sums, self._last = [], None
 
     def file_of(self, block: Block) -> pathlib.Path:

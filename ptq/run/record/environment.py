@@ -28,7 +28,7 @@ PACKAGES = (
 )
 
 
-def environment(recipe: Recipe, device: torch.device) -> Environment:
+def environment(recipe: Recipe, device: torch.device, ranks: int = 1) -> Environment:
     """Returns what may explain a difference between two runs; it is to be asked when the run has ended."""
     return Environment(
         ptq=ptq.__version__,
@@ -43,6 +43,7 @@ def environment(recipe: Recipe, device: torch.device) -> Environment:
         cpu_flags=_cpu_flags(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),
+        ranks=ranks,
         seeds={"calibration": recipe.calibration.seed, "evaluation": recipe.evaluation.seed},
         git=_git(pathlib.Path(ptq.__file__).resolve().parent.parent),
     )

@@ -89,7 +89,7 @@ def report(
         memory=journal.memory.memory(),
         kernels=kernels,
     )
-    write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device))
+    write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device, session.world.size))
     journal.show(tensor_table(facts.tensors))
     journal.show(token_table(comparison.token_statistics))
     journal.show(result_table(recipe, comparison, facts))

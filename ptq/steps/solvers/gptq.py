@@ -1,7 +1,6 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -11,7 +10,9 @@ from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
-from ptq.steps._moments import samples_of
+from ptq.ranks.reduction import by_cost, done_by
+from ptq.ranks.world import Message
+from ptq.steps._solved import heard, told
 from ptq.steps._solving import (
     BlockInputs,
     Solved,
@@ -22,10 +23,10 @@ from ptq.steps._solving import (
     specs_of,
 )
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps.solvers._target_moments import Moments, Part
 from quantize.codecs.base import checked
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import dequantize, grouped
-from quantize.kernels.matmul import product
 from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment, corrected_weight, held_out_strength
 from quantize.solvers.damping import held_out_damping
@@ -131,6 +132,7 @@ class _Solving:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
         self.step, self.options, self.block, self.context = step, step.solving, block, context
         self.samples: Samples = context.samples
+        self.notes: list[str] = []
 
     def run(self) -> None:
         """Quantizes the block's Linears in place."""
@@ -156,7 +158,7 @@ class _Solving:
         """Quantizes the Linears of these stages, on what reaches them now."""
         moments = [m for stage in stages for m in self._moments(stage, inputs, sums, originals)]
         self._feed(moments)
-        solved = {name: found for m in moments for name, found in self._solved(m).items()}
+        solved = self._solved_by_all(moments)
         for name in (name for stage in stages for name in stage):
             specs = specs_of(self.context, name)
             if specs.any:
@@ -172,11 +174,12 @@ class _Solving:
 
     def _moments(
         self, stage: tuple[str, ...], inputs: BlockInputs, sums: dict[str, str], originals: dict[str, torch.Tensor]
-    ) -> "list[_Moments]":
+    ) -> list[Moments]:
         """Returns empty moments for the Linears of a stage whose weights are to be solved: one for each input quantizer, and
         one for each Linear whose target is a sum.
         """
-        made: dict[tuple[InputQuantizer | None, str], _Moments] = {}
+        made: dict[tuple[InputQuantizer | None, str], Moments] = {}
+        flow = self.samples.flow
         for name in stage:
             specs = specs_of(self.context, name)
             if specs.weight is None:
@@ -184,25 +187,26 @@ class _Solving:
             key = inputs.of(name, specs), name if name in sums else ""
             if key not in made:
                 weight = weight_of(self.context.network.model.get_submodule(name))
-                parts = tuple(self._part(weight, name in sums) for _ in range(2 if self.step.options.held_out else 1))
-                original = originals.get(sums.get(name, stage[0]))
-                made[key] = _Moments(stage[0], key[0], parts, original, self._held)
+                made[key] = Moments(
+                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, weight, name in sums),
+                    originals.get(sums.get(name, stage[0])), self._held if self.step.options.held_out else None, weight.device,
+                )  # fmt: skip
                 if name in sums:
                     made[key] = replace(made[key], place=sums[name], weight=weight, relative=self.step.options.relative)
             made[key].names.append(name)
         return list(made.values())
 
-    def _part(self, weight: torch.Tensor, of_sum: bool) -> "_Part":
+    def _part(self, weight: torch.Tensor, of_sum: bool) -> Part:
         rows, columns = weight.shape if of_sum else (weight.shape[1], weight.shape[1])
         error = None if self.step.target == "present" else ErrorMoment(rows, columns, weight.device)
-        return _Part(Hessian(columns, weight.device), error, of_sum)
+        return Part(Hessian(columns, weight.device), error, of_sum)
 
-    def _held(self, tokens: slice, sample: int) -> bool:
-        """Whether that sample of a batch is held out."""
-        every, number = self.step.options.held_out, tokens.start // self.samples.flow.ids.shape[1] + sample
-        return every > 0 and number % every == every - 1
+    def _held(self, sample: int) -> bool:
+        """Whether the sample of that number is held out."""
+        every = self.step.options.held_out
+        return sample % every == every - 1
 
-    def _feed(self, moments: "list[_Moments]") -> None:
+    def _feed(self, moments: list[Moments]) -> None:
         """Lets the samples pass, and every moment see what it needs."""
         watchers: dict[str, list[Watcher]] = {}
         for m in moments:
@@ -210,9 +214,29 @@ class _Solving:
             if m.place is not None:
                 watchers.setdefault(m.place, []).append(m.see_sum)
         if watchers:
-            self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()})
+            self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()}, shared=True)
 
-    def _solved(self, moments: "_Moments") -> dict[str, Solved]:
+    def _solved_by_all(self, moments: list[Moments]) -> dict[str, Solved]:
+        """Returns what was chosen for all Linears of these moments, by name: each rank solves for some of them."""
+        world = self.samples.stream.world
+        owners = by_cost([m.cost for m in moments], world.size)
+        for m, owner in zip(moments, owners, strict=True):
+            m.reduce(world, owner)
+
+        def work(number: int) -> Message:
+            solved, moments[number].parts = self._solved(moments[number]), ()
+            notes, self.notes = self.notes, []
+            return told(solved, notes)
+
+        found: dict[str, Solved] = {}
+        for message in done_by(world, owners, work):
+            solved, notes = heard(message, self.samples.stream.device)
+            for line in notes:
+                self.context.note(line)
+            found |= solved
+        return found
+
+    def _solved(self, moments: Moments) -> dict[str, Solved]:
         """Returns what was chosen for the Linears that share these moments, by name.
 
         Rows do not see one another, so the Linears whose rows have grids of their own are solved as one tall weight: one
@@ -229,7 +253,7 @@ class _Solving:
             solved.update(self._codes(names, spec, moments))
         return solved
 
-    def _codes(self, names: list[str], spec: QuantSpec, moments: "_Moments") -> dict[str, Solved]:
+    def _codes(self, names: list[str], spec: QuantSpec, moments: Moments) -> dict[str, Solved]:
         weights = [_weight(self.context, name) for name in names]
         weight, hessian = torch.cat([w.float() for w in weights]), moments.whole.hessian.matrix
         labels = labels_of(self.context, names[0], spec, "weight")
@@ -250,7 +274,7 @@ class _Solving:
         grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
         return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
 
-    def _strength(self, names: list[str], weight: torch.Tensor, moments: "_Moments") -> float | None:
+    def _strength(self, names: list[str], weight: torch.Tensor, moments: Moments) -> float | None:
         """Returns the damping of the correction of a weight, or None for none."""
         if self.step.target == "present":
             return None
@@ -259,11 +283,11 @@ class _Solving:
         fit, held = ((part.of_outputs(weight), part.hessian.matrix) for part in moments.parts)
         found = held_out_strength(fit, held)
         if found is None:
-            self.context.note(f"gptq: {', '.join(names)}: held out samples say that no correction is best")
+            self.notes.append(f"gptq: {', '.join(names)}: held out samples say that no correction is best")
         return found
 
     def _damped(
-        self, names: list[str], weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None, moments: "_Moments"
+        self, names: list[str], weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None, moments: Moments
     ) -> GptqOptions:
         """Returns the options with the damping that loses least on the held out samples, where it is to be searched."""
         if not self.step.options.search_damping or not all(part.hessian.count for part in moments.parts):
@@ -280,7 +304,7 @@ class _Solving:
 
         chosen = held_out_damping(weight, held, values, self.options)
         if chosen.damping != self.options.damping:
-            self.context.note(f"gptq: {', '.join(names)}: damping {chosen.damping:g} by held out samples")
+            self.notes.append(f"gptq: {', '.join(names)}: damping {chosen.damping:g} by held out samples")
         return replace(self.options, damping=chosen.damping)
 
     def _note(self, names: list[str], solution: Solution | FormatSolution) -> None:
@@ -292,9 +316,9 @@ class _Solving:
                     if solution.failures
                     else "no token reached it"
                 )
-                self.context.note(f"gptq: {name}: {why}: rounded to nearest instead")
+                self.notes.append(f"gptq: {name}: {why}: rounded to nearest instead")
             elif solution.damping > self.options.damping:
-                self.context.note(
+                self.notes.append(
                     f"gptq: {name}: damping raised to {solution.damping:g} after {solution.failures} failures"
                 )
 
@@ -308,88 +332,6 @@ def _weight(context: Context, name: str) -> torch.Tensor:
         return checked(weight_of(context.module(name)))
     except ValueError as error:
         raise UserError(f"{name}: {error}") from None
-
-
-@dataclass(frozen=True)
-class _Part:
-    """Moments of some of the samples; the error is one of outputs already where it is `of_sum`."""
-
-    hessian: Hessian
-    error: ErrorMoment | None
-    of_sum: bool
-
-    def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
-        if self.error is None:
-            return torch.zeros_like(weight)
-        moment = self.error.matrix
-        return moment if self.of_sum else weight.double() @ moment.double()
-
-
-@dataclass(frozen=True)
-class _Moments:
-    """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
-
-    Errors are of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
-    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input. The samples
-    that are `held` out go into the second of two `parts`. `relative`: tokens weigh by what they carry at `place`.
-    """
-
-    first: str
-    quantizer: InputQuantizer | None
-    parts: tuple[_Part, ...]
-    original: torch.Tensor | None
-    held: Callable[[slice, int], bool]
-    place: str | None = None
-    weight: torch.Tensor | None = None
-    relative: bool = False
-    names: list[str] = field(default_factory=list)
-    _latest: list[torch.Tensor] = field(default_factory=list)
-
-    @property
-    def whole(self) -> _Part:
-        """The moments of all samples."""
-        if len(self.parts) == 1:
-            return self.parts[0]
-        one, two = self.parts
-        error = None if one.error is None or two.error is None else one.error.with_tokens_of(two.error)
-        return _Part(one.hessian.with_tokens_of(two.hessian), error, one.of_sum)
-
-    def see(self, x: torch.Tensor, tokens: slice) -> None:
-        """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
-        # Rounded before samples lie one after another: a range is a sample's own.
-        y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
-        if self.place is not None:
-            self._latest[:] = [x, y]
-            return
-        error = None
-        if self.original is not None:
-            error = self.original[tokens].to(y.device) - y.reshape(-1, y.shape[-1])
-        self._add(y, error, tokens)
-
-    def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
-        """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
-        x, y = self._latest
-        if self.original is None or self.weight is None:
-            return
-        original = self.original[tokens].to(total.device)
-        missing = original - total.reshape(-1, total.shape[-1])
-        if self.quantizer is not None:
-            missing = missing + product((x - y).reshape(-1, x.shape[-1]), self.weight.t())
-        if self.relative:
-            size = original.float().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
-            missing, y = missing * size, y * size.reshape(*y.shape[:-1], 1)
-        self._add(y, missing, tokens)
-
-    def _add(self, y: torch.Tensor, error: torch.Tensor | None, tokens: slice) -> None:
-        rows_of = y.reshape(-1, y.shape[-1])
-        for number, rows in enumerate(samples_of(y)):
-            # A tensor (tokens, channels) is of many samples: none of it is held out.
-            apart = len(self.parts) > 1 and y.dim() > 2 and self.held(tokens, number)
-            part = self.parts[-1 if apart else 0]
-            part.hessian.update(rows_of[rows])
-            if part.error is not None and error is not None:
-                part.error.update(error[rows], rows_of[rows])
 
 
 def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:

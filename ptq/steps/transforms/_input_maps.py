@@ -12,7 +12,7 @@ from ptq.calibration.samples import Samples
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
-from ptq.steps._moments import samples_of
+from ptq.ranks.sample_sum import by_sample
 from ptq.steps._solving import Rows, specs_of
 from ptq.steps._step import INPUT, WEIGHT_INPUT, Context, StepPlan, Transform
 from quantize.modules.online import Shared, attach_input, online_input
@@ -171,6 +171,6 @@ class _Search:
 def _see(moments: Hessian, rows: Rows, x: torch.Tensor, tokens: slice) -> None:
     """Adds a batch, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
     flat = x.reshape(-1, x.shape[-1])
-    for sample in samples_of(x):
+    for _, sample in by_sample(x, slice(0, len(x))):
         moments.update(flat[sample])
     rows.add(x, tokens)

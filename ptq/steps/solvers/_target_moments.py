@@ -1,0 +1,144 @@
+"""What GPTQ sums over the samples: second moments of what Linears read, and of the errors that their targets ask back."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+import torch
+
+from ptq.ranks.reduction import merged, total_of
+from ptq.ranks.sample_sum import SampleSum, by_sample
+from ptq.ranks.world import World
+from quantize.kernels.matmul import product
+from quantize.modules.simulated import InputQuantizer
+from quantize.solvers.correction import ErrorMoment
+from quantize.solvers.gptq import Hessian
+
+
+@dataclass(frozen=True)
+class Part:
+    """Moments of some of the samples; the error is one of outputs already where it is `of_sum`."""
+
+    hessian: Hessian
+    error: ErrorMoment | None
+    of_sum: bool
+
+    def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
+        if self.error is None:
+            return torch.zeros_like(weight)
+        moment = self.error.matrix
+        return moment if self.of_sum else weight.double() @ moment.double()
+
+    def merge(self, other: "Part") -> None:
+        """Adds the other's tokens, in place."""
+        self.hessian.merge(other.hessian)
+        if self.error is not None and other.error is not None:
+            self.error.merge(other.error)
+
+    def state(self) -> dict[str, torch.Tensor]:
+        """Returns the moments by name, as another rank gets them."""
+        error = {} if self.error is None else self.error.state()
+        return {f"h.{key}": t for key, t in self.hessian.state().items()} | {f"e.{key}": t for key, t in error.items()}
+
+    @classmethod
+    def from_state(cls, state: Mapping[str, torch.Tensor], of_sum: bool) -> "Part":
+        """Returns the part whose `state` this is."""
+        of = {kind: {k[2:]: t for k, t in state.items() if k.startswith(kind)} for kind in ("h.", "e.")}
+        error = ErrorMoment.from_state(of["e."]) if of["e."] else None
+        return cls(Hessian.from_state(of["h."]), error, of_sum)
+
+
+@dataclass
+class Moments:
+    """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
+
+    Errors are of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
+    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input. The samples
+    that are `held` out, by their number, go into the second of two `sums`. `relative`: tokens weigh by what they carry at `place`.
+
+    Attributes:
+        length: tokens of a sample.
+        columns: channels of the tensor.
+        empty: makes a part of no tokens.
+        parts: of the samples of all ranks, where `reduce` has put them.
+    """
+
+    first: str
+    quantizer: InputQuantizer | None
+    length: int
+    columns: int
+    leaf: int
+    empty: Callable[[], Part]
+    original: torch.Tensor | None
+    held: Callable[[int], bool] | None
+    device: torch.device
+    place: str | None = None
+    weight: torch.Tensor | None = None
+    relative: bool = False
+    names: list[str] = field(default_factory=list)
+    parts: tuple[Part, ...] = ()
+
+    def __post_init__(self) -> None:
+        self._latest: list[torch.Tensor] = []
+        count = 1 if self.held is None else 2
+        self.sums: list[SampleSum[Part]] = [SampleSum(self.leaf, self.empty, merged) for _ in range(count)]
+
+    @property
+    def cost(self) -> float:
+        """Of solving for these Linears, in no unit: a factorisation is cubic in the columns."""
+        return float(self.columns) ** 3
+
+    def reduce(self, world: World, to: int) -> None:
+        """Adds up what all ranks have seen, on rank `to`; the others have no parts then."""
+        of_sum = self.place is not None
+        totals = [total_of(world, s, lambda state: Part.from_state(state, of_sum), self.device, to) for s in self.sums]
+        self.sums = []
+        if world.rank == to:
+            self.parts = tuple(self.empty() if total is None else total for total in totals)
+
+    @property
+    def whole(self) -> Part:
+        """The moments of all samples."""
+        if len(self.parts) == 1:
+            return self.parts[0]
+        one, two = self.parts
+        error = None if one.error is None or two.error is None else one.error.with_tokens_of(two.error)
+        return Part(one.hessian.with_tokens_of(two.hessian), error, one.of_sum)
+
+    def see(self, x: torch.Tensor, tokens: slice) -> None:
+        """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
+        # Rounded before samples lie one after another: a range is a sample's own.
+        y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
+        if self.place is not None:
+            self._latest[:] = [x, y]
+            return
+        error = None
+        if self.original is not None:
+            error = self.original[tokens].to(y.device) - y.reshape(-1, y.shape[-1])
+        self._add(y, error, tokens)
+
+    def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
+        """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
+        x, y = self._latest
+        if self.original is None or self.weight is None:
+            return
+        original = self.original[tokens].to(total.device)
+        missing = original - total.reshape(-1, total.shape[-1])
+        if self.quantizer is not None:
+            missing = missing + product((x - y).reshape(-1, x.shape[-1]), self.weight.t())
+        if self.relative:
+            size = original.float().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
+            missing, y = missing * size, y * size.reshape(*y.shape[:-1], 1)
+        self._add(y, missing, tokens)
+
+    def _add(self, y: torch.Tensor, error: torch.Tensor | None, tokens: slice) -> None:
+        if not y.numel():
+            return
+        rows_of = y.reshape(-1, y.shape[-1])
+        for sample, rows in by_sample(y, slice(tokens.start // self.length, tokens.stop // self.length)):
+            # A tensor (tokens, channels) is of many samples: none of it is held out.
+            apart = self.held is not None and y.dim() > 2 and self.held(sample)
+            part = self.sums[-1 if apart else 0].of(sample)
+            part.hessian.update(rows_of[rows])
+            if part.error is not None and error is not None:
+                part.error.update(error[rows], rows_of[rows])
