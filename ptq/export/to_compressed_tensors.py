@@ -82,12 +82,13 @@ class Exporter:
                 f"export: {NAME} holds experts one by one, and this model's checkpoints hold {unnamed} in one tensor with the "
                 "others, which no runtime reads in pieces: use export=null"
             )
+        linears = network.linears
         for name, spec in specs.items():
-            if spec.any and not isinstance(network.linears[name], nn.Linear):
-                kind = type(network.linears[name]).__name__
+            if spec.any and not isinstance(linears[name], nn.Linear):
+                kind = type(linears[name]).__name__
                 raise UserError(f"export: {NAME} holds Linears, and {name} is a {kind}: use another model or format")
-            if spec.weight is not None and spec.input is None and not is_plain(network.linears[name]):
-                kind = type(network.linears[name]).__name__
+            if spec.weight is not None and spec.input is None and not is_plain(linears[name]):
+                kind = type(linears[name]).__name__
                 raise UserError(
                     f"scheme.input: null for {name}: packed weights load into torch's own Linear only, and it is a {kind}: "
                     "quantize its input too, or exclude it"

@@ -1,5 +1,6 @@
 """A forward pass on the meta device: FLOPs by part and the KV cache's shape, from a model that has no weights."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -7,7 +8,7 @@ import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from ptq.network.network import Network, is_linear
+from ptq.network.network import Block, Network, is_linear, replaced_forward, weight_of
 from ptq.network.skeleton import NotTraceable, without_values
 
 SHORT = 16
@@ -105,6 +106,54 @@ def trace_shapes(network: Network, context: int) -> Pass:
     )
 
 
+@dataclass(frozen=True)
+class BlockFlops:
+    """FLOPs of one window, by full name of a block, and of the head; and how many experts a token is sent to in a block."""
+
+    blocks: dict[str, int]
+    head: int
+    chosen: dict[str, float]
+
+
+def block_flops(network: Network, tokens: int) -> BlockFlops:
+    """Returns the FLOPs of one window of so many tokens.
+
+    Blocks whose Linears have the same names and shapes are alike: one of them is run, the others are stepped over.
+
+    Raises:
+        NotTraceable: when the forward pass does not run without values.
+    """
+    first: dict[int, Block] = {}
+    alike: dict[str, Block] = {}
+    for block in network.blocks:
+        shapes = ((name.removeprefix(block.name), tuple(m.weight.shape)) for name, m in block.readers.items())  # type: ignore[union-attr, operator, arg-type]
+        alike[block.name] = first.setdefault(hash(tuple(shapes)), block)
+    stepped = [block.module for block in network.blocks if alike[block.name] is not block]
+
+    def step_over(index: int) -> Callable[..., Any]:
+        def forward(*args: Any, **kwargs: Any) -> Any:
+            hidden = args[0] if args else kwargs["hidden_states"]
+            return (hidden, None) if network.returns_tuple else hidden
+
+        return forward
+
+    with without_values(network, set()), replaced_forward(stepped, step_over):
+        try:
+            counts, _ = _count(network.model, tokens, use_cache=False)
+        except Exception as error:  # remote code may raise anything
+            raise NotTraceable.because(error) from error
+    found = {name: counts.get(block.name, 0) for name, block in alike.items()}
+    chosen = {block.name: _chosen(block, counts, tokens) for block in first.values()}
+    by_name = {name: chosen[block.name] for name, block in alike.items()}
+    return BlockFlops(found, counts.get(head_name(network) or "none", 0), by_name)
+
+
+def _chosen(block: Block, counts: dict[str, int], tokens: int) -> float:
+    """Returns how many experts a token is sent to: the first stands for all of them in a pass without values."""
+    name = next((names[0] for names in block.experts.values()), None)
+    return 0.0 if name is None else counts.get(name, 0) / (2 * weight_of(block.linears[name]).numel() * tokens)
+
+
 def attentions_by_structure(network: Network) -> tuple[str, ...]:
     """Returns the attentions of a network that cannot be traced: the innermost modules inside the blocks that hold Linears
     and know their layer's index, as transformers' modules that fill a KV cache do.
@@ -118,7 +167,7 @@ def attentions_by_structure(network: Network) -> tuple[str, ...]:
     return tuple(name for name in names if not any(other.startswith(f"{name}.") for other in names))
 
 
-def _count(model: Any, tokens: int, cache: Any = None) -> tuple[dict[str, int], Any]:
+def _count(model: Any, tokens: int, cache: Any = None, use_cache: bool = True) -> tuple[dict[str, int], Any]:
     """Returns the FLOPs by full module name ("" is the model) of a pass over `tokens` tokens, and the cache."""
     options = {} if cache is None else {"past_key_values": cache}
     before = 0 if cache is None else cache.get_seq_length()
@@ -126,13 +175,13 @@ def _count(model: Any, tokens: int, cache: Any = None) -> tuple[dict[str, int], 
     # Without a mask some models look for padding among the tokens, and these have no values.
     mask = torch.ones(1, before + tokens, dtype=torch.long, device="meta")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
-        output = model(input_ids=ids, attention_mask=mask, use_cache=True, **options)
+        output = model(input_ids=ids, attention_mask=mask, use_cache=use_cache, **options)
     counts: dict[str, int] = {"": counter.get_total_flops()}
     for name, operations in counter.get_flop_counts().items():
         root, _, inner = name.partition(".")
         if inner and root == type(model).__name__:
             counts[inner] = sum(operations.values())
-    return counts, output.past_key_values
+    return counts, output.past_key_values if use_cache else None
 
 
 def _layers(cache: Any) -> list[tuple[int, tuple[int, int, int], tuple[int, int, int]]]:

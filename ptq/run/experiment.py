@@ -15,24 +15,29 @@ from ptq.evaluation.token_comparison import Head, TokenComparison, compare_token
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.bounded import parse_json
+from ptq.files.store import store_of
 from ptq.integrations.cache import use_packed_cache
+from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
+from ptq.network.skeleton import skeleton
 from ptq.ranks.reduction import in_shares
 from ptq.ranks.world import ALONE, World, led
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.tables import summary
 from ptq.run.baseline import Baseline, baseline_of
 from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
+from ptq.run.forecast.forecast import forecast, has_weights
+from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
-from ptq.run.memory_estimate import check_memory
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_before, check_ranks, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.record.findings import report
+from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
@@ -242,9 +247,20 @@ def _collect_statistics(
 
 
 def dry_run(recipe: Recipe) -> None:
-    """Checks everything that can be checked without running, and says what a run would do."""
-    for line in check_recipe(recipe):
+    """Says what a run would take, and checks everything that can be checked without running.
+
+    A config.json is enough of a model: what its run would take is said all the same.
+    """
+    recipe, steps = checked(recipe)
+    journal, network, weights = Journal(), None, True
+    if locate(recipe.model).kind != "hub":
+        weights = has_weights(recipe)
+        network = skeleton(recipe.model, store_of(recipe), weights)
+        for part in forecast(recipe, network, steps):
+            journal.say(part) if isinstance(part, str) else journal.show(part)
+    for line in check_before(recipe, steps, network=network, weights=weights):
         print(line)
+    print(f"ok: {recipe.name} would write to {folder_of(recipe, sources_of(steps))}")
 
 
 def output_folder(recipe: Recipe) -> pathlib.Path:

@@ -16,24 +16,34 @@ from ptq.files.store import store_of
 from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.models.weights import check_shapes
+from ptq.network.network import Network
 from ptq.network.skeleton import skeleton
 from ptq.ranks.sample_sum import leaf_of, units
 from ptq.ranks.world import World, agree
 from ptq.run.exports import check_export
+from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import machine
 from ptq.run.kernel_choice import check_kernels
-from ptq.run.memory_estimate import check_memory
 from ptq.run.session import calibration_draw, check_experts, device_of, evaluation_draw
 from ptq.steps._step import SOLVER, Step
 
 
-def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared: Shared | None = None) -> list[str]:
+def check_before(
+    recipe: Recipe,
+    steps: Mapping[str, Step] | None = None,
+    shared: Shared | None = None,
+    network: Network | None = None,
+    weights: bool = True,
+) -> list[str]:
     """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
 
     Args:
         recipe: what is to be run.
         steps: its steps; None where statistics are taken only, which read no evaluation text.
         shared: keeps the tokenizer and the windows for the run that follows.
+        network: the model on the meta device; None to build it.
+        weights: whether the model's weights have to be there; without, a config.json is enough, and so are texts without a
+            tokenizer.
 
     Returns:
         Lines that say what was checked and what could not be.
@@ -65,8 +75,10 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared
         )
         _check_statistics_file(recipe)
         return lines
-    network = skeleton(recipe.model, store)
-    if (place := locate(recipe.model)).kind == "directory":
+    network = network or skeleton(recipe.model, store, weights)
+    if not weights:
+        lines.append(f"model: {recipe.model.path} has no weights here: what follows goes by its config.json")
+    if weights and (place := locate(recipe.model)).kind == "directory":
         shapes = {name: tuple(parameter.shape) for name, parameter in network.model.named_parameters()}
         check_shapes(pathlib.Path(place.base), shapes, {block.name: list(block.linears) for block in network.blocks})
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
@@ -75,11 +87,14 @@ def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared
     lines.append(check_kernels(recipe, network))
     check_experts(recipe, network)
     check_positions(recipe, network.max_positions)
-    tokenizer = shared.tokenizer(recipe.model, store)
-    calibration = shared.tokens(recipe.model, calibration_draw(recipe), store)
-    if steps is not None:
-        evaluation = shared.tokens(recipe.model, evaluation_draw(recipe), store)
-        check_tokens(recipe, tokenizer, calibration, evaluation, network.vocabulary)
+    if weights or _has_tokenizer(recipe):
+        tokenizer = shared.tokenizer(recipe.model, store)
+        calibration = shared.tokens(recipe.model, calibration_draw(recipe), store)
+        if steps is not None:
+            evaluation = shared.tokens(recipe.model, evaluation_draw(recipe), store)
+            check_tokens(recipe, tokenizer, calibration, evaluation, network.vocabulary)
+    else:
+        lines.append("texts: not tokenized, since the model's tokenizer is not here")
     notes = check_export(recipe, network)
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
@@ -142,6 +157,13 @@ def check_positions(recipe: Recipe, positions: int | None) -> None:
             raise UserError(
                 f"{field}: {length} is longer than the model's {positions} positions: use {positions} or less"
             )
+
+
+def _has_tokenizer(recipe: Recipe) -> bool:
+    if recipe.model.tokenizer is not None:
+        return True
+    folder = pathlib.Path(locate(recipe.model).base)
+    return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
 def _check_statistics_file(recipe: Recipe, linears: Mapping[str, tuple[int, int]] | None = None) -> None:

@@ -197,8 +197,8 @@ class QuantizeVisitor:
         """Says which experts have seen fewer tokens than they have channels: their moments are not of full rank."""
         own = {layer.name: layer for layer in self.layers[self._from :]}
         few: dict[str, int] = {}
+        widths = self.context.network.shapes if block.experts else {}
         for expert, names in block.experts.items():
-            widths = self.context.network.shapes
             layer = next((own[name] for name in names if name in own), None)
             if layer is not None and layer.routed is not None and (layer.tokens or 0) < widths[layer.name][1]:
                 few[expert] = layer.tokens or 0

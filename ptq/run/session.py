@@ -56,7 +56,8 @@ class Session:
 
     def _tokens(self, draw: Draw) -> Tokens:
         check_length(draw.length, self.network.max_positions, draw.field)
-        return self.shared.tokens(self.recipe.model, draw, self.store)
+        # Each rank by itself: one may know the windows already that another draws.
+        return self.shared.tokens(self.recipe.model, draw, store_of(self.recipe))
 
     def kept(self, what: str, key: Mapping[str, object] | str, flows: list[Flow], visitor: Any) -> KeptPass | None:
         """Returns what the pass `what` keeps of its finished blocks in the run's folder, None for a session without one."""

@@ -9,7 +9,7 @@ from ptq.config.schema import Recipe
 from ptq.files.store import store_of
 from ptq.models.locations import locate
 from ptq.network.skeleton import skeleton
-from ptq.run.memory_estimate import PROCESS, estimate, memory_of
+from ptq.run.forecast.memory_estimate import PROCESS, estimate, memory_of
 from ptq.steps._registry import build_steps
 
 

@@ -140,4 +140,4 @@ def test_a_linear_that_is_never_called_does_not_hold_up_the_pass() -> None:
         paused.advance()
         assert not list(paused.inputs())
         paused.finish()
-    assert [len(x) for x in flow.ahead[block.index]] == [2, 2, 1]
+    assert [len(x) for x in flow.ahead[block.index].values()] == [2, 2, 1]

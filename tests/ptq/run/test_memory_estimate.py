@@ -7,7 +7,7 @@ from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.network import build_network
 from ptq.network.skeleton import skeleton
-from ptq.run.memory_estimate import PROCESS, check_memory, estimate, memory_of
+from ptq.run.forecast.memory_estimate import PROCESS, check_memory, estimate, memory_of
 from ptq.steps._registry import build_steps
 
 

@@ -40,7 +40,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> Est
         network: the model, which may be on the meta device.
         steps: built from the recipe.
     """
-    value = _arithmetic_bytes(recipe)
+    value = arithmetic_bytes(recipe)
     config = network.model.config.get_text_config()
     width, vocabulary = int(config.hidden_size), int(config.vocab_size)
     blocks = [_bytes_of(block, value) for block in network.blocks]
@@ -142,7 +142,8 @@ def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
     return [*found, (together, everything), (f"{together} calibration.samples={fewer.calibration.samples}", fewer)]
 
 
-def _arithmetic_bytes(recipe: Recipe) -> int:
+def arithmetic_bytes(recipe: Recipe) -> int:
+    """Returns the bytes of a number in the arithmetic's type."""
     if recipe.model.dtype != "auto":
         return int(getattr(torch, recipe.model.dtype).itemsize)
     return 4 if recipe.execution.device == "cpu" or not torch.cuda.is_available() else 2
