@@ -21,9 +21,9 @@ def work(monkeypatch):
     """Stands in for ptq.run.experiment and notes what it is asked to do."""
     calls = []
     module = types.ModuleType("ptq.run.experiment")
-    module.run = lambda recipe, force: calls.append(("run", recipe))
+    module.run = lambda recipe, force, world: calls.append(("run", recipe))
     module.dry_run = lambda recipe: calls.append(("dry_run", recipe))
-    module.collect_statistics = lambda recipe, output: calls.append(("stats", recipe, output))
+    module.collect_statistics = lambda recipe, output, world: calls.append(("stats", recipe, output))
     monkeypatch.setitem(sys.modules, "ptq.run.experiment", module)
     return types.SimpleNamespace(calls=calls, module=module)
 
