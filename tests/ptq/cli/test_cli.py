@@ -202,7 +202,7 @@ def test_an_export_is_added_changed_or_left_out_whether_or_not_the_recipe_names_
     ],
 )
 def test_what_ends_a_run_gets_one_line_and_its_status(raised, status, said, work, capsys):
-    def fail(recipe, force):
+    def fail(recipe, force, world):
         raise raised
 
     work.module.run = fail
@@ -213,7 +213,7 @@ def test_what_ends_a_run_gets_one_line_and_its_status(raised, status, said, work
 
 
 def test_a_defect_of_ours_is_not_dressed_up_as_a_mistake_of_the_user(work):
-    def fail(recipe, force):
+    def fail(recipe, force, world):
         raise ZeroDivisionError
 
     work.module.run = fail
