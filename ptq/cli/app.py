@@ -14,7 +14,7 @@ from ptq.cli.bits import allocate_command, sensitivity_command
 from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
 from ptq.cli.signals import Stopped, stopping
-from ptq.cli.sweeps import compare_commands, sweep_commands
+from ptq.cli.sweeps import compare_commands, search_commands, sweep_commands
 from ptq.cli.threads import limit_threads
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
@@ -130,9 +130,16 @@ def _command(command: str, arguments: list[str], program: str) -> int:
         raise UserError(f"{unknown[0]}: no such option; {f'did you mean {close[0]!r}?' if close else 'see --help'}")
     if command == "run":
         sweep_commands.with_ablation(options)
+        search_commands.with_search(options)
     path = _config_path(options)
-    if options.multirun and (ranks := ranks_asked_for()) > 1:
-        raise UserError(f"-m: {ranks} ranks share one run, not the points of a sweep: start it without torchrun")
+    if (options.multirun or (command == "run" and options.search)) and (ranks := ranks_asked_for()) > 1:
+        word = "-m" if options.multirun else "--search"
+        raise UserError(f"{word}: {ranks} ranks share one run, not the points of a sweep: start it without torchrun")
+    if command == "run" and options.search is not None:
+        if options.cfg:
+            raise UserError("--cfg: a search has no one config: leave out --search, or --cfg")
+        limit_threads()
+        return search_commands.search(path, options, (*program.split(), *arguments))
     if command == "run" and options.multirun and not options.cfg:
         limit_threads()
         return sweep_commands.sweep(path, options, (*program.split(), *arguments))

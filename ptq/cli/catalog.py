@@ -8,6 +8,10 @@ from ptq.errors import UserError, nearest
 __all__ = ["DEMO", "config_folder", "describe", "groups", "locate", "recipes"]
 
 
+SWEEPS = ("ablation", "search")
+"""Folders of the shipped configs that hold sweeps with a name; no config groups."""
+
+
 def recipes() -> dict[str, str]:
     """Returns what each shipped recipe says of itself, by name."""
     return {path.stem: describe(path) for path in sorted(config_folder().glob("*.yaml"))}
@@ -15,7 +19,7 @@ def recipes() -> dict[str, str]:
 
 def groups() -> dict[str, list[str]]:
     """Returns the choices of each config group (model, data, scheme, method)."""
-    folders = sorted(folder for folder in config_folder().iterdir() if folder.is_dir() and folder.name != "ablation")
+    folders = sorted(folder for folder in config_folder().iterdir() if folder.is_dir() and folder.name not in SWEEPS)
     choices = {folder.name: sorted(path.stem for path in folder.glob("*.yaml")) for folder in folders}
     return {name: found for name, found in choices.items() if found}  # shapes/ holds models' configs, not choices
 

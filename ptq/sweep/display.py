@@ -11,19 +11,21 @@ from rich.table import Table
 from rich.text import Text
 
 from ptq.report.plain import plain_console, printable
-from ptq.sweep.status import DONE, FAILED, INTERRUPTED, REFUSED, RUNNING, WAITING
+from ptq.sweep.status import DONE, FAILED, INTERRUPTED, OVER, PRUNED, REFUSED, RUNNING, WAITING
 from ptq.sweep.table import Row, by_result
 
-STYLES = {DONE: "green", RUNNING: "cyan", FAILED: "red", REFUSED: "yellow", INTERRUPTED: "magenta", WAITING: "dim"}
+STYLES = {
+    DONE: "green", RUNNING: "cyan", FAILED: "red", REFUSED: "yellow", INTERRUPTED: "magenta", WAITING: "dim", PRUNED: "dim"
+}  # fmt: skip
 MOST_LIVE = 20
 """Rows of the live table: a longer one would scroll."""
 
 
 class Display:
-    """Shows how a sweep is getting on."""
+    """Shows how a sweep is getting on; `expected` is the number of its points where not all of them are known yet."""
 
-    def __init__(self, title: str, console: Console | None = None):
-        self.title, self.console = printable(title), console or plain_console()
+    def __init__(self, title: str, console: Console | None = None, expected: int | None = None):
+        self.title, self.console, self.expected = printable(title), console or plain_console(), expected
         self._live: Live | None = None
         self._begun = time.monotonic()
         self._at_begin: int | None = None
@@ -40,7 +42,7 @@ class Display:
 
     def update(self, rows: Sequence[Row]) -> None:
         """Shows how the points stand now."""
-        over = sum(row.status.kind not in {WAITING, RUNNING, INTERRUPTED} for row in rows)
+        over = sum(row.status.kind in OVER for row in rows)
         self._at_begin = over if self._at_begin is None else self._at_begin
         if self._live is not None:
             self._live.update(self._picture(rows, over))
@@ -60,12 +62,13 @@ class Display:
         busy = [row for row in rows if row.status.kind == RUNNING]
         wrong = [row for row in rows if row.status.kind in {FAILED, REFUSED, INTERRUPTED}]
         room = max(3, min(MOST_LIVE, self.console.height - 8) - len(busy))
-        left = self.left(over, len(rows))
-        words = f"{over} of {len(rows)}" + (f", {span(left)} left" if left is not None else "")
+        of = self.expected or len(rows)
+        left = self.left(over, of)
+        words = f"{over} of {of}" + (f", {span(left)} left" if left is not None else "")
         best = f"best so far: point {done[0].number}, {describe(done[0])}" if done else "no point has ended yet"
         head = Text(f"{self.title}   {words}\n{printable(best)}", no_wrap=True, overflow="ellipsis")
         shown = [*busy, *wrong[: room // 3], *done[: room - min(len(wrong), room // 3)]]
-        return Group(head, ProgressBar(total=max(1, len(rows)), completed=over, width=40), table_of(shown))
+        return Group(head, ProgressBar(total=max(1, of), completed=over, width=40), table_of(shown))
 
 
 def table_of(rows: Sequence[Row], title: str | None = None) -> Table:

@@ -2,7 +2,6 @@
 
 import dataclasses
 import pathlib
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -10,14 +9,12 @@ from ptq.errors import UserError
 from ptq.files.atomic import ensure_folder
 from ptq.models.shared import Shared
 from ptq.run.experiment import check_recipe, finished_before, run_folder
+from ptq.sweep.board import Board
 from ptq.sweep.display import Display, table_of
 from ptq.sweep.launchers.base import Launcher, Task
 from ptq.sweep.points import Point, Sweep
-from ptq.sweep.status import DONE, FAILED, INTERRUPTED, REFUSED, Status, status_of, write_status
-from ptq.sweep.table import Row, by_result, rows_of, without_effect, write_table
-
-TABLE_SECONDS = 2.0
-"""How often the files of the table are written where points do not end in between."""
+from ptq.sweep.status import DONE, FAILED, INTERRUPTED, OVER, WAITING, Status, status_of, write_status
+from ptq.sweep.table import Row, by_result, without_effect
 
 
 @dataclass(frozen=True)
@@ -95,8 +92,8 @@ def run_sweep(
             write_status(sweep.folder, number, Status(DONE, str(folder.absolute())))
     todo = [p for p in sweep.points if not p.refused and p.number not in finished]
     for point in todo:
-        _forget(sweep, point)
-    board = _Board(sweep, display)
+        forget(sweep.folder, point)
+    board = Board(sweep, display)
     board.refresh(True)
     try:
         with display.showing():
@@ -128,30 +125,10 @@ def conclude(finding: Finding, display: Display) -> None:
     display.console.print(f"results: {finding.folder}")
 
 
-def _forget(sweep: Sweep, point: Point) -> None:
-    """Forgets how a point ended before, unless some process is at work on it now."""
-    status = status_of(sweep.folder, point)
-    if status.kind in {DONE, FAILED, INTERRUPTED, REFUSED}:
-        write_status(sweep.folder, point.number, Status("waiting"))
-
-
-class _Board:
-    """The rows as they stand, on the screen and in the sweep's files."""
-
-    def __init__(self, sweep: Sweep, display: Display):
-        self.sweep, self.display = sweep, display
-        self.rows: list[Row] = []
-        self._written = 0.0
-
-    def refresh(self, now: bool, ended: int | None = None) -> None:
-        if now or time.monotonic() - self._written > TABLE_SECONDS:
-            self.rows = rows_of(self.sweep)
-            write_table(self.sweep.folder, self.rows)
-            self._written = time.monotonic()
-        self.display.update(self.rows)
-        if ended is not None:
-            over = sum(row.status.kind in {DONE, FAILED, REFUSED} for row in self.rows)
-            self.display.ended(self.rows[ended - 1], over, len(self.rows))
+def forget(folder: pathlib.Path, point: Point) -> None:
+    """Forgets how a point of the sweep in `folder` ended before, unless some process is at work on it now."""
+    if status_of(folder, point).kind in {*OVER, INTERRUPTED}:
+        write_status(folder, point.number, Status(WAITING))
 
 
 def _by_model(points: Sequence[Point]) -> list[Point]:

@@ -4,7 +4,7 @@ import hashlib
 import json
 import pathlib
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import ptq
@@ -15,6 +15,21 @@ from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
 
 DEFINITION = "sweep.json"
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """When the work on a point ends early.
+
+    Attributes:
+        windows: after so many.
+        confidence: of the interval by which it has to be worse than another point.
+        size: the figure in which that other point may not be greater; None for any point.
+    """
+
+    windows: int
+    confidence: float
+    size: str | None
 
 
 @dataclass(frozen=True)
@@ -44,6 +59,7 @@ class Sweep:
         points: in order.
         command: how to start it again, word by word.
         cwd: the folder that it was started in, which relative paths in recipes mean.
+        pruning: when the work on a point ends early; None for never.
     """
 
     name: str
@@ -51,6 +67,7 @@ class Sweep:
     points: tuple[Point, ...]
     command: tuple[str, ...]
     cwd: str
+    pruning: Pruning | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -68,7 +85,14 @@ class Sweep:
             }
             for point in self.points
         ]
-        content = {"ptq": ptq.__version__, "name": self.name, "command": list(self.command), "cwd": self.cwd}
+        content: dict[str, Any] = {
+            "ptq": ptq.__version__,
+            "name": self.name,
+            "command": list(self.command),
+            "cwd": self.cwd,
+        }
+        if self.pruning is not None:
+            content |= {"pruning": asdict(self.pruning)}
         write_text(self.folder / DEFINITION, json.dumps({**content, "points": points}, indent=1) + "\n")
 
 
@@ -97,7 +121,8 @@ def read_sweep(folder: pathlib.Path) -> Sweep:
     try:
         found = parse_json(path.read_text(encoding="utf-8"))
         points = tuple(_point(entry) for entry in found["points"])
-        return Sweep(str(found["name"]), folder, points, tuple(found["command"]), str(found["cwd"]))
+        pruning = Pruning(**found["pruning"]) if found.get("pruning") else None
+        return Sweep(str(found["name"]), folder, points, tuple(found["command"]), str(found["cwd"]), pruning)
     except (OSError, ValueError, KeyError, TypeError, UserError) as error:
         reason = " ".join(str(error).split()) or type(error).__name__
         raise UserError(f"{path}: damaged ({reason}): start the sweep again, its finished points are kept") from None

@@ -13,6 +13,10 @@ from ptq.run.experiment import run_folder
 from ptq.sweep.points import Point
 
 WAITING, RUNNING, DONE, FAILED, REFUSED, INTERRUPTED = "waiting", "running", "done", "failed", "refused", "interrupted"
+PRUNED = "pruned"
+"""Ended after a few windows, which show that another point is better."""
+OVER = frozenset({DONE, FAILED, REFUSED, PRUNED})
+"""The kinds of points that have come to an end."""
 
 
 @dataclass(frozen=True)
@@ -20,9 +24,9 @@ class Status:
     """Where a point stands.
 
     Attributes:
-        kind: waiting, running, done, failed, refused or interrupted.
+        kind: waiting, running, done, failed, refused, interrupted or pruned.
         folder: of its run, where there is one.
-        line: why it failed or was refused, or "".
+        line: why it failed, was refused or pruned, or "".
         seconds: how long it took where it ran in this sweep, else None.
     """
 

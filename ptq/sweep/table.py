@@ -47,6 +47,10 @@ class Row:
     model_bits: float | None
     identity: str
 
+    def figure(self, name: str) -> float | None:
+        """Returns a figure by its column's name."""
+        return self.model_bits if name == "model_bits" else self.figures[name]
+
     def flat(self) -> dict[str, Any]:
         """Returns the row as plain values by column; swept options come after the point's number."""
         return {
@@ -116,10 +120,16 @@ def without_effect(rows: Sequence[Row]) -> list[str]:
 
 
 def _row(number: int, status: Status, options: Mapping[str, str], metrics: Mapping[str, Any]) -> Row:
+    figures = figures_of(metrics)
+    bits = figures.pop("model_bits")
+    return Row(number, status, options, figures, bits, str(metrics.get("identity", "")))
+
+
+def figures_of(metrics: Mapping[str, Any]) -> dict[str, float | None]:
+    """Returns the figures of a row, `model_bits` among them, out of what metrics.json holds."""
     figures = {name: _number(_at(metrics, place)) for name, place in FIGURES.items()}
     parameters, size = _number(_at(metrics, ("size", "parameters"))), figures["bytes"]
-    bits = 8 * size / parameters if size is not None and parameters else None
-    return Row(number, status, options, figures, bits, str(metrics.get("identity", "")))
+    return {**figures, "model_bits": 8 * size / parameters if size is not None and parameters else None}
 
 
 def _at(value: Any, place: Sequence[str]) -> Any:

@@ -18,7 +18,7 @@ from hydra.core.config_loader import ConfigLoader
 from hydra.core.config_search_path import ConfigSearchPath
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
-from hydra.core.override_parser.types import Override
+from hydra.core.override_parser.types import IntervalSweep, Override
 from hydra.core.plugins import Plugins
 from hydra.errors import HydraException, MissingConfigException, OverrideParseException
 from hydra.plugins.search_path_plugin import SearchPathPlugin
@@ -120,6 +120,32 @@ def compose_points(
             except UserError as error:
                 composed.append(Composed(chosen, None, " ".join(str(error).split())))
     return composed
+
+
+def split_axes(
+    config: pathlib.Path, overrides: list[str], trust: bool = False
+) -> tuple[list[str], dict[str, list[str] | tuple[float, float]]]:
+    """Splits overrides into those of every point and those that a search chooses from.
+
+    Returns:
+        The former as typed; by key of the latter its values as typed, or, for ``interval(low, high)``, its two ends.
+
+    Raises:
+        UserError: for a line that is no override.
+    """
+    lines = [quoted(_bounded(line)) for line in overrides]
+    fixed: list[str] = []
+    axes: dict[str, list[str] | tuple[float, float]] = {}
+    with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
+        for line, override in zip(lines, _parse(lines, loader, config), strict=True):
+            key = override.get_key_element().lstrip("+")
+            if not override.is_sweep_override():
+                fixed.append(line)
+            elif isinstance(ends := override.value(), IntervalSweep):
+                axes[key] = float(ends.start or 0), float(ends.end or 0)
+            else:
+                axes[key] = list(override.sweep_string_iterator())
+    return fixed, axes
 
 
 class ShippedConfigs(SearchPathPlugin):

@@ -9,10 +9,11 @@ import time
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from ptq.cli.parser import Parser
 from ptq.cli.sweeps.ablations import ablation_named, ablations
+from ptq.cli.sweeps.prefixed import prefixed_options
+from ptq.cli.sweeps.search_commands import TRIALS, searches
+from ptq.cli.sweeps.search_commands import run as run_search
 from ptq.errors import UserError, nearest
 
 if TYPE_CHECKING:
@@ -25,7 +26,6 @@ ACTIONS = {
 EXIT_UNFINISHED = 1
 """Exit status of a sweep some of whose points are not done."""
 WATCH_SECONDS = 10
-_PREFIX = "launcher."
 
 
 def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
@@ -35,7 +35,11 @@ def add_options(parser: argparse.ArgumentParser, resume: bool = False) -> None:
         group.add_argument(
             "--ablation", metavar="NAME", help=f"a shipped sweep, with -m implied: {', '.join(ablations())}"
         )
+        group.add_argument(
+            "--search", metavar="NAME", help=f"a shipped search of its space, with Optuna: {', '.join(searches())}"
+        )
         group.add_argument("--zip", action="store_true", help="the values side by side, not their product")
+    group.add_argument("--trials", type=int, metavar="N", help=f"points of a search ({TRIALS})")
     group.add_argument("--jobs", type=int, metavar="N", help="points at once, memory and threads divided (1)")
     group.add_argument("--threads", type=int, metavar="N", help="threads of each point (those there are, divided)")
     group.add_argument("--launcher", metavar="NAME", help="processes, here, slurm or ray (processes)")
@@ -59,9 +63,12 @@ def _key(override: str) -> str:
 
 def refuse_without_multirun(options: argparse.Namespace) -> None:
     """Raises `UserError` for an option of sweeps that was given without ``-m``."""
-    for name in ("zip", "jobs", "threads", "launcher"):
+    for name in ("zip", "jobs", "threads", "launcher", "trials"):
         if getattr(options, name):
-            raise UserError(f"--{name}: is for sweeps: add -m, or leave it out")
+            add = "--search" if name == "trials" else "-m"
+            raise UserError(
+                f"--{name}: is for {'searches' if name == 'trials' else 'sweeps'}: add {add}, or leave it out"
+            )
 
 
 def sweep(path: pathlib.Path, options: argparse.Namespace, command: Sequence[str]) -> int:
@@ -75,7 +82,9 @@ def sweep(path: pathlib.Path, options: argparse.Namespace, command: Sequence[str
     from ptq.cli.compose.hydra_edge import compose_points
     from ptq.sweep.points import Point, Sweep, folder_for
 
-    own, overrides = _launcher_options(options.overrides)
+    if options.trials is not None:
+        raise UserError("--trials: is for searches: add --search, or leave it out")
+    own, overrides = prefixed_options("launcher", options.overrides)
     composed = compose_points(path, overrides, options.zip, options.trust)
     points = [Point(i, c.overrides, c.recipe, c.refused) for i, c in enumerate(composed, 1)]
     first = next((point.recipe for point in points if point.recipe is not None), None)
@@ -108,6 +117,7 @@ def sweep_command(arguments: list[str], program: str) -> int:
     from ptq.report.plain import plain_console
     from ptq.sweep.display import table_of
     from ptq.sweep.points import read_sweep
+    from ptq.sweep.search.definition import read_search
     from ptq.sweep.table import by_result, rows_of
 
     found = read_sweep(pathlib.Path(given.sweep).expanduser().absolute())
@@ -116,7 +126,7 @@ def sweep_command(arguments: list[str], program: str) -> int:
             table_of(by_result(rows_of(found)), found.name)
         )
         return 0
-    own, rest = _launcher_options(given.options)
+    own, rest = prefixed_options("launcher", given.options)
     if rest:
         raise UserError(f"{rest[0]}: a sweep that exists keeps its options: start another one with -m")
     for point in found.points:
@@ -124,7 +134,12 @@ def sweep_command(arguments: list[str], program: str) -> int:
             check_trusted(point.recipe.as_dict(), ())
     if not os.path.isdir(found.cwd):
         raise UserError(f"{found.folder}: was started in {found.cwd}, which is gone: start it again with -m")
+    searched = read_search(found.folder)
+    if searched is None and given.trials is not None:
+        raise UserError("--trials: is for searches, and this is none: leave it out")
     with contextlib.chdir(found.cwd):
+        if searched is not None:
+            return run_search(dataclasses.replace(searched, trials=given.trials or searched.trials), found, given, own)
         return _run(found, given, own)
 
 
@@ -181,24 +196,6 @@ def _all_refused(points: Sequence[Any]) -> UserError:
     lines = list(dict.fromkeys(point.refused for point in points))
     more = f" (and {len(lines) - 1} other reasons among {len(points)} points)" if len(lines) > 1 else ""
     return UserError(f"{lines[0]}{more}")
-
-
-def _launcher_options(overrides: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """Returns the launcher's own options, and the overrides of the recipe."""
-    own: dict[str, Any] = {}
-    rest: list[str] = []
-    for text in overrides:
-        if not text.startswith(_PREFIX):
-            rest.append(text)
-            continue
-        key, equals, value = text.removeprefix(_PREFIX).partition("=")
-        if not key or not equals:
-            raise UserError(f"{text}: not an option: expected launcher.<option>=<value>")
-        try:
-            own[key] = yaml.safe_load(value)
-        except yaml.YAMLError:
-            raise UserError(f"{text}: {value!r} is no value: quote it") from None
-    return own, rest
 
 
 def report_command(arguments: list[str], program: str) -> int:

@@ -11,7 +11,8 @@ from markupsafe import Markup
 
 from ptq.report.page.content import PageInput, facts_of, gather
 
-STATUSES = ("done", "running", "waiting", "failed", "interrupted", "refused")
+STATUSES = ("done", "running", "waiting", "pruned", "failed", "interrupted", "refused")
+UNDONE = {"failed", "refused", "interrupted", "pruned"}
 
 
 def build_page(page: PageInput) -> str:
@@ -26,7 +27,7 @@ def build_page(page: PageInput) -> str:
         page=page,
         facts=facts_of(data["points"]),
         counts={kind: count for kind, count in counts.items() if count},
-        failed=[point for point in page.points if point.values["status"] in {"failed", "refused", "interrupted"}],
+        failed=[point for point in page.points if point.values["status"] in UNDONE],
         best=_best(page),
         made=datetime.now().isoformat(sep=" ", timespec="minutes"),
         style=Markup(_own("page.css")),

@@ -30,6 +30,21 @@ class PointOfPage:
 
 
 @dataclass(frozen=True)
+class SearchOfPage:
+    """A search, as far as the page of its sweep shows it.
+
+    Attributes:
+        about: in a few words: sampler, trials, objectives.
+        objectives: the columns of what is made least (or greatest).
+        front: the points that no other beats, the best by the first objective first.
+    """
+
+    about: str
+    objectives: Sequence[str]
+    front: Sequence[PointOfPage]
+
+
+@dataclass(frozen=True)
 class PageInput:
     """A sweep, as far as its page shows it: `keys` are the swept options; `refresh` reloads the page after so many seconds."""
 
@@ -39,6 +54,7 @@ class PageInput:
     keys: Sequence[str]
     points: Sequence[PointOfPage]
     refresh: int | None = None
+    search: SearchOfPage | None = None
 
 
 def gather(page: PageInput) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """What a launcher is, and which there are."""
 
 import importlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -28,11 +28,34 @@ class Ended:
 class Launcher(Protocol):
     """Runs points by `ptq.sweep.work.work_on`."""
 
-    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+    def run(self, task: Task, numbers: Iterable[int | None]) -> Iterator[Ended | None]:
         """Runs the points, in this order as far as one waits for another.
 
         Yields each that has ended, and None some times a second in between. Closed early, it stops what it has started.
+
+        Args:
+            task: what each is started with.
+            numbers: of the points, taken when there is room for one; None says that the next is not known yet, and is asked for
+                again when another has ended.
         """
+
+
+class Feed:
+    """The numbers of points as a launcher takes them."""
+
+    def __init__(self, numbers: Iterable[int | None]):
+        self._numbers = iter(numbers)
+        self.ended = False
+
+    def take(self) -> int | None:
+        """Returns the next point; None where there is none now, or, as `ended` says, none any more."""
+        if self.ended:
+            return None
+        try:
+            return next(self._numbers)
+        except StopIteration:
+            self.ended = True
+            return None
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Points one after another in this process."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from ptq.errors import UserError
@@ -11,10 +11,12 @@ from ptq.sweep.work import work_on
 class Here:
     """Runs points in this process: whatever ends it ends the sweep, which can be resumed."""
 
-    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+    def run(self, task: Task, numbers: Iterable[int | None]) -> Iterator[Ended | None]:
         """See `ptq.sweep.launchers.base.Launcher`."""
         for number in numbers:
             yield None
+            if number is None:
+                continue
             work_on(task.folder, number, task.threads, task.force)
             yield Ended(number)
 

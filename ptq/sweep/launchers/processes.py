@@ -3,14 +3,13 @@
 import os
 import threading
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 from joblib.externals.loky.process_executor import BrokenProcessPool, ProcessPoolExecutor
 
-from ptq.sweep.launchers.base import Ended, Task, refuse_options
+from ptq.sweep.launchers.base import Ended, Feed, Task, refuse_options
 from ptq.sweep.work import work_on
 
 TICK_SECONDS = 0.25
@@ -26,15 +25,14 @@ class Processes:
         self.jobs, self.threads = jobs, threads
         self._executors: dict[int, ProcessPoolExecutor] = {}
 
-    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+    def run(self, task: Task, numbers: Iterable[int | None]) -> Iterator[Ended | None]:
         """See `ptq.sweep.launchers.base.Launcher`."""
-        waiting = deque(numbers)
+        feed = Feed(numbers)
         busy: dict[Future[str], tuple[int, int]] = {}
         try:
-            while waiting or busy:
+            while busy or not feed.ended:
                 for slot in set(range(self.jobs)) - {slot for slot, _ in busy.values()}:
-                    if waiting:
-                        number = waiting.popleft()
+                    if (number := feed.take()) is not None:
                         future = self._executor(slot).submit(work_on, task.folder, number, task.threads, task.force)
                         busy[future] = slot, number
                 over, _ = wait(busy, timeout=TICK_SECONDS, return_when=FIRST_COMPLETED)

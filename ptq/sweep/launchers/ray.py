@@ -1,13 +1,12 @@
 """Points as Ray tasks, on a cluster that is there or one that is started here."""
 
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import ray
 
 from ptq.errors import UserError
-from ptq.sweep.launchers.base import Ended, Task, refuse_options
+from ptq.sweep.launchers.base import Ended, Feed, Task, refuse_options
 from ptq.sweep.work import work_on
 
 TICK_SECONDS = 0.5
@@ -20,7 +19,7 @@ class Ray:
     def __init__(self, jobs: int, threads: int, address: str | None, gpus: float):
         self._jobs, self._threads, self._address, self._gpus = jobs, threads, address, gpus
 
-    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+    def run(self, task: Task, numbers: Iterable[int | None]) -> Iterator[Ended | None]:
         """See `ptq.sweep.launchers.base.Launcher`."""
         here: dict[str, Any] = (
             {"num_cpus": self._jobs * self._threads} if self._address is None else {"address": self._address}
@@ -31,14 +30,13 @@ class Ray:
             raise UserError(
                 f"launcher.address: {self._address!r} cannot be reached ({' '.join(str(error).split())[:200]})"
             ) from None
-        waiting, busy = deque(numbers), dict[Any, int]()
+        feed, busy = Feed(numbers), dict[Any, int]()
         # A worker that ends with its point would load the model again for the next: it is kept. Nothing is tried twice:
         # what failed is in the table, and resume takes it up.
         remote: Any = ray.remote(num_cpus=self._threads, num_gpus=self._gpus, max_retries=0, max_calls=0)(work_on)
         try:
-            while waiting or busy:
-                while waiting:
-                    number = waiting.popleft()
+            while busy or not feed.ended:
+                while (number := feed.take()) is not None:
                     busy[remote.remote(task.folder, number, task.threads, task.force)] = number
                 over, _ = ray.wait(list(busy), num_returns=1, timeout=TICK_SECONDS)
                 for reference in over:

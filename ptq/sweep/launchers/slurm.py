@@ -3,15 +3,14 @@
 import pathlib
 import shutil
 import time
-from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import submitit
 from submitit.helpers import Checkpointable
 
 from ptq.errors import UserError, nearest
-from ptq.sweep.launchers.base import Ended, Task
+from ptq.sweep.launchers.base import Ended, Feed, Task
 from ptq.sweep.work import work_on
 
 TICK_SECONDS = 1.0
@@ -33,13 +32,12 @@ class Slurm:
     def __init__(self, executor: Any, most: int | None):
         self._executor, self._most = executor, most
 
-    def run(self, task: Task, numbers: Sequence[int]) -> Iterator[Ended | None]:
+    def run(self, task: Task, numbers: Iterable[int | None]) -> Iterator[Ended | None]:
         """See `ptq.sweep.launchers.base.Launcher`."""
-        waiting, busy = deque(numbers), dict[int, Any]()
+        feed, busy = Feed(numbers), dict[int, Any]()
         try:
-            while waiting or busy:
-                while waiting and (self._most is None or len(busy) < self._most):
-                    number = waiting.popleft()
+            while busy or not feed.ended:
+                while (self._most is None or len(busy) < self._most) and (number := feed.take()) is not None:
                     busy[number] = self._executor.submit(Work(), task.folder, number, task.threads, task.force)
                 over = [number for number, job in busy.items() if job.done()]
                 for number in over:
