@@ -28,6 +28,18 @@ EVERY = 30.0
 """Seconds between lines of progress where the output is no terminal."""
 
 
+class Clock:
+    """The time that a journal goes by."""
+
+    def now(self) -> float:
+        """Returns seconds since some moment."""
+        return time.perf_counter()
+
+    def wait(self, ended: threading.Event, seconds: float) -> bool:
+        """Waits so many seconds, or until `ended` is set; returns whether it is."""
+        return ended.wait(seconds)
+
+
 class Journal:
     """Lines for people, and for the run's log file.
 
@@ -40,8 +52,9 @@ class Journal:
         memory: the most memory held, and in which phase.
     """
 
-    def __init__(self, path: pathlib.Path | None = None, console: Console | None = None):
+    def __init__(self, path: pathlib.Path | None = None, console: Console | None = None, clock: Clock | None = None):
         self.path = path
+        self._clock = clock or Clock()
         self.console = console or _console()
         self.seconds: dict[str, float] = {}
         self.memory = PeakMemory()
@@ -72,7 +85,7 @@ class Journal:
     @contextmanager
     def phase(self, name: str) -> Iterator[None]:
         """Times a phase and watches its memory, with progress while it lasts."""
-        start = time.perf_counter()
+        start = self._clock.now()
         self.memory.note(BETWEEN)
         columns = (
             TextColumn("{task.description}", markup=False),
@@ -92,12 +105,12 @@ class Journal:
             self._progress, self._pass = None, None
             self._tasks.clear()
             self.memory.note(name)
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - start
+            self.seconds[name] = self.seconds.get(name, 0.0) + self._clock.now() - start
         self.note(f"phase {name}: {self.seconds[name]:.2f} s")
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Notes that `done` of `total` blocks of the pass `what` are done; made for `BlockStream`."""
-        now = time.perf_counter()
+        now = self._clock.now()
         if self._pass is None or self._pass.what != what:
             self._pass = _Pass(what, now, done)
         self._pass.done, self._pass.total = done, total
@@ -110,11 +123,11 @@ class Journal:
     @contextmanager
     def _lines(self, name: str) -> Iterator[None]:
         """Prints where the phase `name` is every `EVERY` seconds, from a thread of its own: a block may take long."""
-        ended, start = threading.Event(), time.perf_counter()
+        ended, start = threading.Event(), self._clock.now()
 
         def tell() -> None:
-            while not ended.wait(EVERY):
-                self.say(_standing(name, self._pass, time.perf_counter() - start))
+            while not self._clock.wait(ended, EVERY):
+                self.say(_standing(name, self._pass, self._clock.now(), start))
 
         thread = threading.Thread(target=tell, name="progress", daemon=True)
         thread.start()
@@ -136,15 +149,14 @@ class _Pass:
     total: int = 0
 
 
-def _standing(phase: str, at: _Pass | None, seconds: float) -> str:
+def _standing(phase: str, at: _Pass | None, now: float, start: float) -> str:
     """Returns where a phase is: its pass, blocks done, time, and time left where two blocks tell how long one takes."""
+    seconds = now - start
     if at is None:
         return f"{phase}: {seconds:.0f} s"
     words = at.what if at.what == phase else f"{phase}, {at.what}"
     passed = at.done - at.first
-    left = (
-        f", about {(time.perf_counter() - at.since) / passed * (at.total - at.done):.0f} s left" if passed > 0 else ""
-    )
+    left = f", about {(now - at.since) / passed * (at.total - at.done):.0f} s left" if passed > 0 else ""
     return f"{words}: {at.done} of {at.total} blocks, {seconds:.0f} s{left}"
 
 
