@@ -60,6 +60,13 @@ class Samples:
             self._pass(self.flow, block, i, rows, watchers)
         self.stream.count_experts(self.flow)
 
+    @torch.no_grad()
+    def carry(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
+        """As `feed`, for a block that stays as it is: its outputs are kept for the stream, which need not call it again."""
+        self.flow.ahead[block.index] = {
+            i: self._pass(self.flow, block, i, rows, watchers, whole=True) for i, rows in self.flow.slices()
+        }
+
     @contextmanager
     def stage_by_stage(self, block: Block, stages: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[str, ...]]]:
         """Gives the stages in order, for a solver that replaces the Linears of one before it asks for the next.

@@ -78,7 +78,7 @@ class Flow:
     """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
 
     With `exact` the Linears round as torch's own do; otherwise they may be faster. `ahead` has the outputs of a block, by number
-    of the batch, where a solver's pass has computed them already. Where batches are `shared` out among ranks, each carries its own,
+    of the batch, where a pass of a step has computed them already. Where batches are `shared` out among ranks, each carries its own,
     and all have the hidden states of all when they have passed a block.
     """
 

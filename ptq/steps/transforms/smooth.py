@@ -281,7 +281,7 @@ class Search:
         names = [link.readers[0] for link in self.planning.links(block)]
         kept = {name: Rows(SEARCH_VALUES, self.samples.tokens) for name in names}
         if names:
-            self.samples.feed(block, {name: rows.add for name, rows in kept.items()})
+            self.samples.carry(block, {name: rows.add for name, rows in kept.items()})
         self.planning.choose(block, {name: rows.kept() for name, rows in kept.items()})
 
     def leave(self, block: Block) -> None:
