@@ -25,6 +25,10 @@ def check(recipe: Recipe) -> None:
     _check_text("data.evaluation", recipe.data.evaluation)
     _check_seed(recipe.calibration, recipe.data.calibration)
     _check_experts(recipe.calibration.experts)
+    if recipe.evaluation.task_samples is not None and not recipe.evaluation.tasks:
+        raise UserError(
+            f"evaluation.task_samples: {recipe.evaluation.task_samples} changes nothing without evaluation.tasks: leave it out"
+        )
     check_specs(recipe.scheme)
     check_rounded(recipe.scheme.cache, recipe.evaluation.length)
 

@@ -107,6 +107,8 @@ class EvaluationConfig:
         resamples: draws of the bootstrap over windows that gives the interval.
         confidence: share of the draws inside the interval, between 0 and 1.
         seed: of the bootstrap, and of C4's random slices.
+        tasks: task files of lm-eval's format (``.yaml``), or names of its own tasks; both models answer them.
+        task_samples: samples of each task, from the first on; null for all.
     """
 
     windows: int | None = option(16, least=1)
@@ -117,6 +119,8 @@ class EvaluationConfig:
     resamples: int = option(10000, least=100, most=1_000_000)
     confidence: float = 0.95
     seed: int = seed_option()
+    tasks: tuple[str, ...] = ()
+    task_samples: int | None = option(None, least=1)
 
 
 @dataclass(frozen=True)
@@ -209,6 +213,8 @@ class Recipe:
         export: a format to write the quantized model in, or null.
         outputs: the folder of results, as ``outputs/<name>/<hash>``.
         store: the folder where results of earlier work are kept.
+        trackers: programs that are told of the run: ``mlflow``, ``tensorboard``, ``wandb``, ``trackio``. None unless asked for; no
+            result depends on them.
     """
 
     name: str
@@ -222,6 +228,7 @@ class Recipe:
     export: ExportConfig | None = None
     outputs: str = "outputs"
     store: str = "~/.cache/ptq"
+    trackers: tuple[str, ...] = option((), choices=("mlflow", "tensorboard", "wandb", "trackio"))
 
     def as_dict(self) -> dict[str, Any]:
         """Returns the fully resolved recipe as plain, JSON-able containers."""
@@ -233,6 +240,6 @@ class Recipe:
         Args:
             sources: digests of the source of steps from outside, by the step's name.
         """
-        content = {key: value for key, value in self.as_dict().items() if key not in {"outputs", "store"}}
+        content = {key: value for key, value in self.as_dict().items() if key not in {"outputs", "store", "trackers"}}
         content |= {"sources": dict(sources)} if sources else {}
         return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:12]

@@ -14,6 +14,7 @@ import yaml
 
 from ptq.config.schema import Recipe
 from ptq.evaluation.comparison import Comparison
+from ptq.evaluation.tasks.accuracy import TaskResult
 from ptq.files.atomic import write_text
 from ptq.report.json_files import as_json, schema_of
 from quantize.modules.cache import CacheFormat
@@ -206,6 +207,7 @@ class Facts:
         seconds: wall time of each phase, by its name.
         memory: the most memory that the process has held.
         kernels: who has multiplied.
+        tasks: baseline and quantized model on each task; empty without tasks.
     """
 
     size: Size
@@ -229,6 +231,7 @@ class Facts:
     seconds: dict[str, float]
     memory: Memory
     kernels: Kernels
+    tasks: list[TaskResult]
 
 
 @dataclass(frozen=True)

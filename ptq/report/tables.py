@@ -6,6 +6,7 @@ from rich.table import Table
 
 from ptq.config.schema import Recipe
 from ptq.evaluation.comparison import Comparison
+from ptq.evaluation.tasks.accuracy import TaskResult
 from ptq.evaluation.token_statistics import Estimate, TokenStatistics
 from ptq.report.plain import printable
 from ptq.report.results import Beginnings, Facts, SharedText, TensorKind
@@ -80,6 +81,37 @@ def token_table(statistics: TokenStatistics) -> Table:
     table.add_row("RMS", "", "", _words(s.delta_p_rms, 100, 3))
     for name, field in PERCENTILES.items():
         table.add_row(name, "", f"{getattr(s.kl, field):.5f}", f"{100 * getattr(s.delta_p, field):.3f}")
+    return table
+
+
+def task_table(results: list[TaskResult], confidence: float) -> Table:
+    """Returns the table of tasks: both models' accuracies, the difference with its interval, McNemar's p."""
+    table = Table(title="tasks", title_justify="left")
+    for column in (
+        "task",
+        "metric",
+        "samples",
+        "baseline",
+        "quantized",
+        f"difference and {confidence:.0%} interval",
+        "lost",
+        "won",
+        "p",
+        "prompts begin with",
+    ):
+        table.add_column(column, justify="left" if column in {"task", "metric", "prompts begin with"} else "right")
+    for r in results:
+        interval = f"{r.difference:+.2%} [{r.low:+.2%}, {r.high:+.2%}]"
+        figures = (
+            str(r.samples),
+            f"{r.baseline:.2%}",
+            f"{r.quantized:.2%}",
+            interval,
+            str(r.lost),
+            str(r.won),
+            f"{r.p:.4f}",
+        )
+        table.add_row(printable(r.task), printable(r.metric), *figures, printable(r.bos))
     return table
 
 

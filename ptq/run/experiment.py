@@ -3,6 +3,8 @@
 import dataclasses
 import pathlib
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 import yaml
@@ -41,6 +43,8 @@ from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
+from ptq.run.task_results import baseline_answers, compared_answers
+from ptq.run.trackers.base import TrackedRun, flat, numbers, tracking
 from ptq.steps._registry import build_steps, with_defaults
 from ptq.steps._step import Context, Step
 from quantize.kernels.choice import describe
@@ -144,7 +148,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
     if (folder / METRICS).is_file() and not force:
         journal.say("replaces the result that is here, which was of other code, weights, texts or versions")
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    with open_session(recipe, journal, places.kept, shared, world) as session:
+    tracked = _tracked(recipe if world.leads else dataclasses.replace(recipe, trackers=()), folder, journal)
+    with tracked, open_session(recipe, journal, places.kept, shared, world) as session:
         for note in check_export(recipe, session.network):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
@@ -152,6 +157,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         check_tokens(recipe, session.loaded.tokenizer, session.calibration_tokens(), tokens, session.network.vocabulary)
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
+        answers = baseline_answers(session)
         taken = context.statistics
         identity = session.identity(sources_of(steps))
         context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
@@ -165,8 +171,10 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
             compared = _compared(session, heads, baseline, flow, tokens)
         if not world.leads:
             return Result(places.kept, None, "rank 0 writes the results")
-        report(session, visitor, tokens, baseline, compared, folder, identity)
         session.stream.change_outside()
+        results = compared_answers(session, visitor, answers, folder)
+        report(session, visitor, tokens, baseline, compared, folder, identity, results)
+        journal.figures(numbers(parse_json((folder / METRICS).read_text(encoding="utf-8"))))
         export_session(session, folder)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
@@ -176,6 +184,16 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         held[0].config.use_cache = True
         use_packed_cache(held[0])
     return Result(folder, held, "" if whole else visitor.unbuildable or "the weights are on disk")
+
+
+@contextmanager
+def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator[None]:
+    """Tells the recipe's trackers what the journal hears, while the context lasts."""
+    outputs = pathlib.Path(recipe.outputs).expanduser()
+    about = TrackedRun(recipe.name, folder.name, folder, outputs, flat(recipe.as_dict()))
+    with tracking(recipe.trackers, about, journal.say) as tracked:
+        journal.figures = tracked.figures
+        yield
 
 
 def _quantize(

@@ -11,6 +11,7 @@ from ptq.data.overlap import check_overlap, overlap_of
 from ptq.data.sampling import Tokens
 from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
+from ptq.evaluation.tasks.task_files import read_tasks
 from ptq.files.atomic import check_folder
 from ptq.files.store import store_of
 from ptq.models.locations import locate
@@ -25,6 +26,7 @@ from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import machine
 from ptq.run.kernel_choice import check_kernels
 from ptq.run.session import calibration_draw, check_experts, device_of, evaluation_draw
+from ptq.run.trackers.base import check_trackers
 from ptq.steps._step import SOLVER, Step
 
 
@@ -64,6 +66,11 @@ def check_before(
         raise UserError("steps: empty, but the scheme asks for quantized tensors: add a solver such as steps.rtn={}")
     check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
     check_folder(pathlib.Path(recipe.store).expanduser(), "store")
+    check_trackers(recipe.trackers)
+    if read_tasks(recipe.evaluation.tasks) and recipe.execution.weights != "resident":
+        raise UserError(
+            f"evaluation.tasks: answered by the model in memory, but execution.weights is {recipe.execution.weights}: use resident"
+        )
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
     if not recipe.data.allow_overlap:
@@ -118,9 +125,15 @@ def check_ranks(recipe: Recipe, sources: Mapping[str, str], world: World) -> Non
     """
     if world.size == 1:
         return
-    plain = {key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name"}}
+    plain = {
+        key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name", "trackers"}
+    }
     facts = {f"recipe ({key})": value for key, value in plain.items()}
     agree(world, {**facts, "methods": dict(sources), **machine(device_of(recipe))})
+    if recipe.evaluation.tasks:
+        raise UserError(
+            f"evaluation.tasks: answered by one process, but there are {world.size} ranks: start it without torchrun"
+        )
     c = recipe.calibration
     most = units(c.samples, c.batch_size, leaf_of(c.samples))
     if world.size > most:

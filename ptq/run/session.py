@@ -13,6 +13,7 @@ from ptq.config.schema import Recipe
 from ptq.config.scheme import check_scheme
 from ptq.data.sampling import Draw, Tokens, check_length
 from ptq.errors import UserError
+from ptq.evaluation.tasks.task_files import read_tasks
 from ptq.files.scratch import remove_stale
 from ptq.files.store import Store, store_of
 from ptq.models.loading import LoadedModel
@@ -136,8 +137,11 @@ def identity_of(
         tokens: calibration samples and evaluation windows.
         device: where the arithmetic happens.
     """
-    plain = {key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name"}}
+    plain = {
+        key: value for key, value in recipe.as_dict().items() if key not in {"outputs", "store", "name", "trackers"}
+    }
     prints = [t.fingerprint for t in tokens]
+    plain["tasks"] = {task.name: task.digest for task in read_tasks(recipe.evaluation.tasks)}
     return digest_of(
         {"recipe": plain, "sources": dict(sources), "weights": weights, "tokens": prints, **machine(device)}
     )

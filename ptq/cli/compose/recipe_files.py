@@ -23,6 +23,7 @@ from ptq.files.bounded import read_yaml
 
 TARGET = "_target_"
 REMOTE = "trust_remote_code"
+TASKS = ("evaluation", "tasks")
 _ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_]\w*)")
 
 
@@ -73,9 +74,16 @@ def check_trusted(config: dict[str, Any], overrides: Iterable[Override]) -> None
     """
     typed = dict(typed_values(overrides))
     for path, value in _leaves(config, ()):
-        if path[-1] not in {TARGET, REMOTE} or value in (False, None) or typed.get(path) == value:
+        if path[-1] not in {TARGET, REMOTE} and path[:2] != TASKS:
+            continue
+        if value in (False, None) or typed.get(path) == value:
             continue
         name = ".".join(path)
+        if path[:2] == TASKS:
+            raise UserError(
+                f"{name}: {value!r:.80} in a recipe file: the templates of a task may run code: read it, then add --trust to the "
+                f"command, or type evaluation.tasks=[{value!s:.80}] yourself"
+            )
         raise UserError(
             f"{name}: {value!r:.80} in a recipe file would run code: read that code, then add --trust to the command, "
             f"or type {'++' if path[-1] == TARGET else ''}{name}={value!s:.80} yourself"

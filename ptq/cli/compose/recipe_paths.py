@@ -19,6 +19,7 @@ def placed(config: dict[str, Any], folder: pathlib.Path, typed: Collection[tuple
         One line for each path that is in neither place.
     """
     missing = []
+    _place_tasks(config, folder, typed)
     for key, owner in _paths(config):
         value = owner.get(key[-1])
         if not isinstance(value, str) or key in typed or not _relative(value):
@@ -31,6 +32,18 @@ def placed(config: dict[str, Any], folder: pathlib.Path, typed: Collection[tuple
                 f"then in {pathlib.Path.cwd()}: mend the path"
             )
     return tuple(missing)
+
+
+def _place_tasks(config: dict[str, Any], folder: pathlib.Path, typed: Collection[tuple[str, ...]]) -> None:
+    """Makes full the task files that are there beside the recipe file; where others are missing, the check of tasks says so."""
+    evaluation = config.get("evaluation")
+    tasks = evaluation.get("tasks") if isinstance(evaluation, dict) else None
+    if not isinstance(tasks, list):
+        return
+    for i, value in enumerate(tasks):
+        key = ("evaluation", "tasks", str(i))
+        if isinstance(value, str) and key not in typed and _relative(value) and (folder / value).is_file():
+            tasks[i] = str((folder / value).resolve())
 
 
 def _paths(config: dict[str, Any]) -> Iterator[tuple[tuple[str, ...], dict[str, Any]]]:

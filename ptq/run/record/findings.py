@@ -8,6 +8,7 @@ from ptq.data.overlap import overlap_of
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.comparison import compare
+from ptq.evaluation.tasks.accuracy import TaskResult
 from ptq.evaluation.token_comparison import TokenComparison
 from ptq.report.layer_errors import save_errors
 from ptq.report.results import (
@@ -20,7 +21,7 @@ from ptq.report.results import (
     tensor_kinds,
     write_results,
 )
-from ptq.report.tables import result_table, tensor_table, token_table
+from ptq.report.tables import result_table, task_table, tensor_table, token_table
 from ptq.run.baseline import Baseline
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
 from ptq.run.record.environment import environment
@@ -38,6 +39,7 @@ def report(
     compared: TokenComparison,
     folder: pathlib.Path,
     identity: str,
+    tasks: list[TaskResult],
 ) -> None:
     """Writes the run's files and shows its tables.
 
@@ -49,6 +51,7 @@ def report(
         compared: both models' on them.
         folder: the run's.
         identity: digest of everything that the results depend on.
+        tasks: both models' answers to tasks.
 
     Raises:
         UserError: when the quantized model's losses are NaN or inf although its hidden states are not.
@@ -88,10 +91,13 @@ def report(
         seconds={name: round(value, 3) for name, value in journal.seconds.items()},
         memory=journal.memory.memory(),
         kernels=kernels,
+        tasks=tasks,
     )
     write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device, session.world.size))
     journal.show(tensor_table(facts.tensors))
     journal.show(token_table(comparison.token_statistics))
+    if tasks:
+        journal.show(task_table(tasks, e.confidence))
     journal.show(result_table(recipe, comparison, facts))
 
 

@@ -4,7 +4,7 @@ import pathlib
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from datetime import datetime
@@ -50,6 +50,7 @@ class Journal:
         console: where lines are printed.
         seconds: how long each phase took, in order.
         memory: the most memory held, and in which phase.
+        figures: told of figures by name: seconds of every phase that has ended, and those of the result.
     """
 
     def __init__(self, path: pathlib.Path | None = None, console: Console | None = None, clock: Clock | None = None):
@@ -58,6 +59,7 @@ class Journal:
         self.console = console or _console()
         self.seconds: dict[str, float] = {}
         self.memory = PeakMemory()
+        self.figures: Callable[[Mapping[str, float]], None] = lambda values: None
         self._pass: _Pass | None = None
         self._progress: Progress | None = None
         self._tasks: dict[str, int] = {}
@@ -107,6 +109,7 @@ class Journal:
             self.memory.note(name)
             self.seconds[name] = self.seconds.get(name, 0.0) + self._clock.now() - start
         self.note(f"phase {name}: {self.seconds[name]:.2f} s")
+        self.figures({f"seconds.{name}": self.seconds[name]})
 
     def progress(self, what: str, done: int, total: int) -> None:
         """Notes that `done` of `total` blocks of the pass `what` are done; made for `BlockStream`."""
