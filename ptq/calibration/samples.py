@@ -11,6 +11,7 @@ from torch import nn
 
 from ptq.network.attention import unquantized_attention
 from ptq.network.block_stream import BlockStream, Flow
+from ptq.network.experts.abreast import abreast
 from ptq.network.network import Block
 from ptq.network.staged_pass import StagedPass
 
@@ -68,18 +69,22 @@ class Samples:
         }
 
     @contextmanager
-    def stage_by_stage(self, block: Block, stages: Sequence[tuple[str, ...]]) -> Iterator[Iterator[tuple[str, ...]]]:
-        """Gives the stages in order, for a solver that replaces the Linears of one before it asks for the next.
+    def stage_by_stage(
+        self, block: Block, stages: Sequence[tuple[str, ...]]
+    ) -> Iterator[Iterator[list[tuple[str, ...]]]]:
+        """Gives the stages in order, those together that need nothing of one another, for a solver that replaces their Linears
+        before it asks for the next.
 
-        With resident weights and hidden states in memory the samples pass once for all stages, and their outputs are kept
-        for the stream. Otherwise every `feed` is a pass of its own, and only the hidden states are held.
+        With resident weights and hidden states in memory the samples pass once for all stages, which come one by one, and their
+        outputs are kept for the stream. Otherwise every `feed` is a pass of its own, and only the hidden states are held: the
+        experts of a mixture come together.
 
         Args:
             block: the present block, weights in memory.
             stages: full names of the Linears that read one tensor, in the order of their calls.
         """
         if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
-            yield iter(stages)
+            yield iter(abreast(block, stages))
             return
         with StagedPass(self.stream, self.flow, block, stages) as paused:
             self._paused = paused
@@ -141,11 +146,11 @@ class Samples:
             kept[""] = reference.hidden.flatten(0, 1)
         return kept
 
-    def _advanced(self, paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[tuple[str, ...]]:
+    def _advanced(self, paused: StagedPass, stages: Sequence[tuple[str, ...]]) -> Iterator[list[tuple[str, ...]]]:
         for stage in stages:
             paused.advance()
             self.stream.count_experts(self.flow)
-            yield stage
+            yield [stage]
 
     def _pass(
         self, flow: Flow, block: Block, batch: int, rows: slice, watchers: Mapping[str, Watcher], whole: bool = False

@@ -171,6 +171,7 @@ class ExecutionConfig:
     Attributes:
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         weights: ``resident`` (whole model in memory) or ``offloaded`` (one block in memory, the rest on disk).
+        prefetch: read the weights of the next block in a thread while this one computes, where they are offloaded: time for memory.
         hidden_states: ``memory`` or ``disk`` (memory-mapped).
         save: write the quantized weights (codes and scales) into the run's folder.
         kernels: who multiplies in quantized Linears: ``simulated`` (floating point, the reference), ``auto`` (integer kernels where
@@ -179,6 +180,7 @@ class ExecutionConfig:
 
     device: str = "auto"
     weights: str = option("resident", choices=("resident", "offloaded"))
+    prefetch: bool = True
     hidden_states: str = option("memory", choices=("memory", "disk"))
     save: bool = False
     kernels: str = "simulated"

@@ -10,7 +10,6 @@ from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub import snapshot_download
 from transformers import AutoConfig, AutoModelForCausalLM, GenerationConfig
 from transformers.conversion_mapping import get_model_conversion_mapping
-from transformers.core_model_loading import WeightConverter
 from transformers.integrations.accelerate import accelerate_disk_offload
 
 from ptq.errors import UserError
@@ -19,6 +18,7 @@ from ptq.files.scratch import ScratchFolder
 from ptq.models.locations import ModelSource, quiet
 from ptq.models.resident_memory import return_freed_memory
 from ptq.models.rounding import beyond, round_in_place
+from ptq.models.stacked_tensors import StackedTensor, only_stacks, stacked_tensors
 from ptq.models.weights import OffloadedWeights, ResidentWeights, Weights, shards_of
 
 TRIM_EVERY = 1 << 25
@@ -48,8 +48,8 @@ def read_resident(
 ) -> tuple[Any, Weights] | None:
     """Returns the model in memory, or None when a weight is beyond the range of `rounding`.
 
-    Parameters are read one by one where each of them lies in the checkpoint, so that the model is all that is in memory. Those
-    that transformers puts together while it reads, such as experts, are read by it, and rounded after.
+    Parameters are read one by one where each of them lies in the checkpoint, so that the model is all that is in memory; experts
+    too, which the model stacks. What transformers changes otherwise while it reads is read by it, and rounded after.
     """
     try:
         if source.location.kind != "gguf" and (filled := _filled(source, rounding, arithmetic, device)) is not None:
@@ -81,8 +81,7 @@ def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype,
     """
     if (found := _mapped(source, arithmetic)) is None:
         return None
-    model, index, _ = found
-    stored = _stored(index)
+    model, stored = found
     tied = getattr(model, "all_tied_weights_keys", None) or {}
     kept_wide = getattr(model, "_keep_in_fp32_modules", None) or getattr(model, "_keep_in_fp32_modules_strict", None)
     if arithmetic != torch.float32 and kept_wide:
@@ -119,10 +118,10 @@ def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype,
     return model.to(device)
 
 
-def _stored(index: dict[str, Any]) -> dict[str, StoredTensor]:
+def _stored(index: dict[str, Any]) -> dict[str, StoredTensor | StackedTensor]:
     """Returns the place of each weight by accelerate's index."""
     headers: dict[str, dict[str, StoredTensor]] = {}
-    stored: dict[str, StoredTensor] = {}
+    stored: dict[str, StoredTensor | StackedTensor] = {}
     for name, entry in index.items():
         file = entry["safetensors_file"]
         if file not in headers:
@@ -132,15 +131,18 @@ def _stored(index: dict[str, Any]) -> dict[str, StoredTensor]:
 
 
 def read_offloaded(
-    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
+    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device, ahead: bool = True
 ) -> tuple[Any, Weights] | None:
     """Returns the model on meta with the place of each weight on disk, or None when one is beyond the range of `rounding`.
 
-    transformers, through accelerate, says which stored tensor is which parameter.
+    transformers, through accelerate, says which stored tensor is which parameter. `ahead`: see `OffloadedWeights`.
     """
-    found = _mapped(source, arithmetic) or _converted(source, arithmetic)
-    model, index, folder = found
-    stored = _stored(index)
+    folder: Any = None
+    if (found := _mapped(source, arithmetic)) is not None:
+        model, stored = found
+    else:
+        model, index, folder = _converted(source, arithmetic)
+        stored = dict(_stored(index))
     for name, other in (getattr(model, "all_tied_weights_keys", None) or {}).items():
         if other in stored:
             stored[name] = stored[other]
@@ -155,11 +157,11 @@ def read_offloaded(
         for name, buffer in buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 buffers[name] = buffer.to(device)
-    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder)
+    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder, ahead)
 
 
-def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, Any], Any] | None:
-    """Returns the model on meta and the index of its checkpoint, no weight read; None where weights must be converted."""
+def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, StoredTensor | StackedTensor]] | None:
+    """Returns the model on meta and the place of each weight, none read; None where weights must be converted."""
     location, arguments = source.location, source.arguments
     folder = pathlib.Path(location.base)
     if location.kind == "hub":
@@ -176,12 +178,16 @@ def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str
             lambda: AutoModelForCausalLM.from_config(found, dtype=arithmetic, trust_remote_code=trust)
         )
     mapping = get_model_conversion_mapping(model)
-    if any(isinstance(entry, WeightConverter) for entry in mapping):
+    if not only_stacks(mapping):
         return None
     shards = shards_of(folder)
-    names = {name: shard.name for shard in shards for name in read_header(shard)}
+    headers = {shard.name: read_header(shard) for shard in shards}
+    names = {name: shard for shard, header in headers.items() for name in header}
     index = accelerate_disk_offload(model, None, [str(s) for s in shards], {"": "disk"}, {"weight_map": names}, mapping)
-    return (model, index, None) if all(name in index for name, _ in model.named_parameters()) else None
+    missing = [name for name, _ in model.named_parameters() if name not in index]
+    there = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    stacked = stacked_tensors(model, missing, there) if missing else {}
+    return None if stacked is None else (model, {**_stored(index), **stacked})
 
 
 def _converted(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, Any], Any]:

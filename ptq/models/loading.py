@@ -283,8 +283,9 @@ def _read(
         except OverflowError:
             return None
         return_freed_memory()
-    read = read_offloaded if execution.weights == "offloaded" else read_resident
-    return read(source, rounding, arithmetic, device)
+    if execution.weights == "offloaded":
+        return read_offloaded(source, rounding, arithmetic, device, execution.prefetch)
+    return read_resident(source, rounding, arithmetic, device)
 
 
 def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> ModelSource:

@@ -17,7 +17,12 @@ from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import PIECE, StoredTensor, read_header
 from ptq.files.store import Store
+from ptq.models.read_ahead import ReadAhead
 from ptq.models.resident_memory import return_freed_memory
+from ptq.models.stacked_tensors import JoinedTensor, StackedTensor
+
+Stored = StoredTensor | JoinedTensor | StackedTensor
+"""What is read at once: a tensor of a file, the parts of an expert's matrix, or a whole stack of them."""
 
 
 class Weights(Protocol):
@@ -32,6 +37,9 @@ class Weights(Protocol):
 
     def hold(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Inside the context, the parameters of the submodules `names` are in memory."""
+
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Begins to read what the next `hold` of these submodules needs; drops what was read for another one."""
 
 
 class Piece(Protocol):
@@ -66,6 +74,9 @@ class ResidentWeights:
         """Does nothing."""
         yield
 
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Does nothing."""
+
 
 class OffloadedWeights:
     """Parameters are read from disk when a module is held, and dropped after.
@@ -77,6 +88,7 @@ class OffloadedWeights:
         arithmetic: what they are computed with.
         device: where the arithmetic happens.
         keep: anything that must live as long as the weights, such as the temporary folder of converted ones.
+        ahead: whether `prefetch` reads.
     """
 
     resident = False
@@ -84,15 +96,18 @@ class OffloadedWeights:
     def __init__(
         self,
         model: nn.Module,
-        stored: Mapping[str, StoredTensor],
+        stored: Mapping[str, StoredTensor | StackedTensor],
         rounding: torch.dtype,
         arithmetic: torch.dtype,
         device: torch.device,
         keep: Any = None,
+        ahead: bool = True,
     ):
         self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
         self._rounding, self._arithmetic = rounding, arithmetic
         self._pieces: dict[str, Piece] = {}
+        self._ahead = ahead
+        self._reading: ReadAhead | None = None
 
     def take_apart(self, pieces: Mapping[str, Piece]) -> None:
         """Notes that parameters of these full names are pieces of tensors that are stored."""
@@ -102,11 +117,15 @@ class OffloadedWeights:
     def hold(self, names: Iterable[str]) -> Iterator[None]:
         """Reads what the submodules `names` need; on leaving, their meta tensors are put back."""
         held: list[tuple[dict[str, Any], str, torch.Tensor]] = []
-        read: dict[StoredTensor, torch.Tensor] = {}
+        read: dict[Stored, torch.Tensor] = {}
+        missing = list(self._missing(names))
+        ready = self._taken([full for *_, full in missing])
         try:
-            for owner, name, full in self._missing(names):
+            for owner, name, full in missing:
                 held.append((owner, name, owner[name]))
-                owner[name] = _in_place_of(owner[name], self._read(full, read))
+                value = ready.pop(full) if full in ready else self._read(full, read, self._device)
+                owner[name] = _in_place_of(owner[name], value)
+                del value
             # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
             read.clear()
             yield
@@ -115,13 +134,35 @@ class OffloadedWeights:
                 owner[name] = before
             return_freed_memory()
 
-    def _read(self, full: str, read: dict[StoredTensor, torch.Tensor]) -> torch.Tensor:
+    def prefetch(self, names: Iterable[str]) -> None:
+        """Reads in a thread what the next `hold` of `names` needs; what is not there in time is waited for."""
+        wanted = [full for *_, full in self._missing(names)] if self._ahead else []
+        # What was read for another hold goes first: never more than one block lies ahead.
+        self._reading = None
+        if wanted:
+            read: dict[Stored, torch.Tensor] = {}
+            self._reading = ReadAhead(wanted, lambda full, device: self._read(full, read, device), self._device)
+
+    def _taken(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
+        """Returns what lies ready of these parameters, when they are what was read ahead."""
+        if self._reading is None or self._reading.names != tuple(wanted):
+            return {}
+        reading, self._reading = self._reading, None
+        return reading.result()
+
+    def _read(self, full: str, read: dict[Stored, torch.Tensor], device: torch.device) -> torch.Tensor:
         piece = self._pieces.get(full)
-        stored = self._stored[full if piece is None else piece.source]
+        stored: Stored = self._stored[full if piece is None else piece.source]
         if piece is not None:
-            stored = stored.row(piece.shape, piece.expert)
+            stored = self._stored[piece.source].row(piece.shape, piece.expert)
         if stored not in read:
-            read[stored] = stored.read(self._rounding, self._arithmetic, self._device)
+            try:
+                read[stored] = stored.read(self._rounding, self._arithmetic, device)
+            except (OSError, ValueError) as error:
+                raise UserError(
+                    f"model.path: {stored.file}, which holds {full}, cannot be read any more ({' '.join(str(error).split())}): "
+                    "mend the file; what was finished is kept, and the same command takes it up"
+                ) from None
         if piece is None:
             return read[stored]
         value = piece.of(read[stored])

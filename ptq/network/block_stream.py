@@ -287,6 +287,7 @@ class BlockStream:
         done = 0 if kept is None else kept.take_up(self.network.blocks)
         for block in self.network.blocks[done:]:
             with self.weights.hold([block.name]):
+                self.weights.prefetch([b.name for b in self.network.blocks[block.index + 1 : block.index + 2]])
                 with fast_linears():
                     visitor.enter(block)
                 for flow in flows:

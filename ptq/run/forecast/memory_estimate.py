@@ -47,7 +47,8 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> Est
     whole = network.parameters * value
     outside = whole - sum(blocks)
     resident = recipe.execution.weights == "resident"
-    weights = whole if resident else max([outside, *(2 * b for b in blocks)])
+    ahead = 2 if recipe.execution.prefetch else 1
+    weights = whole if resident else max([outside, *(ahead * b for b in blocks)])
     in_memory = recipe.execution.hidden_states == "memory"
     c, e = recipe.calibration, recipe.evaluation
     windows = e.windows if e.windows is not None else 256
@@ -126,7 +127,10 @@ def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
         "calibration.batch_size=1": lambda r: replace(r, calibration=replace(r.calibration, batch_size=1)),
         "execution.hidden_states=disk": lambda r: replace(r, execution=replace(r.execution, hidden_states="disk")),
         "execution.weights=offloaded": lambda r: replace(r, execution=replace(r.execution, weights="offloaded")),
+        "execution.prefetch=false": lambda r: replace(r, execution=replace(r.execution, prefetch=False)),
     }
+    if not (x.prefetch and x.weights == "offloaded"):
+        del changes["execution.prefetch=false"]
     if c.batch_size == 1:
         del changes["calibration.batch_size=1"]
     if x.hidden_states == "disk":

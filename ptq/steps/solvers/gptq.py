@@ -145,8 +145,8 @@ class _Solving:
             self._quantize(stages, inputs, sums, originals)
             return
         with samples.stage_by_stage(block, stages) as present:
-            for stage in present:
-                self._quantize([stage], inputs, sums, originals)
+            for together in present:
+                self._quantize(together, inputs, sums, originals)
 
     def _quantize(
         self,

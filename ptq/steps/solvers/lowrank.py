@@ -74,7 +74,7 @@ class Step(Solver):
             raise UserError("steps.lowrank: needs calibration samples, and none were drawn")
         inputs, stages = BlockInputs(context, block), context.stages(block)
         with context.samples.stage_by_stage(block, stages) as present:
-            for stage in present:
+            for stage in (stage for together in present for stage in together):
                 hessians = stage_hessians(context, block, stage, inputs)
                 for name in stage:
                     self._quantize(name, inputs, hessians, context)

@@ -61,7 +61,7 @@ class Step(Solver):
                 self._quantize(stage, inputs, {}, context)
             return
         with context.samples.stage_by_stage(block, stages) as present:
-            for stage in present:
+            for stage in (stage for together in present for stage in together):
                 self._quantize(stage, inputs, stage_hessians(context, block, stage, inputs), context)
 
     def _quantize(
