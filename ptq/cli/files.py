@@ -17,7 +17,9 @@ def export_command(arguments: list[str], program: str) -> int:
     parser = Parser(prog=program, allow_abbrev=False, description="Exports a finished run, without quantizing again.")
     parser.add_argument("options", nargs="*", metavar="option=value", help="options of the format: docs/exports.md")
     parser.add_argument("--run", metavar="FOLDER", required=True, help="a run made with execution.save=true")
-    parser.add_argument("--format", metavar="NAME", required=True, help="compressed-tensors, gguf, llama2c or kuiper")
+    parser.add_argument(
+        "--format", metavar="NAME", required=True, help="compressed-tensors, gguf, gptq, awq, llama2c or kuiper"
+    )
     parser.add_argument("--output", metavar="PATH", help="where to (default: export/NAME in the run's folder)")
     parser.add_argument("--force", action="store_true", help="replace what is there")
     parser.add_argument("--trust", action="store_true", help="the run's model may run code of its own")
@@ -88,7 +90,10 @@ def data_command(arguments: list[str], program: str) -> int:
 
 
 COMMANDS = {
-    "export": ("another format for a finished run: compressed-tensors, gguf, llama2c, kuiper", export_command),
+    "export": (
+        "another format for a finished run: compressed-tensors, gguf, gptq, awq, llama2c, kuiper",
+        export_command,
+    ),
     "inspect": ("what a model file holds: header, tensors, sizes, greatest error", inspect_command),
     "status": ("where a run stands: running, interrupted after a block, finished", status_command),
     "data": ("the files that a measuring protocol needs: what they are, whether they are there", data_command),

@@ -11,6 +11,8 @@ from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.experts.linears import Expert
 from ptq.network.network import Network, weight_of
+from quantize.codecs.base import Encoded
+from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, grouped, integer_range
 from quantize.kernels.matmul import Linear
 from quantize.modules.simulated import InputQuantizer, QuantLinear
@@ -32,6 +34,7 @@ class LinearTensors:
         input_spec: format of the input, or None.
         input_scale: float32, of a static input range.
         input_zero_point: float32, of a static asymmetric input range.
+        stored: what is stored of a weight whose format is not an integer grid, by name; None for others.
     """
 
     name: str
@@ -44,11 +47,16 @@ class LinearTensors:
     input_spec: QuantSpec | None = None
     input_scale: torch.Tensor | None = None
     input_zero_point: torch.Tensor | None = None
+    stored: Encoded | None = None
 
     def dense(self) -> torch.Tensor:
         """Returns the weight (out, in) that the simulation multiplies by, in float32."""
         if self.spec is None or self.codes is None or self.scale is None:
             return torch.as_tensor(self.weight).float()
+        if self.stored is not None:
+            codec = codec_of(self.spec)
+            rows, width = self.codes.shape
+            return codec.decode(self.stored, self.spec, (rows, width * 8 // codec.width))
         grid = Grid(
             self.scale, self.zero_point, *integer_range(self.spec.bits, self.spec.symmetric, self.spec.full_range)
         )
@@ -118,15 +126,17 @@ def tensors_of(name: str, module: nn.Module) -> LinearTensors:
         bias = module.bias if isinstance(module.bias, torch.Tensor) else None
         return LinearTensors(name, None, None, None, None, weight_of(module), bias)
     inputs = module.inputs
+    affine = module.weight_spec is None or module.weight_spec.affine
     return LinearTensors(
         name=name,
         spec=module.weight_spec,
         codes=None if module.weight_spec is None else module.codes,
         scale=None if module.weight_spec is None else module.scale,
-        zero_point=None if module.weight_spec is None else module.zero_point,
+        zero_point=module.zero_point if module.weight_spec is not None and affine else None,
         weight=module.weight if module.weight_spec is None else None,
         bias=module.bias,
         input_spec=module.input_spec,
         input_scale=None if inputs is None or inputs.spec.dynamic else inputs.scale,
         input_zero_point=None if inputs is None or inputs.spec.dynamic else inputs.zero_point,
+        stored=None if affine else {part: getattr(module, part) for part in module.stored_names},
     )

@@ -1,8 +1,9 @@
 """compressed-tensors: safetensors with ``quantization_config``, as transformers and vLLM load it; its package's own classes.
 
 Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
-token, tensor or group, or static per tensor; any mixture by overrides. A Linear with quantized inputs is ``int-quantized``
-(codes as int8), one without ``pack-quantized`` (codes packed into int32).
+token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed_floats`); any
+mixture by overrides. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
+packed into int32), floats have names of their own.
 """
 
 import json
@@ -28,6 +29,7 @@ from ptq.export.base import (
     require,
     specs_by_linear,
 )
+from ptq.export.packing import compressed_floats as floating
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_folder_atomic, write_text
 from ptq.network.experts.published_names import published_names
@@ -69,7 +71,6 @@ class Exporter:
         _package()
         nearest = _nearest(scheme)
         refuse_attention(scheme, NAME, nearest)
-        weight = {"format": ("int",), "granularity": ("tensor", "channel", "group")}
         dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group"), "clip": (1.0,)}
         specs = specs_by_linear(scheme, network)
         if not any(s.any for s in specs.values()):
@@ -94,8 +95,8 @@ class Exporter:
                     "quantize its input too, or exclude it"
                 )
             if spec.weight is not None:
-                require(spec.weight, "scheme.weight", name, NAME, nearest, **weight)
-            if spec.input is not None:
+                _check_weight(spec, name, nearest)
+            if spec.input is not None and (spec.input.affine or spec.weight is None):
                 if spec.weight is None:
                     raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
                 allowed = dynamic if spec.input.dynamic else {"granularity": ("tensor",)}
@@ -116,9 +117,11 @@ class Exporter:
             notes.append(
                 "packed zero points: transformers loads them with quantization_config=CompressedTensorsConfig(dequantize=True)"
             )
+        if any(s.format in floating.DECODED_TO_BFLOAT16 for s in groups.schemes.values()):
+            notes.append("transformers decodes these floats to bfloat16: load the folder with dtype=torch.bfloat16")
 
         def fill(folder: pathlib.Path) -> None:
-            _write_shards(folder, _tensors(source, groups))
+            write_shards(folder, _tensors(source, groups))
             _write_config(folder, source, groups)
             if source.tokenizer is not None:
                 source.tokenizer.save_pretrained(folder)
@@ -126,6 +129,28 @@ class Exporter:
         write_folder_atomic(path, fill)
         size = sum(file.stat().st_size for file in path.iterdir())
         return Exported(path, size, tuple(notes))
+
+
+def _check_weight(specs: LinearSpecs, name: str, nearest: str) -> None:
+    """Refuses a weight that no format of the package holds, or whose input goes with no weight of that format."""
+    spec, inputs = specs.weight, specs.input
+    if spec is None:
+        return
+    floats = tuple(floating.FORMATS)
+    allowed = {"format": ("int", *floats), "granularity": ("tensor", "channel", "group")}
+    if spec.format in floats:
+        allowed["granularity"] = floating.FORMATS[spec.format].granularities
+    require(spec, "scheme.weight", name, NAME, nearest, **allowed)
+    if inputs is None or (spec.affine and inputs.affine):
+        return
+    why = floating.input_refusal(spec, inputs)
+    if why is not None:
+        fields = ("format", "bits", "granularity", *(("group_size",) if spec.group_size else ()))
+        words = ", ".join(f"{field}: {getattr(spec, field)}" for field in fields)
+        raise UserError(
+            f"scheme.input.format: {inputs.format!r} of {name} cannot be exported to {NAME}: {why}: "
+            f"use {advice('scheme.input=null', words, None)}"
+        )
 
 
 @dataclass(frozen=True)
@@ -201,6 +226,8 @@ def _arguments(spec: QuantSpec | None) -> Any:
     if spec is None:
         return None
     make = _package().quantization.QuantizationArgs
+    if not spec.affine:
+        return make(**floating.arguments(spec))
     return make(
         num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy=spec.granularity,
         group_size=spec.group_size, dynamic=spec.dynamic,
@@ -209,7 +236,7 @@ def _arguments(spec: QuantSpec | None) -> Any:
 
 def _stored(specs: LinearSpecs) -> tuple[Any, ...]:
     """Returns what of the specs the file holds: Linears that agree in it are one group."""
-    kept = ("bits", "symmetric", "granularity", "group_size", "dynamic")
+    kept = ("format", "bits", "symmetric", "granularity", "group_size", "dynamic")
     return tuple(None if s is None else tuple(getattr(s, f) for f in kept) for s in (specs.weight, specs.input))
 
 
@@ -230,12 +257,19 @@ def _groups(source: QuantizedTensors) -> _Groups:
             targets=["Linear"] if len(members) == 1 else [_module(name, published) for name in names],
             weights=_arguments(first.weight),
             input_activations=_arguments(first.input),
-            format="pack-quantized" if first.input is None else "int-quantized",
+            format=_format(first),
         )
         of |= dict.fromkeys(names, f"group_{number}")
-    exact = all(s.input is None or s.input.full_range or not s.input.symmetric for s in specs.values())
+    plain = (s.input for s in specs.values() if s.input is not None and s.input.affine)
+    exact = all(spec.full_range or not spec.symmetric for spec in plain)
     ignored = sorted(_module(name, published) for name in linears if name not in of)
     return _Groups(schemes, of, published, ignored, exact)
+
+
+def _format(specs: LinearSpecs) -> str:
+    if specs.weight is not None and not specs.weight.affine:
+        return floating.format_name(specs.weight, specs.input)
+    return "pack-quantized" if specs.input is None else "int-quantized"
 
 
 def _module(name: str, published: dict[str, str]) -> str:
@@ -270,6 +304,10 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
         yield f"{module}.bias", lossless(tensors.bias)
     if tensors.spec is None:
         yield f"{module}.weight", lossless(torch.as_tensor(tensors.weight))
+        return
+    if tensors.stored is not None:
+        for name, value in floating.state(tensors.stored, tensors.spec).items():
+            yield f"{module}.{name}", value.contiguous()
         return
     scheme = groups.schemes[groups.of[tensors.name]]
     scale, zero_point = tensors.row_scales(), tensors.row_zero_points()
@@ -309,7 +347,7 @@ def lossless(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous()
 
 
-def _write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
+def write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
     """Writes ``model.safetensors``, or shards with an index where there is more than one shard's worth."""
     shard: dict[str, torch.Tensor] = {}
     names: list[list[str]] = []

@@ -1,6 +1,6 @@
-"""GGUF for llama.cpp: LLaMA, Mistral, Qwen2 and Gemma3 (text) with Q8_0, Q4_0, Q4_1 and 16-bit weights, side by side.
+"""GGUF for llama.cpp: LLaMA, Mistral, Qwen2 and Gemma3 (text) with Q8_0, Q4_0, Q4_1, K-quants and 16-bit weights, side by side.
 
-Expresses: weights int, symmetric up to 4 bits (Q4_0) or 8 (Q8_0), or with zero points up to 4 bits (Q4_1), in groups of
+Expresses: weights q4_k, q5_k and q6_k, with rows of whole superblocks of 256; weights int, symmetric up to 4 bits (Q4_0) or 8 (Q8_0), or with zero points up to 4 bits (Q4_1), in groups of
 32 or of whole multiples of it, per channel or per tensor (a block of 32 repeats the scale that it shares); inputs and
 attention unquantized, because the file does not say how a runtime rounds them. Embedding, head and Linears left alone
 are stored in 16 bits where that loses nothing, norms and biases in fp32.
@@ -19,15 +19,16 @@ import torch
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.base import Exported, advice, most_weight_bits, refuse_attention, require, specs_by_linear
-from ptq.export.gguf_blocks import BLOCK, blocks_of, type_of
-from ptq.export.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
 from ptq.export.llama_family import unpermuted
+from ptq.export.packing.gguf_blocks import BLOCK, blocks_of, type_of
+from ptq.export.packing.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
+from ptq.export.packing.k_blocks import TYPES, superblock_columns
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
 from quantize.spec.quant_spec import QuantSpec
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "BF16": 32, "F32": 0}
+FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "F32": 0}
 
 
 @dataclass(frozen=True)
@@ -140,6 +141,13 @@ def _nearest(scheme: SchemeConfig) -> str:
 
 
 def _check_weight(spec: QuantSpec, name: str, columns: int, nearest: str) -> None:
+    if spec.format in TYPES:
+        if not superblock_columns(columns):
+            raise UserError(
+                f"scheme.weight.format: {spec.format!r} of {name}, whose rows of {columns} values are no whole superblocks of 256: "
+                f"give it another format by an override, or use {nearest}"
+            )
+        return
     bits = tuple(range(2, 9)) if spec.symmetric else (2, 3, 4)
     granularity = ("tensor", "channel", "group")
     require(spec, "scheme.weight", name, "gguf", nearest, format=("int",), bits=bits, granularity=granularity)
@@ -232,7 +240,8 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
         if spec is not None:
             rows, columns = source.network.shapes[owner]
             kind = gguf.GGMLQuantizationType[type_of(spec)]
-            size = gguf.GGML_QUANT_SIZES[kind][1] * columns // BLOCK
+            values, held = gguf.GGML_QUANT_SIZES[kind]
+            size = held * columns // values
 
             def read(owner: str = owner, turned: int | None = turned) -> np.ndarray:
                 blocks, change = blocks_of(source.linear(owner))

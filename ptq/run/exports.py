@@ -9,6 +9,7 @@ import torch
 import yaml
 from transformers.pytorch_utils import Conv1D
 
+from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
@@ -19,10 +20,12 @@ from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
 from ptq.files.bounded import load_yaml, parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.models.loading import check as check_model
 from ptq.network.network import Block, Network
 from ptq.run.record.journal import Journal
 from ptq.run.session import Session, open_session
 from ptq.steps._step import WEIGHT_INPUT, WEIGHT_OUTPUT, Step
+from quantize.codecs.registry import codec_of
 
 
 def adapted(recipe: Recipe) -> Recipe:
@@ -116,6 +119,46 @@ def export_run(
         return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
 
 
+def finished_recipe(folder: pathlib.Path) -> Recipe:
+    """Returns the recipe of a finished run. Raises `UserError` for a folder that holds none."""
+    if not (folder / "recipe.yaml").is_file():
+        raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
+    try:
+        return recipe_from(load_yaml(folder / "recipe.yaml"))
+    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
+        raise UserError(f"--run: {folder} is damaged ({str(error).splitlines()[0]}): run it again") from None
+
+
+def check_imatrix(recipe: Recipe) -> Any:
+    """Returns the config of the recipe's model. Raises `UserError` for an architecture that llama.cpp's files are not written for."""
+    from ptq.export.to_gguf import ARCHITECTURES
+
+    config = check_model(recipe.model)
+    if config.model_type not in ARCHITECTURES:
+        raise UserError(
+            f"--imatrix: written for {', '.join(ARCHITECTURES)}, and the model's model_type is {config.model_type!r}: leave it out"
+        )
+    return config
+
+
+def export_imatrix(recipe: Recipe, config: Any, statistics: pathlib.Path, path: pathlib.Path) -> pathlib.Path:
+    """Writes llama.cpp's importance matrix of a statistics file to `path`; returns `path`.
+
+    Args:
+        recipe: whose model they are of.
+        config: what `check_imatrix` gave.
+        statistics: the file.
+        path: where to.
+    """
+    from ptq.export.packing.imatrix import write_imatrix
+    from ptq.export.to_gguf import ARCHITECTURES
+
+    found = Statistics.load(statistics)
+    count = write_imatrix(found, ARCHITECTURES[config.model_type].number, config.num_hidden_layers, path)
+    print(f"imatrix: {path} ({count} Linears of {recipe.model.path})")
+    return path
+
+
 def _origin(session: Session) -> pathlib.Path | None:
     """Returns the GGUF file whose tokenizer an export copies: the model's, unless the recipe names another tokenizer."""
     location = session.loaded.location
@@ -182,10 +225,15 @@ class SavedSource:
         weight = self._maybe(f"{name}.weight")
         if weight is not None and not specs.any and isinstance(self.network.model.get_submodule(name), Conv1D):
             weight = weight.t()  # GPT-2's Conv1D keeps (in, out), also where a square shape does not show it
+        stored = None
+        if specs.weight is not None and not specs.weight.affine:
+            layout = codec_of(specs.weight).layout(self.network.shapes[name], specs.weight)
+            stored = {part: torch.as_tensor(self._maybe(f"{name}.{part}")) for part in layout}
         return LinearTensors(
             name, specs.weight, self._maybe(f"{name}.codes"), self._maybe(f"{name}.scale"),
             self._maybe(f"{name}.zero_point"), weight, self._maybe(f"{name}.bias"),
             specs.input, self._maybe(f"{name}.inputs.scale"), self._maybe(f"{name}.inputs.zero_point"),
+            stored,
         )  # fmt: skip
 
     def tensor(self, name: str) -> torch.Tensor:
@@ -206,7 +254,17 @@ class SavedSource:
 def _refuse_unknown_tensors(block: Block, saved: dict[str, StoredTensor]) -> None:
     """Raises `UserError` when a step has left tensors in the block that no format has a place for."""
     own = {f"{block.name}.{name}" for name in block.module.state_dict()}
-    parts = ("codes", "scale", "zero_point", "weight", "inputs.scale", "inputs.zero_point", "labels", "inputs.labels")
+    parts: tuple[str, ...] = (
+        "codes",
+        "scale",
+        "zero_point",
+        "weight",
+        "inputs.scale",
+        "inputs.zero_point",
+        "labels",
+        "inputs.labels",
+    )
+    parts += ("scale_step", "scale_mean", "tensor_scale", "step", "least", "least_step")
     own |= {f"{name}.{part}" for name in block.linears for part in parts}
     unknown = sorted(set(saved) - own)
     if unknown:

@@ -1,6 +1,6 @@
 """LLM.int8(): int8 products with the outlier columns of the input kept in floating point (Dettmers et al. 2022, section 3)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch.nn import functional
@@ -61,6 +61,7 @@ def llm_int8_linear(
     scale: torch.Tensor,
     bias: torch.Tensor | None = None,
     threshold: float = 6.0,
+    multiply: Callable[[torch.Tensor, torch.Tensor], torch.Tensor] | None = None,
 ) -> tuple[torch.Tensor, float]:
     """Returns ``x @ W.T + bias`` by LLM.int8(), in the type of `x`, and the share of outlier columns.
 
@@ -73,16 +74,22 @@ def llm_int8_linear(
         scale: the weight's scales, float32 (out, 1).
         bias: (out,).
         threshold: magnitude from which a column is an outlier.
+        multiply: gives the int8 part, float32 (rows, out), of an activation's codes (rows, in) and their scales (rows, 1); None for
+            `int8_product` and the outer product of the scales.
     """
     if not x.numel():
         return x.new_zeros(*x.shape[:-1], len(codes)), 0.0
     if x.dim() > 2:
-        made = [llm_int8_linear(sample, codes, scale, bias, threshold) for sample in x]
+        made = [llm_int8_linear(sample, codes, scale, bias, threshold, multiply) for sample in x]
         return torch.stack([y for y, _ in made]), sum(share for _, share in made) / len(made)
     parts = MIXED_INT8.quantize(x, spec_of("llm_int8", activation=True, threshold=threshold))
     rows = parts["codes"].reshape(-1, x.shape[-1])
-    sums = int8_product(rows, codes).float()
-    y = (sums * parts["scale"].reshape(-1, 1) * scale.reshape(1, -1)).view(*x.shape[:-1], len(codes))
+    row_scale = parts["scale"].reshape(-1, 1)
+    if multiply is None:
+        y = int8_product(rows, codes).float() * row_scale * scale.reshape(1, -1)
+    else:
+        y = multiply(rows, row_scale)
+    y = y.view(*x.shape[:-1], len(codes))
     columns = parts["columns"]
     if len(columns):
         weight = saturated(codes[:, columns].float() * scale, x.dtype)

@@ -9,11 +9,13 @@ from dataclasses import replace
 import torch
 
 from quantize.codecs.base import Encoded
+from quantize.codecs.k_quants.codec import KQuant
+from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped, quantize
 from quantize.grid.ranges import weight_grid
 from quantize.grid.scales import rounded_scales
 from quantize.kernels.matmul import product
-from quantize.solvers.levels import FormatLevels, absmax_scale, level_form
+from quantize.solvers.levels import FormatLevels, KLevels, absmax_scale, level_form
 from quantize.spec.quant_spec import QuantSpec
 
 SHRINKS = tuple(round(1 - 0.02 * i, 2) for i in range(41))
@@ -58,7 +60,7 @@ def clipped_grid(
 
 
 @torch.no_grad()
-def clipped_levels(weight: torch.Tensor, spec: QuantSpec, weighing: torch.Tensor | None) -> FormatLevels:
+def clipped_levels(weight: torch.Tensor, spec: QuantSpec, weighing: torch.Tensor | None) -> FormatLevels | KLevels:
     """Returns the scales of a format that is no integer grid, with the least weighed error of rounding to nearest.
 
     Args:
@@ -69,6 +71,9 @@ def clipped_levels(weight: torch.Tensor, spec: QuantSpec, weighing: torch.Tensor
     Raises:
         ValueError: for a format that has no levels and scales alone, or a weighing that does not fit the weight.
     """
+    codec = codec_of(spec)
+    if isinstance(codec, KQuant):
+        return KLevels(weight, codec, weighing)
     form = level_form(spec, weight.abs().amax())
     plain = absmax_scale(weight, spec, form)
     if weighing is None:

@@ -10,6 +10,8 @@ from quantize.codecs.base import Codec, Encoded, absmax, divided
 from quantize.codecs.codebook import Codebook, dequantize_scales, quantize_scales
 from quantize.codecs.e2m1 import E2M1_MAX, e2m1_codes, round_e2m1
 from quantize.codecs.fp8 import Float8, to_float8
+from quantize.codecs.k_quants.codec import KQuant
+from quantize.codecs.k_quants.fitting import fitted
 from quantize.codecs.mx import BIAS, Microscaling, e8m0_scale, e8m0_values
 from quantize.codecs.nvfp4 import SCALE_MAX, SCALE_TYPE, Nvfp4
 from quantize.codecs.packing import pack
@@ -211,6 +213,42 @@ class FormatLevels(Levels):
             parts = self._form.stored_scales(rows.t().reshape(self._shape))
         parts = {name: part.contiguous() for name, part in parts.items()}
         return {**parts, "codes": pack(codes, width) if width < 8 else codes}
+
+
+class KLevels(Levels):
+    """Code less middle less the least value in steps, one row's block a label; scales stay as they are.
+
+    Args:
+        weight: float32 (out, in).
+        codec: of the format.
+        weighing: what a squared error in each column weighs, (in,), or a Hessian (in, in), of which the diagonal is taken; None
+            weighs all alike.
+    """
+
+    def __init__(self, weight: torch.Tensor, codec: KQuant, weighing: torch.Tensor | None):
+        diagonal = weighing if weighing is None or weighing.ndim == 1 else weighing.diagonal()
+        self._codec, self._scales = codec, fitted(weight, codec.form, diagonal)
+        super().__init__(self._scales.steps().t(), shared=False)
+        divisor = torch.where(self.scale == 0, torch.full_like(self.scale, torch.inf), self.scale)
+        self._divisor, self._zero = divisor, self._scales.leasts().t() / divisor + codec.form.middle
+
+    def round(self, label: int, column: torch.Tensor, out: torch.Tensor) -> torch.Tensor:
+        """Half to even, saturating."""
+        zero = self._zero[label]
+        torch.div(column, self._divisor[label], out=out).add_(zero).round_().clamp_(0, self._codec.form.greatest).sub_(
+            zero
+        )
+        return self.scale[label]
+
+    def storable(self, scale: torch.Tensor) -> torch.Tensor | None:
+        """None: a block's scale is a code in its superblock's unit."""
+        return None
+
+    def encoded(self, steps: torch.Tensor) -> Encoded:
+        """Returns what the codec stores of levels (out, in)."""
+        zero = self._zero.t().repeat_interleave(self._codec.form.block, 1)
+        codes = (steps + zero).round_().clamp_(0, self._codec.form.greatest).to(torch.uint8)
+        return {"codes": pack(codes, self._codec.width), **self._scales.stored()}
 
 
 def absmax_scale(weight: torch.Tensor, spec: QuantSpec, form: LevelForm) -> torch.Tensor:

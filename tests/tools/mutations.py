@@ -111,7 +111,7 @@ MUTATIONS = (
     Mutation("ptq/evaluation/interval.py", "len(difference) - 1, (1 + confidence) / 2)", "len(difference) - 1, confidence)", ("ptq/evaluation/test_interval.py",)),
     Mutation("ptq/evaluation/paired.py", "residual = sums - mean * sizes", "residual = sums - mean", ("ptq/evaluation/test_paired.py",)),
     Mutation("ptq/evaluation/paired.py", "(len(values) - rank) * values[index]", "len(values) * values[index]", ("ptq/evaluation/test_paired.py",)),
-    Mutation("ptq/export/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
+    Mutation("ptq/export/packing/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
     Mutation("ptq/export/to_kuiper.py", "-shape.vocabulary,", "shape.vocabulary,", _Q8),
     Mutation("ptq/export/quantized_tensors.py", "zero_point=None if module.weight_spec is None else module.zero_point,", "zero_point=None,", _COMPRESSED + _GGUF),
 )  # fmt: skip

@@ -21,7 +21,7 @@ from ptq.inspect.inspection import inspect
 from ptq.network.network import build_network
 from ptq.run.experiment import run
 from ptq.testing import random_tiny
-from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec, spec_of
 
 pytest.importorskip("compressed_tensors")
 
@@ -283,3 +283,70 @@ def test_a_note_says_which_experts_transformers_does_not_read():
 def test_experts_that_no_checkpoint_holds_one_by_one_are_refused_by_name():
     with pytest.raises(UserError, match=r"mlp.experts.0.gate_proj in one tensor with the others.*export=null"):
         Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("gpt_oss")))
+
+
+FLOATS = {
+    "fp8": (SchemeConfig(weight=spec_of("fp8_e4m3"), input=spec_of("fp8_e4m3", activation=True)), "float-quantized"),
+    "fp8 per tensor": (
+        SchemeConfig(
+            weight=spec_of("fp8_e4m3", granularity="tensor"), input=spec_of("fp8_e4m3", activation=True, granularity="tensor")
+        ),
+        "float-quantized",
+    ),
+    "fp8 weights": (SchemeConfig(weight=spec_of("fp8_e4m3")), "naive-quantized"),
+    "nvfp4": (SchemeConfig(weight=spec_of("nvfp4")), "nvfp4-pack-quantized"),
+    "mxfp4": (SchemeConfig(weight=spec_of("mxfp4")), "mxfp4-pack-quantized"),
+    "mxfp4 with inputs": (SchemeConfig(weight=spec_of("mxfp4"), input=spec_of("mxfp4", activation=True)), "mxfp4-pack-quantized"),
+    "mxfp8": (SchemeConfig(weight=spec_of("mxfp8")), "mxfp8-quantized"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", FLOATS)
+def test_floats_lie_as_the_packages_own_compressors_read_them(tmp_path, llama_model, quantized, name):
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+
+    scheme, format_name = FLOATS[name]
+    model = llama_model(intermediate_size=64)
+    source = quantized(model, scheme)
+    Exporter(Options()).check(scheme, source.network)
+    Exporter(Options()).write(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate({k: v for k, v in written.items() if k != "version"})
+    [group] = config.config_groups.values()
+    assert group.format == format_name and (group.input_activations is None) == (scheme.input is None)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    compressor = BaseCompressor.get_value_from_registry(format_name)
+    assert compressor.can_compress(torch.nn.Linear, group)
+    for linear in source.network.linears:
+        state = {k.removeprefix(f"{linear}."): v for k, v in tensors.items() if k.startswith(f"{linear}.")}
+        assert set(state) == set(compressor.compression_param_names(group))
+        found = compressor.decompress(state, group)["weight"].float()
+        # The package multiplies levels and scales of 4 bits in bfloat16.
+        tolerance = {"rtol": 1e-6, "atol": 1e-7} if name.startswith("fp8") else {"rtol": 1e-2, "atol": 1e-4}
+        torch.testing.assert_close(found, source.linear(linear).dense(), **tolerance)
+
+
+@pytest.mark.parametrize("name", ["fp8", "fp8 weights", "mxfp4", "nvfp4"])
+def test_transformers_computes_with_floats_what_the_simulation_did(tmp_path, llama_model, quantized, name):
+    simulated, exported = export(llama_model(intermediate_size=64), FLOATS[name][0], tmp_path / "out", quantized)
+    four = name.endswith("fp4")
+    found = load(tmp_path / "out", dtype=torch.bfloat16 if four else torch.float32).float()
+    assert ("dtype=torch.bfloat16" in "".join(exported.notes)) == four
+    assert (found - simulated).abs().max() < (0.15 if four else 0.03) * simulated.std()
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [
+        (SchemeConfig(weight=spec_of("nf4")), "scheme.weight.format: 'nf4'"),
+        (SchemeConfig(weight=spec_of("fp8_e4m3", granularity="group", group_size=32)), "scheme.weight.granularity: 'group'"),
+        (SchemeConfig(weight=spec_of("nvfp4"), input=spec_of("nvfp4", activation=True)), "that is static there"),
+        (SchemeConfig(weight=spec_of("fp8_e4m3"), input=TOKEN), "a weight of fp8_e4m3 goes with inputs of fp8_e4m3 a token or tensor"),
+        (SchemeConfig(weight=W8, input=spec_of("mxfp4", activation=True)), "a weight of int goes with inputs of no float format"),
+    ],
+)  # fmt: skip
+def test_floats_that_the_format_cannot_hold_are_refused(llama_model, scheme, words):
+    with pytest.raises(UserError) as error:
+        Exporter(Options()).check(scheme, build_network(llama_model()))
+    assert words in str(error.value) and "\n" not in str(error.value)

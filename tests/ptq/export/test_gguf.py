@@ -17,7 +17,7 @@ from ptq.network.network import build_network
 from ptq.run.experiment import run
 from ptq.run.exports import export_run
 from ptq.testing import byte_tokenizer, random_tiny
-from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.quant_spec import QuantSpec, spec_of
 
 GROUPS = QuantSpec(granularity="group", group_size=32)
 SCHEMES = {
@@ -156,7 +156,7 @@ def test_the_tokenizer_is_in_the_file_and_pads_have_names(tmp_path, quantized):
 def test_a_sentencepiece_like_tokenizer_keeps_scores_and_kinds():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from ptq.export.gguf_metadata import add_tokenizer
+    from ptq.export.packing.gguf_metadata import add_tokenizer
 
     pieces = ["<unk>", "<s>", "</s>", *[f"<0x{b:02X}>" for b in range(256)], "\u2581", "a", "b", "\u2581a", "ab"]
     merges = [("\u2581", "a"), ("a", "b")]
@@ -260,7 +260,7 @@ def test_a_model_that_llama_cpp_would_compute_otherwise_is_refused_by_field(mode
 def test_an_unknown_pre_tokenizer_asks_for_its_name():
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    from ptq.export.gguf_metadata import add_tokenizer
+    from ptq.export.packing.gguf_metadata import add_tokenizer
 
     backend = Tokenizer(models.BPE({"a": 0, "b": 1, "ab": 2}, [("a", "b")]))
     backend.pre_tokenizer = pre_tokenizers.Sequence(
@@ -271,3 +271,35 @@ def test_an_unknown_pre_tokenizer_asks_for_its_name():
     with pytest.raises(UserError, match="export.options.pre"):
         add_tokenizer(gguf.GGUFWriter(None, "llama"), tokenizer, 3, None)
     add_tokenizer(gguf.GGUFWriter(None, "llama"), tokenizer, 3, "gpt-2")
+
+
+K_QUANTS = SchemeConfig(
+    weight=spec_of("q4_k"),
+    overrides=(Override("*.down_proj", {"weight": spec_of("q6_k")}), Override("*.v_proj", {"weight": spec_of("q5_k")}),
+               Override("*.o_proj", {"weight": GROUPS})),
+)  # fmt: skip
+
+
+def test_k_quants_of_several_types_lie_side_by_side_and_the_package_reads_them_exactly(tmp_path, quantized):
+    model = make("llama", hidden_size=256, intermediate_size=256)
+    export(model, K_QUANTS, tmp_path / "m.gguf", quantized)
+    tensors, types, fields = read(tmp_path / "m.gguf")
+    heads = {"attn_q": 4, "attn_k": 2}
+    for i, layer in enumerate(model.model.layers):
+        for module, short in SHORT.items():
+            weight = layer.get_submodule(module).weight.numpy()
+            expected = permuted(weight, heads[short]) if short in heads else weight
+            assert np.array_equal(tensors[f"blk.{i}.{short}.weight"], expected), short
+    kinds = {short: types[f"blk.0.{short}.weight"] for short in SHORT.values()}
+    assert kinds == {
+        "attn_q": "Q4_K", "attn_k": "Q4_K", "attn_v": "Q5_K", "attn_output": "Q8_0", "ffn_gate": "Q4_K", "ffn_up": "Q4_K",
+        "ffn_down": "Q6_K",
+    }  # fmt: skip
+    assert fields["general.file_type"] == 14
+
+
+def test_rows_that_are_no_whole_superblocks_are_refused_with_what_to_do():
+    with pytest.raises(
+        UserError, match="rows of 64 values are no whole superblocks of 256: give it another format by an override"
+    ):
+        Exporter(Options()).check(SchemeConfig(weight=spec_of("q4_k")), build_network(make("llama")))

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quantize.codecs.base import stored_bytes
+from quantize.codecs.k_quants.codec import FORMS
 from quantize.codecs.registry import codec_named, codec_of
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.formats import formats
@@ -78,6 +79,7 @@ REFERENCES = {
 BITS = {
     "int": 8.125, "fp8_e4m3": 8.125, "fp8_e5m2": 8.125, "mxfp4": 4.25, "mxfp8": 8.25, "mxfp8_e5m2": 8.25,
     "nvfp4": 4.5 + 32 / 2**16, "q8_0": 8.5, "q8_0_gguf": 8.5, "nf4": 4.5, "fp4": 4.5,
+    "q4_k": 4.625, "q5_k": 5.625, "q6_k": 6.5625,
 }  # fmt: skip
 WEIGHTS = [name for name, form in formats().items() if form.weight]
 INPUTS = [name for name, form in formats().items() if form.activation]
@@ -196,7 +198,11 @@ def test_a_saved_weight_comes_back_and_survives_half(name):
     assert all(torch.equal(t.float(), before[key].float()) for key, t in saved.state_dict().items())
 
 
-@given(st.sampled_from([n for n in WEIGHTS if n not in {"int", "nvfp4"}]), st.integers(-20, 20), st.integers(0, 999))
+@given(
+    st.sampled_from([n for n in WEIGHTS if n not in {"int", "nvfp4", *FORMS}]),
+    st.integers(-20, 20),
+    st.integers(0, 999),
+)
 def test_scaling_by_a_power_of_two_scales_the_result_exactly(name, exponent, seed):
     x, spec = normal(2, 64, seed=seed), spec_of(name)
     if name == "q8_0_gguf":

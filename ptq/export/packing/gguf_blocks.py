@@ -3,6 +3,7 @@
 import numpy as np
 import torch
 
+from ptq.export.packing.k_blocks import TYPES, k_blocks
 from ptq.export.quantized_tensors import LinearTensors
 from quantize.spec.quant_spec import QuantSpec
 
@@ -10,7 +11,9 @@ BLOCK = 32
 
 
 def type_of(spec: QuantSpec) -> str:
-    """Returns the block format that holds the codes of `spec`: Q4_0 up to 4 bits, Q4_1 with zero points, else Q8_0."""
+    """Returns the block format that holds the codes of `spec`: Q4_0 up to 4 bits, Q4_1 with zero points, else Q8_0; or a K-quant."""
+    if spec.format in TYPES:
+        return TYPES[spec.format]
     if not spec.symmetric:
         return "Q4_1"
     return "Q4_0" if spec.bits <= 4 else "Q8_0"
@@ -23,6 +26,8 @@ def blocks_of(tensors: LinearTensors) -> tuple[np.ndarray, float]:
     are fp16 already (`QuantSpec.scales`).
     """
     spec, codes = tensors.spec, tensors.codes
+    if spec is not None and spec.format in TYPES and tensors.stored is not None:
+        return k_blocks(tensors.stored, spec), 0.0
     if spec is None or codes is None:
         raise ValueError(f"{tensors.name} has no codes")
     rows, columns = codes.shape

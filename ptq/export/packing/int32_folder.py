@@ -1,0 +1,146 @@
+"""A folder whose quantized Linears all have one width and one group size: what GPTQ's and AWQ's checkpoints have in common."""
+
+import pathlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+
+from ptq.config.schema import Override, SchemeConfig
+from ptq.config.scheme import LinearSpecs
+from ptq.errors import UserError
+from ptq.export.base import Exported, advice, refuse_attention, require, specs_by_linear
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.export.to_compressed_tensors import lossless, write_shards
+from ptq.files.atomic import write_folder_atomic
+from ptq.network.experts.published_names import published_names
+from ptq.network.network import Network
+from quantize.kernels.matmul import is_plain
+from quantize.spec.quant_spec import QuantSpec
+
+Write = Callable[[LinearTensors], Mapping[str, torch.Tensor]]
+"""Gives the tensors of one quantized Linear by their last names."""
+
+
+def with_fp16_scales(scheme: SchemeConfig) -> SchemeConfig:
+    """Returns `scheme` with weights whose scales are exact in fp16, as both formats store them."""
+
+    def half(spec: QuantSpec | None) -> QuantSpec | None:
+        return replace(spec, scales="float16") if spec is not None and spec.affine else spec
+
+    overrides = tuple(
+        Override(o.modules, {t: half(s) if t == "weight" else s for t, s in o.tensors.items()})
+        for o in scheme.overrides
+    )
+    return replace(scheme, weight=half(scheme.weight), overrides=overrides)
+
+
+def check(scheme: SchemeConfig, network: Network, name: str, allowed: dict[str, tuple[Any, ...]], example: str) -> None:
+    """Raises `UserError` for what such a folder cannot hold.
+
+    Args:
+        scheme: of the model.
+        network: the model.
+        name: of the format.
+        allowed: values of a weight's fields.
+        example: a shipped scheme that can be held, and the fields of its weight, after a blank.
+    """
+    shipped, _, fields = example.partition(" ")
+    nearest = advice(f"scheme={shipped}", fields, None)
+    refuse_attention(scheme, name, nearest)
+    specs = specs_by_linear(scheme, network)
+    found: dict[str, LinearSpecs] = {owner: s for owner, s in specs.items() if s.any}
+    if not found:
+        raise UserError(f"scheme: nothing is quantized, so {name} has nothing to hold: use {nearest}")
+    first = next(iter(found.values())).weight
+    for owner, spec in found.items():
+        if spec.input is not None:
+            raise UserError(f"scheme.input: quantized for {owner}, but {name} holds weights only: use {nearest}")
+        if spec.weight is None:
+            continue
+        require(spec.weight, "scheme.weight", owner, name, nearest, **allowed)
+        if not is_plain(network.linears[owner]):
+            kind = type(network.linears[owner]).__name__
+            raise UserError(
+                f"export: {name} holds torch's own Linears, and {owner} is a {kind}: exclude it (scheme.exclude)"
+            )
+        if first is not None and _told(spec.weight) != _told(first):
+            raise UserError(
+                f"scheme.overrides: {owner} has another format than the first Linear, and {name} has one for all: use {nearest}"
+            )
+        rows, columns = network.shapes[owner]
+        lanes = 32 // spec.weight.bits
+        if rows % lanes or columns % lanes:
+            raise UserError(
+                f"scheme.weight: {owner} is {rows} x {columns}, and {name} packs {lanes} codes a word: exclude it (scheme.exclude)"
+            )
+
+
+def _told(spec: QuantSpec) -> tuple[Any, ...]:
+    return spec.bits, spec.symmetric, spec.granularity, spec.group_size
+
+
+def write(
+    source: QuantizedTensors, path: pathlib.Path, linear: Write, words: Callable[[QuantSpec, list[str]], dict[str, Any]]
+) -> Exported:
+    """Writes the folder: safetensors, config.json with the format's own ``quantization_config``, the tokenizer's files.
+
+    Args:
+        source: the model.
+        path: of the folder.
+        linear: see `Write`.
+        words: gives the ``quantization_config`` of the weights' format and the names of Linears that are not quantized.
+    """
+    specs, model = specs_by_linear(source.scheme, source.network), source.network.model
+    spec = next(s.weight for s in specs.values() if s.weight is not None)
+    left = sorted(name for name, s in specs.items() if not s.any)
+
+    def fill(folder: pathlib.Path) -> None:
+        write_shards(folder, _tensors(source, linear))
+        saved = type(model.config).from_dict(model.config.to_dict())
+        saved.architectures, saved.use_cache = [type(model).__name__], True
+        # The kernels of both formats compute in fp16.
+        saved.dtype, saved.quantization_config = torch.float16, words(spec, left)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            saved.save_pretrained(folder)
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+
+    write_folder_atomic(path, fill)
+    return Exported(path, sum(file.stat().st_size for file in path.iterdir()))
+
+
+def _tensors(source: QuantizedTensors, linear: Write) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of the checkpoint in the order of the model; tied ones once."""
+    model, published = source.network.model, published_names(source.network)
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    linears = set(source.network.linears)
+    for owner, module in model.named_modules():
+        if owner in linears:
+            found = source.linear(owner)
+            name = published.get(f"{owner}.weight", f"{owner}.weight").removesuffix(".weight")
+            parts = {"weight": torch.as_tensor(found.weight)} if found.spec is None else linear(found)
+            yield from ((f"{name}.{last}", lossless(value)) for last, value in parts.items())
+            if found.bias is not None:
+                yield f"{name}.bias", lossless(found.bias)
+        elif not any(owner.startswith(f"{name}.") for name in linears):
+            own = [name for name, _ in module.named_parameters(recurse=False)]
+            own += [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
+            for name in (f"{owner}.{n}" if owner else n for n in own):
+                if name not in tied:
+                    yield published.get(name, name), lossless(source.tensor(name))
+
+
+def unsigned(tensors: LinearTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns codes of 0 to 2^bits - 1 (out, in), and scales fp16 and zero points, both (out, groups), of a quantized Linear."""
+    spec, codes = tensors.spec, tensors.codes
+    if spec is None or codes is None:
+        raise ValueError(f"{tensors.name} has no codes")
+    scale = tensors.row_scales().expand(len(codes), -1)
+    middle = 2 ** (spec.bits - 1) if spec.symmetric else 0
+    zero = tensors.row_zero_points()
+    points = torch.full_like(scale, middle) if zero is None else zero.expand(len(codes), -1)
+    return codes.int() + middle, scale.half(), points.int()
