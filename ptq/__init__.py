@@ -4,7 +4,7 @@
     ptq.quantize(model, "w4a16_g64", {"gptq": {}}, ids=ids)             # a model in memory, in place
     python -m ptq <command>                                             # the command line
 
-Folders from the edge down: cli, allocation, sweep, run, integrations, footprint, export, inspect, report, steps, evaluation, calibration,
+Folders from the edge down: cli, allocation, bench, sweep, run, integrations, footprint, export, inspect, report, steps, evaluation, calibration,
 network, models, data, ranks, files, config. `quantize` and `group_methods` beside this package know tensors only.
 """
 

@@ -15,7 +15,7 @@ BELOW = {
     "gen_act_stat": {"ptq", "quantize", "group_methods", "experiments"},
 }
 FLOORS = (
-    "cli", "allocation", "sweep", "run", "integrations", "footprint", "export", "inspect", "report", "steps", "evaluation", "calibration",
+    "cli", "allocation", "bench", "sweep", "run", "integrations", "footprint", "export", "inspect", "report", "steps", "evaluation", "calibration",
     "network", "models", "data", "ranks", "files", "config", "errors",
 )  # fmt: skip
 """The folders of ptq from the edge down: each imports those after it only."""

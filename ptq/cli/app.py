@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any
 
 import ptq
-from ptq.cli import catalog, completion, files, reference, store_commands
+from ptq.cli import catalog, completion, files, kernels, reference, store_commands
 from ptq.cli.bits import allocate_command, sensitivity_command
 from ptq.cli.output import unbroken
 from ptq.cli.parser import Parser
@@ -27,7 +27,7 @@ COMMANDS = {
 }
 TOOLS = (
     files.COMMANDS | store_commands.COMMANDS | sweep_commands.COMMANDS | compare_commands.COMMANDS
-    | sensitivity_command.COMMANDS | allocate_command.COMMANDS | reference.COMMANDS
+    | sensitivity_command.COMMANDS | allocate_command.COMMANDS | kernels.COMMANDS | reference.COMMANDS
 )  # fmt: skip
 """The commands that have a parser of their own."""
 EXIT_MISTAKE = 2
@@ -181,6 +181,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
         return lambda recipe: show_footprint(recipe, options.context)
     from ptq.ranks.torch_world import open_world
     from ptq.run.experiment import collect_statistics, dry_run, run
+    from ptq.run.exports import check_imatrix, export_imatrix
 
     limit_threads()
     if options.dry_run:
@@ -195,10 +196,14 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     output = pathlib.Path(options.output).expanduser() if options.output else None
     if output is not None and options.multirun:
         raise UserError("--output: one file for several jobs of -m: leave it out, each job has its own folder")
+    imatrix = None if options.imatrix is None else pathlib.Path(options.imatrix).expanduser()
 
     def take(recipe: Recipe) -> None:
+        config = None if imatrix is None else check_imatrix(recipe)
         with open_world(recipe.execution.device) as world:
-            collect_statistics(recipe, output, world)
+            path = collect_statistics(recipe, output, world)
+            if imatrix is not None and world.leads:
+                export_imatrix(recipe, config, path, imatrix)
 
     return take
 
@@ -235,6 +240,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
     )
     if command == "stats":
         parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")
+        parser.add_argument("--imatrix", metavar="FILE", help="llama.cpp's importance matrix too, in GGUF")
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     return parser
 
@@ -275,7 +281,21 @@ def _options() -> dict[str, list[str]]:
     """Returns the options of every command, for completion."""
     takes = {name: _parser(name, "") for name in COMMANDS}
     found = {name: [word for a in parser._actions for word in a.option_strings] for name, parser in takes.items()}
-    tools = {"export": ["--run", "--format", "--output", "--force", "--trust"], "store": ["--store", "--max-size"]}
+    tools = {
+        "bench": [
+            "--config",
+            "--run",
+            "--against",
+            "--prefill",
+            "--decode",
+            "--batches",
+            "--rounds",
+            "--no-loading",
+            "--output",
+        ],
+        "export": ["--run", "--format", "--output", "--force", "--trust"],
+        "store": ["--store", "--max-size"],
+    }
     return {**found, **{name: [*tools.get(name, ()), "--help"] for name in TOOLS}}
 
 

@@ -1,9 +1,13 @@
-"""What ``ptq show kernels`` says: who multiplies here, what each takes, and which was the fastest for what was timed."""
+"""Speed on the command line: ``ptq show kernels`` says who multiplies here, ``ptq bench`` measures a recipe's model."""
 
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
+from ptq.cli import catalog
+from ptq.cli.parser import Parser
+from ptq.cli.threads import limit_threads
 from ptq.config.schema import Recipe
+from ptq.errors import UserError
 
 ABOUT = "kernels: who multiplies in quantized Linears (docs/speed.md)."
 
@@ -33,6 +37,72 @@ def lines(folder: str | None = None) -> Iterator[str]:
     for what, found in sorted(timings.items()):
         order = sorted(found, key=found.__getitem__)
         yield f"  {_short(what)}: " + ", ".join(f"{name} {found[name]:.3g} ms" for name in order)
+
+
+def bench_command(arguments: list[str], program: str) -> int:
+    """``ptq bench --config RECIPE [key=value ...] [--against NAME] [...]``, or ``--run FOLDER``."""
+    parser = Parser(
+        prog=program, allow_abbrev=False,
+        description="Measures a recipe's model beside its baseline: prefill, decoding, loading, memory; a table and a picture.",
+    )  # fmt: skip
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides, as for ptq run")
+    parser.add_argument(
+        "--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})"
+    )
+    parser.add_argument("--run", metavar="FOLDER", help="a finished run: its recipe's model and formats")
+    parser.add_argument(
+        "--against", nargs="+", default=[], metavar="NAME", help="llama.cpp, torchao, bitsandbytes, torch-qint8"
+    )
+    parser.add_argument(
+        "--prefill", nargs="*", type=int, default=[128, 512, 2048], metavar="N", help="tokens (128 512 2048)"
+    )
+    parser.add_argument("--decode", type=int, default=64, metavar="N", help="tokens to decode, 0 for none (64)")
+    parser.add_argument(
+        "--batches", nargs="+", type=int, default=[1, 8], metavar="N", help="sequences decoded together (1 8)"
+    )
+    parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that count (5)")
+    parser.add_argument("--no-loading", action="store_true", help="leave out time to load and peak memory")
+    parser.add_argument("--output", metavar="FOLDER", help="where to (outputs/bench/<recipe>)")
+    parser.add_argument("--trust", action="store_true", help="a recipe file may name code to run")
+    given, unknown = parser.parse_known_intermixed_args(arguments)
+    if unknown:
+        raise UserError(f"{unknown[0]}: no such option; see --help")
+    if given.run is not None and (given.config is not None or given.overrides):
+        raise UserError("--run: has its recipe already: leave out --config and overrides")
+    limit_threads()
+    from ptq.bench.benchmark import Tasks, bench
+
+    tasks = Tasks(
+        tuple(given.prefill),
+        given.decode,
+        tuple(given.batches),
+        given.rounds,
+        not given.no_loading,
+        tuple(given.against),
+    )
+    output = pathlib.Path(given.output).expanduser() if given.output else None
+    folder = bench(_recipe(given.run, given.config, given.overrides, given.trust), tasks, output)
+    print((folder / "bench.md").read_text(encoding="utf-8"), end="")
+    print(f"\n{folder}: bench.json, bench.md, bench.png")
+    return 0
+
+
+COMMANDS: dict[str, tuple[str, Callable[[list[str], str], int]]] = {
+    "bench": ("how fast a recipe's model is: beside its baseline and other runtimes", bench_command)
+}
+
+
+def _recipe(run: str | None, config: str | None, overrides: list[str], trust: bool) -> Recipe:
+    """Returns the recipe of a finished run, or the composed one."""
+    if run is not None:
+        from ptq.run.exports import finished_recipe
+
+        return finished_recipe(pathlib.Path(run).expanduser())
+    from ptq.cli.compose.hydra_edge import compose_jobs
+
+    job = compose_jobs(catalog.locate(config or catalog.DEMO), overrides, trust=trust)[0]
+    job.check_paths()
+    return job.recipe
 
 
 def _about(kernel: object) -> str:

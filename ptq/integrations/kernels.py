@@ -10,10 +10,11 @@ from torch import nn
 
 from ptq.errors import UserError, nearest
 from ptq.files.kernel_timings import KeptTimings
+from quantize.codecs.llm_int8 import WEIGHT
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import AUTO, Choice
 from quantize.kernels.stored import HOLD_BITS, able, stored_names
-from quantize.modules.packed import LlmInt8Linear, PackedLinear
+from quantize.modules.packed import INTEGER_PART, LlmInt8Linear, PackedLinear
 from quantize.modules.shared_input import SharedInput
 
 
@@ -104,9 +105,10 @@ def _able(choice: Choice, module: PackedLinear) -> tuple[str | None, str]:
     """Returns what kind of kernel a Linear has, or None and why."""
     if module.offloaded:
         return None, "its codes are offloaded"
-    if isinstance(module, LlmInt8Linear):
-        return ("int_mm", "") if choice.wanted in {AUTO, "int_mm"} else (None, "LLM.int8() has int_mm")
     shape = (module.out_features, module.in_features)
+    if isinstance(module, LlmInt8Linear):
+        kernels, reason = choice.candidates(WEIGHT, INTEGER_PART, shape, _device(module))
+        return ("integer" if kernels else None), reason
     found = able(choice, module.weight_spec, module.input_spec, shape, _device(module), module.dtype)
     if found.integer:
         return "integer", ""

@@ -18,6 +18,7 @@ from ptq.errors import UserError, nearest
 from ptq.integrations.kernels import use_kernels_
 from ptq.network.network import is_linear, replace_module, weight_of
 from quantize.codecs.base import checked
+from quantize.modules.online import carry_online
 from quantize.modules.packed import PackedLinear, packed_layout, packed_type
 from quantize.modules.simulated import QuantLinear
 
@@ -77,6 +78,35 @@ def quantize_(
         del old
     remember(model, scheme, skipped)
     use_kernels_(model)
+
+
+@torch.no_grad()
+def pack_(model: nn.Module, scheme: SchemeConfig | None = None) -> int:
+    """Replaces the simulated Linears of `model`, with the codes that a solver has chosen, by packed ones, in place; returns how many.
+
+    Those that cannot be packed stay as they are: static inputs, clusters, corrections of low rank.
+
+    Args:
+        model: with simulated Linears.
+        scheme: what they were made by; where every one was packed and it says nothing of the attention, the model's config
+            remembers it, so that the model can be saved and loaded.
+    """
+    simulated = {
+        name: m for name, m in model.named_modules() if isinstance(m, QuantLinear) and m.weight_spec is not None
+    }
+    packed = []
+    for name, old in simulated.items():
+        try:
+            new = PackedLinear.from_quantized(old)
+        except ValueError:
+            continue
+        carry_online(old, new)
+        new.train(old.training)
+        replace_everywhere(model, old, new)
+        packed.append(name)
+    if scheme is not None and len(packed) == len(simulated) and not attention_tensors(scheme):
+        remember(model, scheme, _skipped(model, packed, (HEAD,)))
+    return len(packed)
 
 
 def prepare_(

@@ -28,6 +28,8 @@ class IntMm:
 
     def prepare(self, weight: IntegerWeight) -> Multiply:
         """Keeps nothing but sums of columns beside the codes themselves."""
+        if weight.groups == 1 and weight.zero is None:
+            return _plain(weight)
         sums = weight.sums()
         # (in, out) as views: a group's columns are rows of the transposed codes.
         parts = [part.t() for part in weight.codes.chunk(weight.groups, dim=1)]
@@ -45,6 +47,20 @@ class IntMm:
             return rows.scale.new_zeros(len(rows.codes), 0) if total is None else total
 
         return multiply
+
+
+def _plain(weight: IntegerWeight) -> Multiply:
+    """Returns the product with a symmetric weight that has one scale a row, in as few operations as there are."""
+    codes, scale = weight.codes.t(), weight.scale[:, 0]
+    totals = weight.sums()[:, 0]
+
+    def multiply(rows: IntegerRows) -> torch.Tensor:
+        total = _product(rows.codes, codes)
+        if rows.zero is not None:
+            total.addcmul_(rows.zero, totals[None], value=-1)
+        return total * scale
+
+    return multiply
 
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:

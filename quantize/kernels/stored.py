@@ -115,6 +115,15 @@ class Products(Fastest[torch.Tensor]):
         weight = self._held()
         return sum(k.held_bits(weight.spec, weight.dtype) for k in self.kernels if k.name in self._prepared)
 
+    def read_bits(self, rows: int) -> float | None:
+        """Returns the bits a weight that the fastest kernel for so many rows reads; None where it reads what is stored."""
+        weight, name = self._held(), self.fastest(rows)
+        kernel = next((k for k in self.kernels if k.name == name), None)
+        if kernel is not None:
+            return kernel.held_bits(weight.spec, weight.dtype) or None
+        stored = sum(8 * t.numel() * t.element_size() for t in weight.stored.values())
+        return stored / (weight.shape[0] * weight.shape[1]) + 16 * weight.dtype.itemsize
+
     def _held(self) -> StoredWeight:
         if self._weight is None:
             raise ValueError("weight: none was taken: call take first")

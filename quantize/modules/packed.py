@@ -12,13 +12,16 @@ from quantize.codecs.integers import INTEGERS
 from quantize.codecs.llm_int8 import WEIGHT, llm_int8_linear
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
-from quantize.kernels.base import SHIFT, IntegerWeight
+from quantize.kernels.base import SHIFT, IntegerRows, IntegerWeight
 from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.floating import StoredWeight
 from quantize.kernels.stored import Products, products
 from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
+
+INTEGER_PART = QuantSpec(bits=8, granularity="token", dynamic=True)
+"""What of LLM.int8()'s input meets the int8 weight: all but the outlier columns."""
 
 
 class DecodedWeight(torch.Tensor):
@@ -221,6 +224,16 @@ class PackedLinear(nn.Linear):
         codes = 8 if isinstance(self._kernel, Multiplier) and not stored else 0
         return round((self._kernel.held_bits() + codes) * self.in_features * self.out_features / 8)
 
+    def read_bytes(self) -> int:
+        """Returns the bytes of the weight that one row reads, as it lies in front of who multiplies it."""
+        if isinstance(self._kernel, Multiplier):
+            return self.in_features * self.out_features
+        if isinstance(self._kernel, Products):
+            bits = self._kernel.read_bits(1)
+            return self.stored_bytes() if bits is None else round(bits * self.in_features * self.out_features / 8)
+        # Decoded: written and read once more.
+        return self.stored_bytes() + 2 * self.dtype.itemsize * self.in_features * self.out_features
+
     def _forget_kernel(self) -> None:
         self._kernel = self._taken = None
 
@@ -237,17 +250,12 @@ class PackedLinear(nn.Linear):
 
     def _take(self, codes: Any) -> None:
         """Looks for a kernel for what is stored now."""
-        self._taken, self._kernel = (
-            (codes,),
-            None,
-        )  # In a tuple: a module would take it for a parameter of another name.
-        choice, shape = self._choice, (self.out_features, self.in_features)
-        if choice is None or self.offloaded:
+        # In a tuple: a module would take it for a parameter of another name.
+        self._taken, self._kernel = (codes,), None
+        shape = self.out_features, self.in_features
+        if self._choice is None or self.offloaded:
             return
-        kernel = products(
-            choice, self.weight_spec, self.input_spec, shape, codes.device, self.dtype,
-            None if self.input_spec is None else self._rounded,
-        )  # fmt: skip
+        kernel = self._look_up(self._choice, shape, codes.device)
         stored = {name: tensor.detach() for name, tensor in self.stored.items()}
         held = StoredWeight(stored, self.weight_spec, self.input_spec, shape, self.dtype)
         if isinstance(kernel, Products):
@@ -255,6 +263,10 @@ class PackedLinear(nn.Linear):
         elif kernel is not None:
             kernel.take(_integers(held))
         self._kernel = kernel
+
+    def _look_up(self, choice: Choice, shape: tuple[int, int], device: torch.device) -> Multiplier | Products | None:
+        rounding = None if self.input_spec is None else self._rounded
+        return products(choice, self.weight_spec, self.input_spec, shape, device, self.dtype, rounding)
 
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.input_spec is None else self._shared.rounded(x, self.input_spec)
@@ -319,10 +331,24 @@ class LlmInt8Linear(PackedLinear):
         """Returns the weight's codes, int8 (out, in)."""
         return self.stored["codes"].view(torch.int8)
 
+    def _look_up(self, choice: Choice, shape: tuple[int, int], device: torch.device) -> Multiplier | None:
+        return choice.multiplier(WEIGHT, INTEGER_PART, shape, device)
+
     def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         threshold = 6.0 if self.input_spec is None else self.input_spec.threshold
-        y, self.outlier_share = llm_int8_linear(x, self.int8_codes(), self.stored["scale"], bias, threshold)
+        kernel = self._settled(x)
+        multiply = _integer_part(kernel) if isinstance(kernel, Multiplier) else None
+        y, self.outlier_share = llm_int8_linear(x, self.int8_codes(), self.stored["scale"], bias, threshold, multiply)
         return y
+
+
+def _integer_part(kernel: Multiplier) -> Callable[[torch.Tensor, torch.Tensor], torch.Tensor]:
+    """Returns the int8 part of LLM.int8() by a kernel: of codes (rows, in) and their scales (rows, 1)."""
+
+    def multiply(codes: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        return kernel(IntegerRows(codes, scale, None), None, torch.float32)
+
+    return multiply
 
 
 class _FrozenProduct(torch.autograd.Function):

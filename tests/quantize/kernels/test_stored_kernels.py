@@ -221,13 +221,20 @@ def test_the_registry_costs_a_row_at_most_three_microseconds():
     assert overhead <= 3, overhead
 
 
-def test_a_tracer_sees_the_definition_and_llm_int8_keeps_its_own_product():
+def test_the_integer_part_of_llm_int8_is_multiplied_by_kernels():
     inputs = spec_of("llm_int8", activation=True)
-    module = packed_type(QuantSpec(bits=8), inputs).from_weight(normal(16, 64), None, QuantSpec(bits=8), inputs)
+    module = packed_type(QuantSpec(bits=8), inputs).from_weight(
+        normal(16, 64), normal(16, seed=1), QuantSpec(bits=8), inputs
+    )
     assert isinstance(module, LlmInt8Linear)
-    x = normal(2, 64)
+    x = normal(2, 3, 64, seed=2)
+    x[0, :, 5] *= 30
     expected = module(x)
-    module.use_kernels(Choice())
+    for name in ("auto", "int_mm", "onednn_int8"):
+        module.use_kernels(Choice(name))
+        torch.testing.assert_close(module(x), expected, rtol=1e-5, atol=1e-5)
+        assert isinstance(module._kernel, Multiplier) and module.outlier_share > 0
+    module.use_kernels(Choice("simulated"))
     assert torch.equal(module(x), expected)
 
 

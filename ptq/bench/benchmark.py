@@ -1,0 +1,146 @@
+"""One benchmark of a recipe: every side in turn, the machine's limits, files in a folder."""
+
+import pathlib
+import tempfile
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from ptq.bench.loading import loading
+from ptq.bench.report import write
+from ptq.bench.roofline import measured
+from ptq.bench.side import Side
+from ptq.bench.sides import BFLOAT16, FLOAT32, KERNELS, check_competitors, folder_of, sides_of
+from ptq.bench.timing import Figure, in_turn
+from ptq.config.schema import Recipe
+from ptq.errors import UserError
+from ptq.files.kernel_timings import timings_key
+from quantize.modules.packed import PackedLinear
+
+PROMPT = 16
+"""Tokens before what is decoded."""
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """What is measured.
+
+    Attributes:
+        prefill: tokens of each prefill.
+        decode: tokens that are decoded; 0 for none.
+        batches: sequences that are decoded together.
+        rounds: turns that count.
+        loading: whether time to load and peak memory are measured.
+        against: names of other runtimes.
+    """
+
+    prefill: tuple[int, ...] = (128, 512, 2048)
+    decode: int = 64
+    batches: tuple[int, ...] = (1, 8)
+    rounds: int = 5
+    loading: bool = True
+    against: tuple[str, ...] = field(default=())
+
+
+def bench(
+    recipe: Recipe, tasks: Tasks, output: pathlib.Path | None = None, say: Callable[[str], None] = print
+) -> pathlib.Path:
+    """Measures the recipe's model and returns the folder of ``bench.json``, ``bench.md`` and ``bench.png``.
+
+    Raises:
+        UserError: for tasks that make no sense, a runtime that is not installed, and what a run would refuse.
+    """
+    if tasks.rounds < 1 or tasks.decode < 0 or min((*tasks.prefill, *tasks.batches), default=1) < 1:
+        raise UserError("bench: --rounds, --prefill and --batches are at least 1, --decode at least 0")
+    check_competitors(list(tasks.against))
+    made = list(sides_of(recipe, list(tasks.against), torch.get_num_threads()))
+    sides = [side for side, _ in made]
+    longest = max([PROMPT + tasks.decode, *tasks.prefill])
+    limit = getattr(made[0][1].config, "max_position_embeddings", longest)
+    if longest > limit:
+        raise UserError(
+            f"bench: {longest} tokens, and the model has {limit} positions: use --prefill and --decode below that"
+        )
+    ids = torch.arange(longest)[None] % (made[0][1].config.vocab_size - 5) + 5
+    figures: list[Figure] = []
+    for side in sides:
+        say(f"{side.name}: {side.note}" if side.note else side.name)
+    for tokens in tasks.prefill:
+        figures += in_turn(
+            f"prefill {tokens}", {s.name: _call(s.prefill, ids[:, :tokens]) for s in sides}, tokens, tasks.rounds
+        )
+        say(f"prefill of {tokens} tokens: done")
+    for batch in tasks.batches if tasks.decode else ():
+        able = [s for s in sides if batch == 1 or s.batches]
+        prompt = ids[:, :PROMPT].expand(batch, -1).contiguous()
+        if batch == 1:
+            figures += in_turn("first token", {s.name: _decode(s, prompt, 1) for s in able}, 1, tasks.rounds)
+        work = {s.name: _decode(s, prompt, tasks.decode) for s in able}
+        figures += in_turn(f"decode {tasks.decode} x {batch}", work, batch * tasks.decode, tasks.rounds)
+        say(f"decoding {tasks.decode} tokens of {batch} sequences: done")
+    report: dict[str, Any] = {
+        "recipe": recipe.name,
+        "machine": timings_key(torch.device("cpu")),
+        "tasks": asdict(tasks),
+        "figures": [asdict(f) | {"tokens_a_second": f.tokens_a_second} for f in figures],
+        "sides": {s.name: _facts(s) for s in sides},
+        "loading": _loading(made) if tasks.loading else {},
+        "roofline": asdict(roofline := measured()),
+        "linears": _linears(made, roofline),
+    }
+    folder = folder_of(recipe.name, output)
+    write(folder, report)
+    return folder
+
+
+def _call(work: Callable[[torch.Tensor], object], ids: torch.Tensor) -> Callable[[], object]:
+    return lambda: work(ids)
+
+
+def _decode(side: Side, prompt: torch.Tensor, tokens: int) -> Callable[[], object]:
+    return lambda: side.decode(prompt, tokens)
+
+
+def _facts(side: Side) -> dict[str, Any]:
+    read = None if side.read_bytes is None else side.read_bytes()
+    share = None if read is None or not side.weight_bytes else read / side.weight_bytes
+    facts = {"note": side.note, "weight_bytes": side.weight_bytes, "head_bytes": side.head_bytes}
+    return {**facts, "read_bytes": read, "read_over_weights": share}
+
+
+def _loading(made: list[tuple[Side, Any]]) -> dict[str, dict[str, float]]:
+    """Returns seconds and peak bytes of the sides that can be saved and loaded by transformers."""
+    models = {side.name: model for side, model in made if model is not None}
+    found: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as name:
+        folder = pathlib.Path(name)
+        models[FLOAT32].save_pretrained(folder / "plain")
+        found[FLOAT32], found[BFLOAT16] = (loading(folder / "plain", kind) for kind in ("float32", "bfloat16"))
+        packed = [m for m in models[KERNELS].modules() if isinstance(m, PackedLinear)]
+        if packed and getattr(models[KERNELS].config, "quantization_config", None) is not None:
+            models[KERNELS].save_pretrained(folder / "packed")
+            found[KERNELS] = loading(folder / "packed", "float32")
+    return found
+
+
+def _linears(made: list[tuple[Side, Any]], roofline: Any) -> list[dict[str, Any]]:
+    """Returns each shape of the packed Linears: what each kernel took for so many rows, and what the machine needs at least."""
+    model = next(model for side, model in made if side.name == KERNELS)
+    packed = [m for m in model.modules() if isinstance(m, PackedLinear) and m.kernel_choice is not None]
+    rows: list[dict[str, Any]] = []
+    for what, times in packed[0].kernel_choice.timings.items() if packed and packed[0].kernel_choice else ():
+        module = next(
+            (m for m in packed if f" ({m.out_features}, {m.in_features}) " in what and str(m.weight_spec) in what), None
+        )
+        if module is None:
+            continue
+        count = int(what.split()[-2])
+        kind = "int8" if "int_mm" in times else "float32"
+        bits = 8 * module.read_bytes() / (module.in_features * module.out_features)
+        least = 1e3 * roofline.least_seconds(count, (module.out_features, module.in_features), kind, bits)
+        rows.append(
+            {"shape": [module.out_features, module.in_features], "rows": count, "milliseconds": times, "least": least}
+        )
+    return rows

@@ -1,0 +1,94 @@
+"""The sides of a recipe: its baseline in two types, its quantized model simulated and by kernels, and the runtimes beside them."""
+
+import copy
+import importlib
+import importlib.util
+import pathlib
+import pkgutil
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+
+import ptq.bench.against
+from ptq.bench.side import Side, side_of
+from ptq.config.schema import Recipe, SchemeConfig
+from ptq.errors import UserError, nearest
+from ptq.integrations.kernels import use_kernels_
+from ptq.integrations.replace import pack_
+from ptq.models.loading import load
+from ptq.run.in_memory import quantize
+from quantize.kernels.choice import Choice
+from quantize.modules.simulated import QuantLinear
+
+CALIBRATION = (4, 128)
+"""Samples and tokens for what needs ranges: the speed of a product does not depend on its values."""
+FLOAT32, BFLOAT16, SIMULATED, KERNELS = "fp32", "bf16", "simulated", "kernels"
+
+
+def competitors() -> list[str]:
+    """Returns the names of other runtimes: the modules of `ptq.bench.against`."""
+    return sorted(m.name.replace("_", "-") for m in pkgutil.iter_modules(ptq.bench.against.__path__))
+
+
+def check_competitors(names: list[str]) -> None:
+    """Raises `UserError` for a runtime that is not known, or not installed: it says how it is."""
+    for name in names:
+        key = name.replace(".", "-").replace("_", "-")
+        if key not in competitors():
+            raise UserError(f"--against: {name!r} is no runtime{nearest(name, competitors())}")
+        module = _module(name)
+        for need in module.NEEDS:
+            if not _there(need):
+                raise UserError(f"--against: {name} is not installed: {module.INSTALL}")
+
+
+def sides_of(recipe: Recipe, against: list[str], threads: int) -> Iterator[tuple[Side, Any]]:
+    """Yields each side and its transformers model, None for another runtime's.
+
+    Raises:
+        UserError: for what a run would refuse.
+    """
+    torch.set_num_threads(threads)
+    loaded = load(recipe.model, recipe.execution)
+    model = loaded.model.float().eval().requires_grad_(False)
+    model.config.use_cache = True
+    yield side_of(FLOAT32, model), model
+    yield side_of(BFLOAT16, half := copy.deepcopy(model).bfloat16()), half
+    ids = torch.arange(CALIBRATION[0] * CALIBRATION[1]).view(CALIBRATION) % (model.config.vocab_size - 1)
+    simulated = quantize(copy.deepcopy(model), recipe.scheme, {"rtn": {}}, ids).model
+    yield side_of(SIMULATED, simulated), simulated
+    made = copy.deepcopy(simulated)
+    note = by_kernels(made, recipe.scheme)
+    yield side_of(KERNELS, made, note), made
+    for name in against:
+        yield _module(name).side(model, loaded.tokenizer), None
+
+
+def by_kernels(model: Any, scheme: SchemeConfig) -> str:
+    """Packs the simulated Linears of `model` where that can be, and lets kernels multiply in all; returns who does."""
+    pack_(model, scheme)
+    use = use_kernels_(model)
+    choice = Choice()
+    for module in model.modules():
+        if isinstance(module, QuantLinear):
+            module.use_kernels(choice)
+    counts = {**use.linears, **{f"{name} (not packed)": count for name, count in choice.ran.items()}}
+    why = [*use.reasons, *choice.refused]
+    return ", ".join(f"{count} Linears: {name}" for name, count in counts.items()) + "".join(f"; {w}" for w in why)
+
+
+def _module(name: str) -> Any:
+    return importlib.import_module(f"ptq.bench.against.{name.replace('.', '_').replace('-', '_')}")
+
+
+def _there(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ModuleNotFoundError:
+        return False
+
+
+def folder_of(name: str, output: pathlib.Path | None) -> pathlib.Path:
+    """Returns where a benchmark's files go."""
+    return output or pathlib.Path("outputs") / "bench" / name

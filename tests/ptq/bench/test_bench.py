@@ -1,0 +1,119 @@
+"""The benchmark: sides in turn, a report with every figure, refusals before the work."""
+
+import json
+
+import pytest
+import transformers
+
+from ptq.bench.against import torch_qint8
+from ptq.bench.benchmark import Tasks, bench
+from ptq.bench.loading import loading
+from ptq.bench.roofline import Roofline
+from ptq.bench.sides import competitors
+from ptq.bench.timing import in_turn
+from ptq.cli.app import main
+from ptq.config.building import recipe_from
+from ptq.errors import UserError
+from ptq.integrations.transformers import PtqConfig
+
+QUICK = Tasks(prefill=(8,), decode=2, batches=(1, 2), rounds=1, loading=False)
+TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
+
+
+@pytest.fixture(autouse=True)
+def own_timings(monkeypatch, tmp_path):
+    monkeypatch.setattr("ptq.files.kernel_timings.DEFAULT_FOLDER", str(tmp_path / "timings"))
+    small = Roofline({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
+    monkeypatch.setattr("ptq.bench.benchmark.measured", lambda: small)
+
+
+def recipe_of(path, scheme):
+    return recipe_from({"name": "speed", "model": {"path": str(path)}, "scheme": scheme, "steps": {"rtn": {}}})
+
+
+def test_every_side_is_measured_in_every_task_and_the_files_say_so(tiny_llama, tmp_path):
+    recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": TOKEN})
+    folder = bench(recipe, QUICK, tmp_path / "bench", say=lambda line: None)
+    report = json.loads((folder / "bench.json").read_text())
+    sides = ["fp32", "bf16", "simulated", "kernels"]
+    tasks = ["prefill 8", "first token", "decode 2 x 1", "decode 2 x 2"]
+    assert [(f["task"], f["side"]) for f in report["figures"]] == [(t, s) for t in tasks for s in sides]
+    assert all(f["median"] > 0 and f["least"] <= f["ratio"] <= f["most"] for f in report["figures"])
+    assert "28 Linears: integer" in report["sides"]["kernels"]["note"]
+    quarter = report["sides"]["fp32"]["weight_bytes"] / 4
+    assert quarter < report["sides"]["kernels"]["weight_bytes"] < 1.2 * quarter
+    assert 0.8 < report["sides"]["kernels"]["read_over_weights"] <= 1 == report["sides"]["fp32"]["read_over_weights"]
+    assert {row["rows"] for row in report["linears"]} >= {1, 2, 8} and all(
+        row["least"] > 0 for row in report["linears"]
+    )
+    assert report["sides"]["fp32"]["head_bytes"] == 2 * report["sides"]["bf16"]["head_bytes"] > 0
+    table = (folder / "bench.md").read_text()
+    assert "| prefill 8 | kernels |" in table and "10^9 operations a second" in table
+    assert (folder / "bench.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_loading_is_measured_in_processes_of_their_own(tiny_llama, tmp_path):
+    model = tmp_path / "model"
+    ptq_config = PtqConfig(scheme="w8a8")
+    transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=ptq_config).save_pretrained(model)
+    found = loading(model, "float32")
+    assert found["seconds"] > 0 and found["peak_bytes"] > 1e8
+    with pytest.raises(UserError, match="bench: loading .* failed: "):
+        loading(tmp_path / "nothing", "float32")
+
+
+def test_schemes_with_static_inputs_are_measured_too(tiny_llama, tmp_path):
+    recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor"}})
+    tasks = Tasks(prefill=(8,), decode=0, rounds=1, loading=False, against=("torch-qint8",))
+    report = json.loads((bench(recipe, tasks, tmp_path, say=lambda line: None) / "bench.json").read_text())
+    assert "28 Linears: integer (not packed)" in report["sides"]["kernels"]["note"]
+    assert {f["side"] for f in report["figures"]} == {"fp32", "bf16", "simulated", "kernels", "torch-qint8"}
+
+
+def test_sides_take_turns_and_ratios_are_over_the_first():
+    now = [0.0]
+    order = []
+
+    def side(name, seconds):
+        def work():
+            order.append(name)
+            now[0] += seconds
+
+        return work
+
+    slow, fast = in_turn("task", {"slow": side("slow", 4.0), "fast": side("fast", 1.0)}, 8, 2, clock=lambda: now[0])
+    assert order == ["slow", "fast"] * 3
+    assert (slow.ratio, fast.ratio, fast.least, fast.most, fast.median, fast.tokens_a_second) == (1, 4, 4, 4, 1, 8)
+
+
+def test_the_least_possible_time_is_that_of_arithmetic_or_of_reading():
+    machine = Roofline({"int8": 1e12}, 1e10)
+    assert machine.least_seconds(1, (1000, 1000), "int8", 8) == pytest.approx(1e6 / 1e10)
+    assert machine.least_seconds(1000, (1000, 1000), "int8", 8) == pytest.approx(2e9 / 1e12)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--against", "llama.cp"], "--against: 'llama.cp' is no runtime"),
+        (["--against", "llama.cpp"], "--against: llama.cpp is not installed: pip install llama-cpp-python"),
+        (["--rounds", "0"], "--rounds, --prefill and --batches are at least 1"),
+        (["--run", "nowhere"], "--run: nowhere holds no finished run"),
+        (["--run", "nowhere", "--config", "demo"], "--run: has its recipe already"),
+        (["--fast"], "--fast: no such option"),
+    ],
+)
+def test_what_cannot_be_measured_is_one_line_before_the_work(capsys, monkeypatch, arguments, said):
+    monkeypatch.setattr("ptq.bench.sides._there", lambda module: not module.startswith("llama"))
+    assert main(["bench", *arguments]) == 2
+    assert said in capsys.readouterr().err
+
+
+def test_each_runtime_says_what_it_needs():
+    assert competitors() == ["bitsandbytes", "llama-cpp", "torch-qint8", "torchao"]
+    assert torch_qint8.NEEDS and torch_qint8.INSTALL
+
+
+def test_a_prefill_beyond_the_models_positions_is_refused(tiny_llama):
+    with pytest.raises(UserError, match="positions: use --prefill and --decode below that"):
+        bench(recipe_of(tiny_llama, {"weight": {"bits": 8}}), Tasks(prefill=(10**6,)), say=lambda line: None)
