@@ -31,7 +31,7 @@ def lines(folder: str | None = None) -> Iterator[str]:
     for name, floating in registered_floating().items():
         yield f"  {name}: {_about(floating)}"
     kept = KeptTimings(torch.device("cpu"), pathlib.Path(folder or Recipe.store).expanduser())
-    timings = kept.read()
+    timings = kept.recall()
     where = ", ".join(f"{key} {value}" for key, value in timings_key(kept.device).items() if value is not None)
     yield f"\ntimed here ({where}): {'' if timings else 'nothing yet'}"
     for what, found in sorted(timings.items()):

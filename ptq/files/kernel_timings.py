@@ -63,11 +63,11 @@ class KeptTimings:
         self.device = device
         self.folder = pathlib.Path(DEFAULT_FOLDER).expanduser() if folder is None else folder
 
-    def read(self) -> Timings:
+    def recall(self) -> Timings:
         """Returns what is kept."""
         return read_timings(Store(self.folder), self.device)
 
-    def __call__(self, timings: Mapping[str, Mapping[str, float]]) -> None:
+    def keep(self, timings: Timings) -> None:
         """Keeps timings; where they cannot be written they are taken again by the next process."""
         try:
             keep_timings(Store(self.folder), self.device, timings)

@@ -66,7 +66,7 @@ def use_kernels_(
                 f"kernels: {kernels!r} cannot multiply {name}: {found[1]}: use {', '.join([*others, AUTO, SIMULATED])}"
             )
     kept = KeptTimings(next((_device(m) for m in packed.values()), torch.device("cpu")), cache)
-    choice.timings, choice.keep = kept.read(), kept
+    choice.timings, choice.keeper = kept.recall(), kept
     shared = SharedInput()
     for module in packed.values():
         module.use_kernels(choice if kernels != SIMULATED else None, shared)

@@ -86,7 +86,8 @@ def llm_int8_linear(
     rows = parts["codes"].reshape(-1, x.shape[-1])
     row_scale = parts["scale"].reshape(-1, 1)
     if multiply is None:
-        y = int8_product(rows, codes).float() * row_scale * scale.reshape(1, -1)
+        # In the order of `quantize.kernels`, whose sums are these: the same bits.
+        y = int8_product(rows, codes).float() * scale.reshape(1, -1) * row_scale
     else:
         y = multiply(rows, row_scale)
     y = y.view(*x.shape[:-1], len(codes))

@@ -3,7 +3,7 @@
 import importlib
 import math
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import torch
@@ -19,7 +19,7 @@ from quantize.kernels.base import (
     format_refusal,
     registered,
 )
-from quantize.kernels.fastest import Fastest, KernelMismatch, Timings, keep_nowhere
+from quantize.kernels.fastest import Fastest, Keeper, KernelMismatch, Timings
 from quantize.spec.quant_spec import QuantSpec
 
 AUTO = "auto"
@@ -42,7 +42,7 @@ class Choice:
     Attributes:
         wanted: ``auto``, ``simulated`` or a kernel's name.
         timings: milliseconds of each kernel by what was multiplied, as they were found.
-        keep: told of all timings whenever there are new ones.
+        keeper: asked before something is timed, and told after it.
         hold_bits: bits a weight that a kernel may hold beside what is stored.
         ran: number of Linears by the kernel that they have, filled as they get it.
         refused: number of Linears that are simulated, by the reason.
@@ -50,7 +50,7 @@ class Choice:
 
     wanted: str = AUTO
     timings: Timings = field(default_factory=dict)
-    keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere
+    keeper: Keeper | None = None
     hold_bits: float = math.inf
     ran: dict[str, int] = field(default_factory=dict)
     refused: dict[str, int] = field(default_factory=dict)
@@ -94,7 +94,7 @@ class Choice:
             self.ran[able[0].name] = self.ran.get(able[0].name, 0) + 1
         else:
             self.ran["integer"] = self.ran.get("integer", 0) + 1
-        return Multiplier(able, what, self.timings, self.keep)
+        return Multiplier(able, what, self.timings, self.keeper)
 
 
 class Multiplier(Fastest[IntegerRows]):
@@ -104,7 +104,7 @@ class Multiplier(Fastest[IntegerRows]):
         kernels: those that can.
         what: names formats, shape and device among the timings.
         timings: see `Choice`.
-        keep: see `Choice`.
+        keeper: see `Choice`.
     """
 
     def __init__(
@@ -112,9 +112,9 @@ class Multiplier(Fastest[IntegerRows]):
         kernels: list[Kernel],
         what: str,
         timings: Timings,
-        keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere,
+        keeper: Keeper | None = None,
     ):
-        super().__init__([k.name for k in kernels], what, timings, keep)
+        super().__init__([k.name for k in kernels], what, timings, keeper)
         self.kernels = kernels
         self._weight: IntegerWeight | None = None
 

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Mapping, Sequence
-from typing import Generic, TypeVar
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -17,8 +17,25 @@ class KernelMismatch(ValueError):
     """Two kernels gave results that differ by more than rounding."""
 
 
-def keep_nowhere(timings: Mapping[str, Mapping[str, float]]) -> None:
+class Keeper(Protocol):
+    """Keeps timings beyond a process."""
+
+    def recall(self) -> Timings:
+        """Returns what is kept."""
+
+    def keep(self, timings: Timings) -> None:
+        """Keeps timings beside what is kept already."""
+
+
+class Nowhere:
     """Keeps timings for as long as the process lives only."""
+
+    def recall(self) -> Timings:
+        """Returns nothing."""
+        return {}
+
+    def keep(self, timings: Timings) -> None:
+        """Does nothing."""
 
 
 class Fastest(Generic[Given]):
@@ -31,7 +48,7 @@ class Fastest(Generic[Given]):
         names: the kernels that can.
         what: names formats, shape and device among `timings`.
         timings: what has been timed before, and is from now on.
-        keep: told when something was timed.
+        keeper: asked before something is timed, and told after it.
     """
 
     def __init__(
@@ -39,9 +56,10 @@ class Fastest(Generic[Given]):
         names: Sequence[str],
         what: str,
         timings: Timings,
-        keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere,
+        keeper: Keeper | None = None,
     ):
-        self.names, self._what, self._timings, self._keep = tuple(names), what, timings, keep
+        self.names, self._what, self._timings = tuple(names), what, timings
+        self._keeper: Keeper = Nowhere() if keeper is None else keeper
         self._prepared: dict[str, Callable[[Given], torch.Tensor]] = {}
         # By the bits of the number of rows: what a call costs beside the product is one look into it.
         self._by_size: dict[int, Callable[[Given], torch.Tensor]] = {}
@@ -77,6 +95,10 @@ class Fastest(Generic[Given]):
     def _find(self, given: Given, rows: int) -> torch.Tensor:
         name = self.fastest(rows) if rows else next(iter(self._prepared), self.names[0])
         if name is None:
+            # Another model may have timed it meanwhile: what it found is taken, so that both round alike.
+            self._timings.update({**self._keeper.recall(), **self._timings})
+            name = self.fastest(rows)
+        if name is None:
             return self._time(given, rows)
         multiply = self._of(name)
         if rows:
@@ -91,7 +113,7 @@ class Fastest(Generic[Given]):
             timings[name] = min(_milliseconds(multiply, given, results[name].device) for _ in range(ROUNDS))
         self._check(results, given)
         self._timings[self._key(rows)] = timings
-        self._keep(self._timings)
+        self._keeper.keep(self._timings)
         winners = {min(t, key=t.__getitem__) for key, t in self._timings.items() if key.startswith(f"{self._what} ")}
         self._prepared = {name: multiply for name, multiply in self._prepared.items() if name in winners}
         return results[self.fastest(rows) or self.names[0]]

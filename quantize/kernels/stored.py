@@ -7,7 +7,7 @@ import torch
 
 from quantize.kernels.base import SIMULATED, registered
 from quantize.kernels.choice import AUTO, Choice, Multiplier
-from quantize.kernels.fastest import Fastest, KernelMismatch, Timings, keep_nowhere
+from quantize.kernels.fastest import Fastest, Keeper, KernelMismatch, Timings
 from quantize.kernels.floating import FloatKernel, StoredWeight, registered_floating
 from quantize.kernels.matmul import linear
 from quantize.spec.quant_spec import QuantSpec
@@ -78,7 +78,7 @@ class Products(Fastest[torch.Tensor]):
         what: names formats, shape, device and type among the timings.
         rounding: what the input is rounded by, for kernels that do not; None where it is not.
         timings: see `Choice`.
-        keep: see `Choice`.
+        keeper: see `Choice`.
         reference: whether decoding at each call takes part: not where a kernel was asked for by name.
     """
 
@@ -88,10 +88,10 @@ class Products(Fastest[torch.Tensor]):
         what: str,
         rounding: Rounding | None,
         timings: Timings,
-        keep: Callable[[Mapping[str, Mapping[str, float]]], None] = keep_nowhere,
+        keeper: Keeper | None = None,
         reference: bool = True,
     ):
-        super().__init__([*[DECODED] * reference, *(k.name for k in kernels)], what, timings, keep)
+        super().__init__([*[DECODED] * reference, *(k.name for k in kernels)], what, timings, keeper)
         self.kernels, self._rounding = kernels, rounding
         self._weight: StoredWeight | None = None
 
@@ -181,7 +181,7 @@ def products(
     named = choice.wanted != AUTO
     name = found.floating[0].name if len(found.floating) == 1 else "the fastest of several"
     choice.ran[name] = choice.ran.get(name, 0) + 1
-    return Products(found.floating, what, rounding, choice.timings, choice.keep, reference=not named)
+    return Products(found.floating, what, rounding, choice.timings, choice.keeper, reference=not named)
 
 
 def _decoding(weight: StoredWeight) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -113,7 +113,7 @@ MUTATIONS = (
     Mutation("ptq/evaluation/paired.py", "(len(values) - rank) * values[index]", "len(values) * values[index]", ("ptq/evaluation/test_paired.py",)),
     Mutation("ptq/export/packing/gguf_blocks.py", "nibbles[..., :16] | nibbles[..., 16:] << 4", "nibbles[..., 16:] | nibbles[..., :16] << 4", _GGUF),
     Mutation("ptq/export/to_kuiper.py", "-shape.vocabulary,", "shape.vocabulary,", _Q8),
-    Mutation("ptq/export/quantized_tensors.py", "zero_point=None if module.weight_spec is None else module.zero_point,", "zero_point=None,", _COMPRESSED + _GGUF),
+    Mutation("ptq/export/quantized_tensors.py", "zero_point=module.zero_point if module.weight_spec is not None and affine else None,", "zero_point=None,", _COMPRESSED + _GGUF),
 )  # fmt: skip
 
 

@@ -69,18 +69,18 @@ def test_timings_are_kept_by_machine_versions_and_threads_and_damaged_ones_taken
     use_kernels_(model, cache=folder)
     with torch.no_grad():
         model(IDS)
-    kept = KeptTimings(CPU, folder).read()
+    kept = KeptTimings(CPU, folder).recall()
     assert kept and all(set(times) == {"int_mm", "onednn_int8"} for times in kept.values())
     assert {"torch", "onnxruntime", "processor", "threads", "capability"} <= timings_key(CPU).keys()
     [entry] = (folder / KIND).iterdir()
     file = next(path for path in entry.iterdir() if path.read_text().startswith('{"QuantSpec'))
     assert json.loads(file.read_text()) == kept
     file.write_text("{")
-    assert KeptTimings(CPU, folder).read() == {}
+    assert KeptTimings(CPU, folder).recall() == {}
     use_kernels_(model, cache=folder)
     with torch.no_grad():
         model(IDS)
-    assert KeptTimings(CPU, folder).read().keys() == kept.keys()
+    assert KeptTimings(CPU, folder).recall().keys() == kept.keys()
 
 
 @pytest.mark.parametrize(
@@ -107,7 +107,7 @@ def test_other_modules_run_on_kernels_too():
 
 
 def test_the_command_shows_kernels_and_what_was_timed(capsys, tmp_path):
-    KeptTimings(CPU, tmp_path)({f"{QuantSpec()} x None (8, 8) cpu 1 rows": {"slow": 2.0, "quick": 0.5}})
+    KeptTimings(CPU, tmp_path).keep({f"{QuantSpec()} x None (8, 8) cpu 1 rows": {"slow": 2.0, "quick": 0.5}})
     assert main(["show", "kernels"]) == 0
     shown = capsys.readouterr().out
     for part in ("auto:", "int_mm:", "onednn_int8:", "onnxruntime:", "timed here (torch"):

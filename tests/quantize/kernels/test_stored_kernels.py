@@ -177,15 +177,29 @@ def test_kernels_that_differ_beyond_rounding_end_the_work(monkeypatch):
         module(normal(2, 64))
 
 
-def test_timings_are_found_once_and_told_to_who_keeps_them():
-    told = []
-    choice = Choice(keep=lambda timings: told.append(dict(timings)))
+def test_timings_are_found_once_told_to_who_keeps_them_and_taken_from_there():
+    class Keeper:
+        def __init__(self):
+            self.kept, self.told = {}, []
+
+        def recall(self):
+            return self.kept
+
+        def keep(self, timings):
+            self.kept = dict(timings)
+            self.told.append(len(timings))
+
+    keeper = Keeper()
     module = PackedLinear.from_weight(normal(16, 64), None, QuantSpec(bits=8), TOKEN)
-    module.use_kernels(choice)
+    module.use_kernels(choice := Choice(keeper=keeper))
     for rows in (1, 1, 3, 4, 0):
         module(normal(rows, 64))
-    assert [len(t) for t in told] == [1, 2]
+    assert keeper.told == [1, 2]
     assert {frozenset(t) for t in choice.timings.values()} == {frozenset({"int_mm", "onednn_int8"})}
+    other = copy.deepcopy(module)
+    other.use_kernels(later := Choice(keeper=keeper))
+    other(normal(4, 64))
+    assert keeper.told == [1, 2] and later.timings == choice.timings
 
 
 def test_a_missing_package_is_named_with_the_extra_that_brings_it(monkeypatch):
