@@ -32,7 +32,7 @@ TEXT = "def f(x):\n    return x ** 2  # naïve\n"
 
 
 @pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False)])
-def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama, bits, symmetric):
+def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama, bits, symmetric, capsys):
     weight = {"bits": bits, "granularity": "group", "group_size": 32, "symmetric": symmetric}
     recipe = recipe_from(
         {
@@ -50,6 +50,10 @@ def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama
     answer = json.loads(done.stdout.splitlines()[-1])
     ours = json.loads((folder / "metrics.json").read_text())["window_losses"]["quantized"]
     ratio = math.exp(torch.tensor(answer["losses"]).mean() - torch.tensor(ours).mean())
+    with capsys.disabled():
+        print(
+            f"\n{bits} bits, symmetric {symmetric}: perplexity {math.exp(torch.tensor(ours).mean()):.4f}, llama.cpp {ratio - 1:+.2%}"
+        )
     assert abs(ratio - 1) < 0.005
     assert answer["tokens"] == byte_tokenizer()(TEXT, add_special_tokens=False).input_ids
 

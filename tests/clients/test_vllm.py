@@ -43,7 +43,7 @@ def store(tmp_path_factory, cache):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case):
+def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case, capsys):
     import transformers
 
     scheme, dtype = CASES[case]
@@ -61,9 +61,15 @@ def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case):
     request = {"model": str(exported), "windows": ids.tolist(), "dtype": dtype}
     done = subprocess.run([PYTHON, SCRIPT], input=json.dumps(request), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]
-    theirs = torch.tensor(json.loads(done.stdout.splitlines()[-1])["losses"])
+    answer = json.loads(done.stdout.splitlines()[-1])
+    theirs = torch.tensor(answer["losses"])
     metrics = json.loads((folder / "metrics.json").read_text())["window_losses"]
     ours, before = torch.tensor(metrics["quantized"]), torch.tensor(metrics["baseline"])
-    assert abs(math.exp(theirs.mean() - ours.mean()) - 1) < 0.01
+    ratio = math.exp(theirs.mean() - ours.mean())
+    with capsys.disabled():
+        print(
+            f"\n{case}: perplexity {ours.mean().exp():.3f}, vLLM {answer['version']} {theirs.mean().exp():.3f}: {ratio - 1:+.2%}"
+        )
+    assert abs(ratio - 1) < 0.01
     # The quantized model and not the original: nearer to ours than ours is to it.
     assert (theirs - ours).abs().mean() < (ours - before).abs().mean()
