@@ -36,13 +36,14 @@ class Study:
     def __init__(self, folder: pathlib.Path, search: Search):
         """Opens the study in `folder`, or makes it. Raises `UserError` for a damaged one."""
         self._options, self._space = search.options, search.space
+        self._asked: dict[int, optuna.Trial] = {}
         self._axes = {key: _distribution(axis) for key, axis in search.space.items()}
         kinds = optuna.study.StudyDirection
         directions = [kinds.MAXIMIZE if name in GREATEST else kinds.MINIMIZE for name in search.options.objectives]
         with _quiet():
             try:
                 _mend(folder / FILE)
-                storage = JournalStorage(JournalFileBackend(str(folder / FILE), lock_obj=_Lock(folder)))
+                storage = JournalStorage(JournalFileBackend(str(folder / FILE), lock_obj=_Lock(folder)))  # type: ignore[arg-type]
                 self._study = optuna.create_study(storage=storage, study_name=_NAME, directions=directions, load_if_exists=True)  # fmt: skip
             except (ValueError, KeyError, TypeError) as error:
                 reason = " ".join(str(error).split())
@@ -71,11 +72,12 @@ class Study:
                 raise UserError(
                     f"search.sampler: {self._options.sampler!r} cannot search this ({reason}): use tpe"
                 ) from None
+        self._asked[trial.number] = trial
         return trial.number, tuple(f"{key}={text_of(trial.params[key])}" for key in self._space)
 
     def join(self, trial: int, point: int) -> None:
         """Notes the number of a trial's point: one of its own, or of an earlier trial that has the same."""
-        self._study._storage.set_trial_user_attr(self.trials[trial]._trial_id, _POINT, point)
+        self._asked.pop(trial).set_user_attr(_POINT, point)
 
     def drop(self, trial: int) -> None:
         """Ends a trial that has got no point."""
@@ -110,7 +112,7 @@ class Study:
                 self._study.add_trial(again)
 
 
-class _Lock(optuna.storages.journal._file.BaseJournalFileLock):  # type: ignore[misc]
+class _Lock:
     """The lock of the study's file: one that a killed process lets go of."""
 
     def __init__(self, folder: pathlib.Path):

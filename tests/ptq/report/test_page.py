@@ -1,6 +1,7 @@
 """The page of a sweep, in a real browser where there is one: no errors, figures drawn, sorting works, names are only names."""
 
 import csv
+import dataclasses
 import html
 import json
 import os
@@ -13,7 +14,7 @@ import time
 import pytest
 
 from ptq.report.page.build import build_page
-from ptq.report.page.content import PageInput, PointOfPage, gather
+from ptq.report.page.content import PageInput, PointOfPage, SearchOfPage, gather
 
 CHROMIUM = os.environ.get("PTQ_CHROMIUM") or shutil.which("chromium") or shutil.which("chromium-browser")
 browser = pytest.mark.skipif(CHROMIUM is None, reason="no Chromium here: apt-get install chromium, then make test-page")
@@ -96,9 +97,13 @@ def order(dom: str) -> list[int]:
 @browser
 def test_the_page_draws_every_figure_and_says_nothing_in_the_console(tmp_path):
     path = tmp_path / "page.html"
-    path.write_text(build_page(page_of(tmp_path)))
+    page = page_of(tmp_path)
+    searched = SearchOfPage(f"5 points {EVIL}", ["quantized_perplexity", "model_bits"], page.points[:2])
+    path.write_text(build_page(dataclasses.replace(page, search=searched)))
     dom, console = shown(path)
     assert console == []
+    front = re.search(r'<table id="best">(.*?)</table>', dom, re.S)[1]
+    assert front.count("<tr>") == 3 and "4.9" in front and html.escape(EVIL, quote=False) in front
     assert 'data-ready="1"' in dom
     figures = re.findall(r'data-figure="([^"]+)"', dom)
     assert set(figures) == {

@@ -64,6 +64,29 @@ def test_a_library_that_is_not_installed_names_the_extra(tmp_path, name, library
         build_launcher(name, 1, 1, {}, str(tmp_path))
 
 
+@pytest.mark.parametrize(
+    ("launcher", "library", "said"),
+    [
+        ("ray", "ray", "--launcher: 'ray' needs ray, which is not installed: pip install 'ptq-framework[ray]'"),
+        ("slurm", "submitit", "--launcher: 'slurm' needs submitit, which is not installed: pip install 'ptq-framework[slurm]'"),
+        ("slurm", None, "--launcher: 'slurm', but this machine has no srun"),
+    ],
+)  # fmt: skip
+def test_no_ray_and_no_slurm_are_one_line_of_the_command_before_any_work(
+    sweeps, launcher, library, said, monkeypatch, capsys
+):
+    if library is None:
+        pytest.importorskip("submitit")
+        monkeypatch.setenv("PATH", "")
+    else:
+        monkeypatch.delitem(sys.modules, base.LAUNCHERS[launcher].module, raising=False)
+        monkeypatch.setitem(sys.modules, library, None)
+    assert sweeps.run("steps.smooth.alpha=0.3,0.5", launcher=launcher) == 2
+    err = capsys.readouterr().err
+    assert said in err and err.count("\n") == 1
+    assert not (sweeps.folder / "outputs").exists()
+
+
 def test_a_process_that_is_killed_ends_its_own_point_only(sweeps, monkeypatch):
     from ptq.sweep.launchers.processes import Processes
 

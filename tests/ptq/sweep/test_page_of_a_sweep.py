@@ -75,6 +75,15 @@ def test_a_running_sweep_has_a_page_that_loads_itself_again(swept, tmp_path):
     assert '<meta http-equiv="refresh" content="5">' in path.read_text()
 
 
+def test_an_empty_sweep_has_a_page_that_says_so(swept, tmp_path, capsys):
+    sweep = dataclasses.replace(read_sweep(swept.main), folder=tmp_path, points=())
+    sweep.write()
+    assert main(["report", str(tmp_path)]) == 0
+    assert "No point is done yet" in (tmp_path / "report.html").read_text()
+    assert main(["compare", str(tmp_path)]) == 2
+    assert "0 of its points are done: a comparison needs two" in capsys.readouterr().err
+
+
 def test_a_report_of_what_is_no_sweep_or_damaged_is_one_line(tmp_path, capsys):
     assert main(["report", str(tmp_path)]) == 2
     (tmp_path / "sweep.json").write_text("{}")
