@@ -66,6 +66,8 @@ class StoredTensor:
 
     def overflows(self, dtype: torch.dtype) -> bool:
         """Returns whether a value is beyond the range of `dtype`."""
+        if self.dtype == dtype:
+            return False
         most = torch.finfo(dtype).max
         return self.dtype.is_floating_point and any(bool((piece.float().abs() > most).any()) for piece in self.pieces())
 

@@ -8,10 +8,11 @@ from dataclasses import dataclass, replace
 import psutil
 import torch
 
-from ptq.config.schema import Recipe
+from ptq.config.schema import Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
-from ptq.network.network import Block, Network, weight_of
+from ptq.network.experts.abreast import MOST_BYTES
+from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import LEAVES
 from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step
 
@@ -32,19 +33,56 @@ class Estimate:
         return max(self.phases.items(), key=lambda item: item[1])
 
 
-def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> Estimate:
+@dataclass(frozen=True)
+class _BlockSizes:
+    """Of one block: its parameters, the input channels of Linears whose weights are quantized, the most parameters of a Linear,
+    and the squares of the channels that its experts' first Linears read, summed.
+    """
+
+    parameters: int
+    widths: tuple[int, ...]
+    greatest: int
+    experts: int
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What an estimate takes from a network and a scheme: found once for all settings that are tried."""
+
+    parameters: int
+    widest: int
+    blocks: tuple[_BlockSizes, ...]
+
+    @classmethod
+    def of(cls, network: Network, scheme: SchemeConfig) -> "Sizes":
+        """Looks at every Linear of the network, which may be on the meta device."""
+        blocks, widest = [], 0
+        for block in network.blocks:
+            shapes = {name: tuple(weight_of(module).shape) for name, module in block.linears.items()}
+            widths = {shape[1] for name, shape in shapes.items() if linear_specs(scheme, name).weight is not None}
+            experts = sum(shapes[names[0]][1] ** 2 for names in block.experts.values())
+            greatest = max((math.prod(shape) for shape in shapes.values()), default=0)
+            parameters = sum(p.numel() for p in block.module.parameters())
+            blocks.append(_BlockSizes(parameters, tuple(sorted(widths, reverse=True)), greatest, experts))
+            widest = max([widest, *(max(shape) for shape in shapes.values())])
+        return cls(network.parameters, widest, tuple(blocks))
+
+
+def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes | None = None) -> Estimate:
     """Returns what the phases of a run hold at once: weights, hidden states, moments, logits.
 
     Args:
         recipe: for the samples, the windows, and how weights and hidden states are held.
         network: the model, which may be on the meta device.
         steps: built from the recipe.
+        sizes: of the network under the recipe's scheme; None to look at it.
     """
+    sizes = sizes or Sizes.of(network, recipe.scheme)
     value = arithmetic_bytes(recipe)
     config = network.model.config.get_text_config()
     width, vocabulary = int(config.hidden_size), int(config.vocab_size)
-    blocks = [_bytes_of(block, value) for block in network.blocks]
-    whole = network.parameters * value
+    blocks = [value * block.parameters for block in sizes.blocks]
+    whole = sizes.parameters * value
     outside = whole - sum(blocks)
     resident = recipe.execution.weights == "resident"
     ahead = 2 if recipe.execution.prefetch else 1
@@ -63,13 +101,13 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> Est
     quantize = weights + flows + baseline + max(blocks, default=0)
     if SAMPLES in wanted or REFERENCE in wanted:
         quantize += max(
-            (_solving(b, recipe, carried, value, REFERENCE in wanted, in_memory) for b in network.blocks), default=0
+            (_solving(b, recipe, carried, value, REFERENCE in wanted, in_memory) for b in sizes.blocks), default=0
         )
     return Estimate(
         {
             "load": int(1.25 * whole) if resident else weights,
-            "calibration": weights + hidden * calibration + _pass(network, c.batch_size * c.length, value),
-            "baseline": weights + hidden * evaluation + max(logits, _pass(network, e.batch_size * e.length, value)),
+            "calibration": weights + hidden * calibration + _pass(sizes, c.batch_size * c.length, value),
+            "baseline": weights + hidden * evaluation + max(logits, _pass(sizes, e.batch_size * e.length, value)),
             "quantize": quantize,
             "evaluate": weights + flows + baseline + logits,
         }
@@ -89,12 +127,13 @@ def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], to
         UserError: when the run cannot fit, with the setting that would make it fit.
     """
     there = memory_of(recipe) if total is None else total
-    phase, need = estimate(recipe, network, steps).worst
+    sizes = Sizes.of(network, recipe.scheme)
+    phase, need = estimate(recipe, network, steps, sizes).worst
     need += PROCESS
     line = f"memory: some {_gib(need)} at its peak ({phase}), {_gib(there)} there"
     if need <= there:
         return line
-    changed = next((words for words, other in _savings(recipe) if _needs(other, network, steps) <= there), None)
+    changed = next((words for words, other in _savings(recipe) if _needs(other, network, steps, sizes) <= there), None)
     advice = (
         f"use {changed}" if changed else "no setting makes it fit: take a machine with more memory, or a smaller model"
     )
@@ -116,8 +155,8 @@ def memory_of(recipe: Recipe) -> int:
     return min(limits)
 
 
-def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> int:
-    return estimate(recipe, network, steps).worst[1] + PROCESS
+def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes) -> int:
+    return estimate(recipe, network, steps, sizes).worst[1] + PROCESS
 
 
 def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
@@ -153,28 +192,23 @@ def arithmetic_bytes(recipe: Recipe) -> int:
     return 4 if recipe.execution.device == "cpu" or not torch.cuda.is_available() else 2
 
 
-def _bytes_of(block: Block, value: int) -> int:
-    return value * sum(p.numel() for p in block.module.parameters())
-
-
-def _pass(network: Network, tokens: int, value: int) -> int:
+def _pass(sizes: Sizes, tokens: int, value: int) -> int:
     """Returns what one batch holds inside a block: some tensors of the widest Linears' inputs and outputs."""
-    widest = max((max(shape) for shape in network.shapes.values()), default=0)
-    return 4 * value * tokens * widest
+    return 4 * value * tokens * sizes.widest
 
 
-def _solving(block: Block, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:
+def _solving(block: _BlockSizes, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:
     """Returns what a solver holds beside weights and samples: what batches wait with, references, moments, their factors."""
-    weights = {name: weight_of(module) for name, module in block.linears.items()}
-    widths = [w.shape[1] for name, w in weights.items() if linear_specs(recipe.scheme, name).weight is not None]
-    widest = max(widths, default=0)
+    widest = max(block.widths, default=0)
     waiting = 3 * value * tokens * widest if in_memory else 0
-    held = value * tokens * sum(sorted(set(widths), reverse=True)[:2]) if reference and in_memory else 0
+    held = value * tokens * sum(block.widths[:2]) if reference and in_memory else 0
     # The Hessian, its inverse and its factor, and the cross moment of a target; in float64 while they are factorised. Before that
     # the sums of the samples' tree, of which at most one a level and one under way are held.
     levels = math.ceil(math.log2(min(LEAVES, max(2, recipe.calibration.samples)))) + 1
     moments = widest * widest * max(4 * 3 + 8, 4 * levels * (2 if reference else 1))
-    return waiting + held + moments + 2 * value * max((w.numel() for w in weights.values()), default=0)
+    if not in_memory or recipe.execution.weights == "offloaded":  # the experts' moments of one pass
+        moments += min(8 * block.experts, MOST_BYTES) * levels // 2
+    return waiting + held + moments + 2 * value * block.greatest
 
 
 def _gib(size: int) -> str:

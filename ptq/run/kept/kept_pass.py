@@ -1,6 +1,7 @@
 """What a pass through the blocks keeps on disk, so that a killed run goes on after the last finished block with the same bits."""
 
 import json
+import os
 import pathlib
 import shutil
 import time
@@ -105,10 +106,10 @@ class KeptPass:
         self._spent += time.perf_counter() - start
 
     def hand_over(self, blocks: Sequence[Block], folder: pathlib.Path) -> None:
-        """Copies the files of the finished blocks into another folder."""
+        """Puts the files of the finished blocks into another folder as well, without a second copy where the file system can."""
         for block in blocks if self.world.leads else ():
             source = self.file_of(block)
-            write_atomic(folder / source.name, partial(shutil.copyfile, source))
+            write_atomic(folder / source.name, partial(_linked, source))
 
     def drop(self) -> None:
         """Removes everything that was kept."""
@@ -144,6 +145,14 @@ class KeptPass:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
+
+
+def _linked(source: pathlib.Path, path: pathlib.Path) -> None:
+    try:
+        path.unlink(missing_ok=True)
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
