@@ -6,9 +6,10 @@ SmolLM2's recipe of 4-bit weights, all Linears, the command's own formats. Both 
 import sys
 import time
 
-from ptq.allocation.candidates import DEFAULTS, candidates
+from ptq.allocation.candidates import candidates
 from ptq.allocation.sensitivity import measure, open_forward
 from ptq.allocation.sensitivity_run import with_samples
+from ptq.allocation.usual_formats import DEFAULTS
 from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.cli.threads import limit_threads

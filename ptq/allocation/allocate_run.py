@@ -89,7 +89,7 @@ def run_allocate(
         room = budget.weight_bytes(found, own, session.network, baseline)
     chosen = allocated(found, room, budget.words)
     reference = _reference(found, own, room, against) if verify else None
-    made = dataclasses.replace(recipe, name=name, scheme=scheme_of(recipe.scheme, chosen, found.formats))
+    made = dataclasses.replace(recipe, name=name, scheme=scheme_of(recipe.scheme, chosen, found))
     check_recipe(made)
     journal.show(_table(found, chosen))
     journal.say(f"allocated: {chosen.bits:.4f} bits a weight, predicted KL {chosen.cost:.5f} nats a token")

@@ -14,7 +14,6 @@ from ptq.allocation.sensitivity import Sensitivity
 from ptq.config.options import MISSING, default_of
 from ptq.config.schema import Override, Recipe, SchemeConfig
 from ptq.errors import UserError
-from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -76,18 +75,26 @@ def best_uniform(found: Sensitivity, budget: int) -> str | None:
     return min(fitting, key=found.uniform_cost, default=None)
 
 
-def scheme_of(scheme: SchemeConfig, allocation: Allocation, formats: Mapping[str, QuantSpec]) -> SchemeConfig:
+def scheme_of(scheme: SchemeConfig, allocation: Allocation, found: Sensitivity) -> SchemeConfig:
     """Returns `scheme` with the weights' formats of `allocation`: the most frequent as its own, overrides for the others."""
-    weights = Counter(allocation.formats.values())
+    formats = found.formats
+    inside = {name: form for name, form in allocation.formats.items() if name not in found.outside}
+    weights = Counter(inside.values())
     usual = max(weights, key=lambda form: (weights[form], form))
     base = uniform(scheme, formats[usual])
     overrides = []
     for form in formats:
-        names = [name for name, chosen in allocation.formats.items() if chosen == form]
+        names = [name for name, chosen in inside.items() if chosen == form]
         if form != usual:
             patterns = globs(names)
             overrides += [Override(pattern, {"weight": formats[form]}) for pattern in patterns]
-    return dataclasses.replace(base, overrides=(*base.overrides, *overrides))
+    made = {tensor: formats[allocation.formats[name]] for name, tensors in found.outside.items() for tensor in tensors}
+    return dataclasses.replace(
+        base,
+        embedding=made.get("embedding"),
+        head=made.get("head"),
+        overrides=(*base.overrides, *overrides),
+    )
 
 
 def globs(names: Sequence[str]) -> list[str]:

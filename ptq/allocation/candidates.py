@@ -10,18 +10,13 @@ from ptq.config.scheme import check_scheme
 from ptq.errors import UserError, nearest
 from ptq.export.registry import build_exporter
 from ptq.network.network import Network
+from ptq.network.outside import check_outside
 from quantize.codecs.registry import codec_of
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
 
 _INTEGER = re.compile(r"int([2-8])(?:_g([1-9][0-9]{0,5})|_(tensor))?(?:_(sym|asym))?")
 _OTHER = re.compile(r"([a-z0-9_]+?)(?:_g([1-9][0-9]{0,5}))?")
-DEFAULTS = ("int2_g64", "int3_g64", "int4_g64", "int8_g64", "fp4")
-"""The formats of ``ptq sensitivity``."""
-ALLOCATED = (
-    "int2_g64", "int3_g128", "int3_g64", "int3_g32", "int4_g128", "int4_g64", "int4_g32", "int5_g64", "int6_g64", "int8_g64",
-)  # fmt: skip
-"""The formats of ``ptq allocate``."""
 
 
 def candidate(name: str, like: QuantSpec | None = None) -> QuantSpec:
@@ -109,24 +104,19 @@ def candidates(
 
 
 def uniform(scheme: SchemeConfig, spec: QuantSpec) -> SchemeConfig:
-    """Returns `scheme` with the weights of all Linears that it quantizes in one format."""
+    """Returns `scheme` with the weights of all that it quantizes in one format: Linears, embedding, head."""
     overrides = []
     for override in scheme.overrides:
         tensors = {t: s for t, s in override.tensors.items() if t != "weight" or s is None}
         if tensors:
             overrides.append(replace(override, tensors=tensors))
-    return replace(scheme, weight=spec, overrides=tuple(overrides))
+    embedding, head = (spec if there is not None else None for there in (scheme.embedding, scheme.head))
+    return replace(scheme, weight=spec, embedding=embedding, head=head, overrides=tuple(overrides))
 
 
 def stored_bytes(shape: tuple[int, int], spec: QuantSpec) -> int:
     """Returns what a weight (out, in) takes in a format: codes, scales and zero points."""
-    total = 0
-    for size, dtype in codec_of(spec).layout(shape, spec).values():
-        count = 1
-        for n in size:
-            count *= n
-        total += count * dtype.itemsize
-    return total
+    return codec_of(spec).layout_bytes(shape, spec)
 
 
 def _fitting(spec: QuantSpec, scheme: SchemeConfig, export: ExportConfig | None, network: Network) -> QuantSpec:
@@ -136,6 +126,7 @@ def _fitting(spec: QuantSpec, scheme: SchemeConfig, export: ExportConfig | None,
         made = build_exporter(export).adapt(made)
     check_specs(made)
     check_scheme(made, network.shapes, network.head_dim)
+    check_outside(made, network)
     if export is not None:
         build_exporter(export).check(made, network)
     if made.weight is None:

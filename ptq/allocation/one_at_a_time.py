@@ -49,10 +49,12 @@ def one_at_a_time(session: Session, forward: Forward, formats: Mapping[str, Quan
 def rank_correlation(
     first: Mapping[str, Mapping[str, float]], second: Mapping[str, Mapping[str, float]], form: str
 ) -> float:
-    """Returns Spearman's rank correlation over Linears of what two measures say of one format; nan where one says the same of all."""
+    """Returns Spearman's rank correlation over the Linears of `second` of what two measures say of one format, nan for one value alone."""
     from scipy.stats import spearmanr
 
-    return float(spearmanr([costs[form] for costs in first.values()], [second[name][form] for name in first]).statistic)
+    return float(
+        spearmanr([first[name][form] for name in second], [costs[form] for costs in second.values()]).statistic
+    )
 
 
 def _rounded(session: Session, forward: Forward, block: Block, name: str, spec: QuantSpec) -> Flow:

@@ -5,12 +5,13 @@ import json
 import math
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
 from ptq.allocation.candidates import candidates, stored_bytes
-from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, output_gradients
+from ptq.allocation.outside_costs import OutsideFisher
+from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, embedding_gradients, output_gradients
 from ptq.config.schema import Recipe
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
@@ -18,6 +19,7 @@ from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
+from ptq.network.outside import RoundedOutside
 from ptq.run.experiment import sources_of
 from ptq.run.planning import open_context, plan_steps
 from ptq.run.session import Session
@@ -41,6 +43,7 @@ class Sensitivity:
             nats a token. They add up over Linears.
         tokens: how many it was measured on.
         unreached: Linears that no token reached; they cost nothing as far as is known.
+        outside: by full name those of `costs` that are no Linear of a block: ``embedding``, ``head``, or both where they are tied.
     """
 
     formats: dict[str, QuantSpec]
@@ -49,6 +52,7 @@ class Sensitivity:
     costs: dict[str, dict[str, float]]
     tokens: int
     unreached: tuple[str, ...] = ()
+    outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
     def bits(self, name: str, form: str) -> float:
         """Returns the stored bits a weight of one Linear in one format."""
@@ -80,6 +84,7 @@ class Sensitivity:
                 {name: {f: float(v) for f, v in costs.items()} for name, costs in found["costs"].items()},
                 int(found["tokens"]),
                 tuple(found["unreached"]),
+                {name: tuple(tensors) for name, tensors in found["outside"].items()},
             )
         except (OSError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
@@ -104,6 +109,8 @@ def open_forward(session: Session, steps: Mapping[str, Step]) -> Forward:
     context = open_context(session, transforms)
     plan_steps(session, transforms, context)
     stream = session.stream
+    # What is measured is what rounding adds: nothing is rounded yet.
+    stream.outside[:] = [change for change in stream.outside if not isinstance(change, RoundedOutside)]
     with session.journal.phase("forward"):
         # A sample at a time: gradients are summed over the tokens of one before they are squared.
         flow = stream.calibration(session.calibration_tokens().ids, 1)
@@ -154,6 +161,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         UserError: where a gradient is NaN or inf.
     """
     context, flow, stream = forward.context, forward.flow, session.stream
+    outside = OutsideFisher(session.recipe.scheme, session.network, stream.device)
     positions = flow.ids.shape[0] * (flow.ids.shape[1] - 1)
     sums: dict[str, dict[str, torch.Tensor]] = {}
 
@@ -170,21 +178,30 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         return seen
 
     with session.journal.phase("head"):
-        gradients = output_gradients(stream, flow.hidden, session.recipe.evaluation.chunk, seed)
+        gradients = output_gradients(stream, flow.hidden, session.recipe.evaluation.chunk, seed, outside.head)
     with session.journal.phase("backward"):
         backward(stream, flow, forward.inputs, gradients, context.shown, entered)
+        if outside.embedding is not None:
+            embedding_gradients(stream, flow, gradients, outside.embedding)
     costs = {name: {form: float(v) / (2 * positions) for form, v in known.items()} for name, known in sums.items()}
+    if outside.tensors:
+        with stream.hold_outside():
+            costs |= outside.costs(formats, positions)
     if bad := [name for name, known in costs.items() if not all(map(math.isfinite, known.values()))]:
         raise UserError(f"NaN or inf in the gradients at {bad[0]}: try model.dtype=float32")
     order = [name for block in session.network.blocks for name in chosen(session.recipe, block)]
     unreached = tuple(name for name in order if name not in costs)
+    order += outside.tensors
+    shapes = session.network.shapes | outside.shapes
+    groups = [group for block in session.network.blocks for group in kept_together(context, block)]
     return Sensitivity(
         formats=dict(formats),
-        shapes={name: session.network.shapes[name] for name in order},
-        groups=tuple(group for block in session.network.blocks for group in kept_together(context, block)),
+        shapes={name: shapes[name] for name in order},
+        groups=(*groups, *((name,) for name in outside.tensors)),
         costs={name: costs.get(name, dict.fromkeys(formats, 0.0)) for name in order},
         tokens=positions,
         unreached=unreached,
+        outside=outside.tensors,
     )
 
 

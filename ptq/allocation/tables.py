@@ -66,7 +66,7 @@ def save_csv(found: Sensitivity, path: pathlib.Path, checked: Mapping[str, Mappi
         block, kind = place_of(name)
         size = found.shapes[name][0] * found.shapes[name][1]
         for form, cost in costs.items():
-            extra = [] if checked is None else [checked[name][form]]
+            extra = [] if checked is None else [checked.get(name, {}).get(form, "")]
             writer.writerow([block, kind, name, size, form, found.bits(name, form), cost, *extra])
     write_text(path, text.getvalue())
 

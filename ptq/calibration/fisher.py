@@ -42,7 +42,13 @@ def block_inputs(stream: BlockStream, flow: Flow, shown: Shown, what: str = "for
     return kept
 
 
-def output_gradients(stream: BlockStream, hidden: torch.Tensor, chunk: int, seed: int = 0) -> torch.Tensor:
+def output_gradients(
+    stream: BlockStream,
+    hidden: torch.Tensor,
+    chunk: int,
+    seed: int = 0,
+    seen: Callable[[torch.Tensor], None] | None = None,
+) -> torch.Tensor:
     """Returns the gradients of the sum over tokens of v times logits, v of `fisher_root`, by the final hidden states.
 
     Args:
@@ -50,6 +56,7 @@ def output_gradients(stream: BlockStream, hidden: torch.Tensor, chunk: int, seed
         hidden: final hidden states (samples, length, channels); the last token predicts nothing that is evaluated, and has none.
         chunk: tokens whose logits exist at once.
         seed: of the random signs.
+        seen: called with each sample's gradient by the head's weight, float32 (vocabulary, channels), unless it is None.
 
     Returns:
         As `hidden`, in its type.
@@ -58,8 +65,11 @@ def output_gradients(stream: BlockStream, hidden: torch.Tensor, chunk: int, seed
     generator = torch.Generator().manual_seed(seed)
     head = stream.network.model.get_output_embeddings()
     last = hidden.shape[1] - 1
-    with stream.head() as logits_of, watched({"head": head} if _is_linear(head) else {}, None), fast_linears():
+    sums: dict[str, torch.Tensor] = {}
+    heads = {"head": head} if isinstance(head, nn.Linear) else {}
+    with stream.head() as logits_of, watched(heads, None if seen is None else sums), fast_linears():
         for row in range(len(hidden)):
+            sums.clear()
             gradients[row, last:].zero_()
             for start in range(0, last, chunk):
                 span = slice(start, min(start + chunk, last))
@@ -68,7 +78,33 @@ def output_gradients(stream: BlockStream, hidden: torch.Tensor, chunk: int, seed
                     logits = logits_of(x)
                     (gradient,) = torch.autograd.grad(logits, x, fisher_root(logits.detach(), generator))
                 gradients[row : row + 1, span].copy_(gradient)
+            if seen is not None and sums:
+                seen(sums["head"])
     return gradients
+
+
+def embedding_gradients(
+    stream: BlockStream, flow: Flow, gradients: torch.Tensor, seen: Callable[[torch.Tensor], None]
+) -> None:
+    """Carries gradients from the first block's input to the token embedding's weight.
+
+    Args:
+        stream: computes what comes before the blocks.
+        flow: of one sample a batch.
+        gradients: by the first block's input, as `backward` leaves them.
+        seen: called with each sample's gradient by the weight, float32 (vocabulary, channels).
+    """
+    with stream.hold_outside():
+        weight = stream.network.model.get_input_embeddings().weight
+        weight.requires_grad_(True)
+        try:
+            for _, rows in flow.slices():
+                with torch.enable_grad():
+                    hidden = stream.before_blocks(flow.ids[rows])
+                    (gradient,) = torch.autograd.grad(hidden, weight, gradients[rows].to(hidden))
+                seen(gradient.float())
+        finally:
+            weight.requires_grad_(False)
 
 
 def fisher_root(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -175,10 +211,6 @@ class _Watched(torch.autograd.Function):
             known = ctx.sums.get(ctx.name)
             ctx.sums[ctx.name] = by_weight if known is None else known.add_(by_weight)
         return product(outputs.contiguous(), weight).reshape(x.shape), None, None, None, None
-
-
-def _is_linear(module: Any) -> bool:
-    return isinstance(module, nn.Linear)
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -296,6 +296,9 @@ def _options() -> dict[str, list[str]]:
         "export": ["--run", "--format", "--output", "--force", "--trust"],
         "store": ["--store", "--max-size"],
     }
+    bits = ["--config", "--formats", "--samples", "--seed", "--trust", "--output"]
+    tools |= {"sensitivity": [*bits, "--check"]}
+    tools |= {"allocate": [*bits, "--bits", "--bytes", "--footprint", "--context", "--against", "--no-verify"]}
     return {**found, **{name: [*tools.get(name, ()), "--help"] for name in TOOLS}}
 
 

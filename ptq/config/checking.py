@@ -7,7 +7,7 @@ from ptq.config.options import check_fields
 from ptq.config.schema import CalibrationConfig, Recipe, SchemeConfig, TextConfig
 from ptq.errors import UserError, nearest
 from quantize.spec.quant_spec import QuantSpec, SpecError
-from quantize.spec.rules import TENSORS, TensorRuleError, check_tensor
+from quantize.spec.rules import OUTSIDE, TENSORS, TensorRuleError, check_tensor
 
 NAME = re.compile(r"[A-Za-z0-9._-]{1,100}", re.ASCII)
 """What a recipe may be called: the name of a folder on every system, below `outputs` and nowhere else."""
@@ -74,6 +74,12 @@ def check_specs(scheme: SchemeConfig) -> None:
     """Raises `UserError` for a spec that its tensor cannot have; needs no model."""
     for tensor in TENSORS:
         _check_tensor(f"scheme.{tensor}", tensor, getattr(scheme, tensor))
+    for tensor in OUTSIDE:
+        _check_tensor(f"scheme.{tensor}", "weight", spec := getattr(scheme, tensor))
+        if spec is not None and spec.granularity == "cluster":
+            raise UserError(
+                f"scheme.{tensor}.granularity: 'cluster', but its channels have no clusters: use channel or group"
+            )
     for i, override in enumerate(scheme.overrides):
         for tensor, spec in override.tensors.items():
             _choice(f"scheme.overrides[{i}].tensors", tensor, TENSORS)

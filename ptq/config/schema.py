@@ -147,10 +147,12 @@ class SchemeConfig:
         key: of keys.
         value: of values.
         attention_probs: of the attention's probabilities, after the softmax.
+        embedding: of the weight of the token embedding, rounded to nearest; where the model ties the head to it, head too.
+        head: of the weight that gives the logits, rounded to nearest.
         cache: how a cache holds keys and values, in evaluation and in ``generate``; null rounds every token's, after rotary
             embeddings, and leaves no cache to ``generate``.
         overrides: other formats for some modules, in order.
-        exclude: globs of modules that are never replaced (the head and embeddings are outside the blocks and left alone).
+        exclude: globs of modules that are never replaced (embedding and head have formats of their own).
     """
 
     weight: QuantSpec | None = None
@@ -159,6 +161,8 @@ class SchemeConfig:
     key: QuantSpec | None = None
     value: QuantSpec | None = None
     attention_probs: QuantSpec | None = None
+    embedding: QuantSpec | None = None
+    head: QuantSpec | None = None
     cache: CacheConfig | None = None
     overrides: tuple[Override, ...] = ()
     exclude: tuple[str, ...] = ()

@@ -1,6 +1,7 @@
 """What an exporter is: it says what its format can express before the work, and writes the quantized model after it."""
 
 import pathlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -11,6 +12,7 @@ from ptq.export.quantized_tensors import QuantizedTensors
 from ptq.network.network import Network
 from quantize.spec.formats import INTEGER
 from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.rules import OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -54,6 +56,15 @@ def refuse_attention(scheme: SchemeConfig, format_name: str, nearest: str) -> No
     if found:
         fields = ", ".join(f"scheme.{tensor}" for tensor in found)
         raise UserError(f"{fields}: quantized, but {format_name} has no field for it: use {nearest}, or export=null")
+
+
+def refuse_outside(scheme: SchemeConfig, format_name: str, tensors: Sequence[str] = OUTSIDE) -> None:
+    """Raises `UserError` when the scheme quantizes one of `tensors` (embedding, head), for which `format_name` has no place."""
+    for tensor in tensors:
+        if getattr(scheme, tensor) is not None:
+            raise UserError(
+                f"scheme.{tensor}: quantized, but {format_name} has no place for its format: use null, or export=null"
+            )
 
 
 def require(spec: QuantSpec, path: str, name: str, format_name: str, nearest: str, **allowed: tuple[Any, ...]) -> None:

@@ -9,7 +9,7 @@ import torch
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
-from ptq.export.base import advice, refuse_attention, require, specs_by_linear
+from ptq.export.base import advice, refuse_attention, refuse_outside, require, specs_by_linear
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
 from ptq.network.network import Network
 from quantize.codecs.q8_0 import encode_flat
@@ -134,6 +134,7 @@ def check_scheme(scheme: SchemeConfig, network: Network, runtime: Runtime) -> No
     inputs = f"{groups}, dynamic: true" if runtime.int8_inputs else None
     nearest = advice(f"scheme={'w8a8_g64' if runtime.int8_inputs else 'w8a16_g64'}{sized}", groups, inputs)
     refuse_attention(scheme, runtime.name, nearest)
+    refuse_outside(scheme, runtime.name)
     nearest += " for every Linear"
     allowed = {"format": ("int",), "bits": (8,), "granularity": ("group",), "group_size": (size,), "symmetric": (True,)}
     for name, spec in specs.items():

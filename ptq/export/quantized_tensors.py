@@ -120,6 +120,11 @@ class ResidentSource:
         return value
 
 
+def rounded(name: str, weight: torch.Tensor, spec: QuantSpec) -> LinearTensors:
+    """Returns a weight (out, in) outside the blocks as it is stored, rounded to nearest as the run has done."""
+    return tensors_of(name, QuantLinear(weight, None, spec))
+
+
 def tensors_of(name: str, module: nn.Module) -> LinearTensors:
     """Returns the tensors of `module`, a `QuantLinear` or a Linear that was left alone."""
     if not isinstance(module, QuantLinear):

@@ -2,7 +2,7 @@
 
 Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
 token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed_floats`); any
-mixture by overrides. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
+mixture by overrides; the head as a Linear, where it is not tied to the embedding, which has no format. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
 packed into int32), floats have names of their own.
 """
 
@@ -26,14 +26,16 @@ from ptq.export.base import (
     most_weight_bits,
     quantizes_inputs,
     refuse_attention,
+    refuse_outside,
     require,
     specs_by_linear,
 )
 from ptq.export.packing import compressed_floats as floating
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
 from ptq.files.atomic import write_folder_atomic, write_text
 from ptq.network.experts.published_names import published_names
 from ptq.network.network import Network
+from ptq.network.outside import OutsideWeight, outside_weights
 from ptq.network.skeleton import NotTraceable, flat_inputs
 from quantize.kernels.matmul import is_plain
 from quantize.spec.quant_spec import QuantSpec
@@ -71,6 +73,7 @@ class Exporter:
         _package()
         nearest = _nearest(scheme)
         refuse_attention(scheme, NAME, nearest)
+        refuse_outside(scheme, NAME, ("embedding",))
         dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group"), "clip": (1.0,)}
         specs = specs_by_linear(scheme, network)
         if not any(s.any for s in specs.values()):
@@ -101,6 +104,8 @@ class Exporter:
                     raise UserError(f"scheme.weight: null for {name}, whose input is quantized: {NAME} needs {nearest}")
                 allowed = dynamic if spec.input.dynamic else {"granularity": ("tensor",)}
                 require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
+        if (head := _head(scheme, network)) is not None and head.spec is not None:
+            _check_weight(LinearSpecs(head.spec, None), head.name, nearest, "scheme.head")
         return (*_flattened(specs, network), *_unread(specs, network))
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
@@ -131,7 +136,7 @@ class Exporter:
         return Exported(path, size, tuple(notes))
 
 
-def _check_weight(specs: LinearSpecs, name: str, nearest: str) -> None:
+def _check_weight(specs: LinearSpecs, name: str, nearest: str, path: str = "scheme.weight") -> None:
     """Refuses a weight that no format of the package holds, or whose input goes with no weight of that format."""
     spec, inputs = specs.weight, specs.input
     if spec is None:
@@ -140,7 +145,7 @@ def _check_weight(specs: LinearSpecs, name: str, nearest: str) -> None:
     allowed = {"format": ("int", *floats), "granularity": ("tensor", "channel", "group")}
     if spec.format in floats:
         allowed["granularity"] = floating.FORMATS[spec.format].granularities
-    require(spec, "scheme.weight", name, NAME, nearest, **allowed)
+    require(spec, path, name, NAME, nearest, **allowed)
     if inputs is None or (spec.affine and inputs.affine):
         return
     why = floating.input_refusal(spec, inputs)
@@ -217,6 +222,12 @@ def _unread(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
     return ()
 
 
+def _head(scheme: SchemeConfig, network: Network) -> OutsideWeight | None:
+    """Returns the head's weight where the scheme gives it a format."""
+    found = outside_weights(scheme, network)
+    return next((w for w in found if w.tensor == "head" and w.spec is not None), None)
+
+
 def _full(spec: QuantSpec | None) -> QuantSpec | None:
     return replace(spec, full_range=True) if spec is not None and spec.affine and spec.symmetric else spec
 
@@ -243,6 +254,8 @@ def _stored(specs: LinearSpecs) -> tuple[Any, ...]:
 def _groups(source: QuantizedTensors) -> _Groups:
     """Returns config groups with targets: the class Linear for the only group, else the names of its Linears."""
     specs, published = specs_by_linear(source.scheme, source.network), published_names(source.network)
+    if (head := _head(source.scheme, source.network)) is not None:
+        specs |= {head.name: LinearSpecs(head.spec, None)}
     members: dict[tuple[Any, ...], list[str]] = {}
     for name, spec in specs.items():
         if spec.any:
@@ -286,8 +299,12 @@ def _tensors(source: QuantizedTensors, groups: _Groups) -> Iterator[tuple[str, t
     model = source.network.model
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     linears = set(source.network.linears)
+    head = _head(source.scheme, source.network)
     for owner, module in model.named_modules():
-        if owner in linears:
+        if head is not None and head.spec is not None and owner == head.name:
+            tensors = rounded(owner, source.tensor(f"{owner}.weight"), head.spec)
+            yield from _linear(replace(tensors, bias=getattr(module, "bias", None)), groups)
+        elif owner in linears:
             yield from _linear(source.linear(owner), groups)
         elif not any(owner.startswith(f"{name}.") for name in linears):
             own = [name for name, _ in module.named_parameters(recurse=False)]

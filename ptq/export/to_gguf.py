@@ -2,8 +2,8 @@
 
 Expresses: weights q4_k, q5_k and q6_k, with rows of whole superblocks of 256; weights int, symmetric up to 4 bits (Q4_0) or 8 (Q8_0), or with zero points up to 4 bits (Q4_1), in groups of
 32 or of whole multiples of it, per channel or per tensor (a block of 32 repeats the scale that it shares); inputs and
-attention unquantized, because the file does not say how a runtime rounds them. Embedding, head and Linears left alone
-are stored in 16 bits where that loses nothing, norms and biases in fp32.
+attention unquantized, because the file does not say how a runtime rounds them. Embedding and head have
+such a format too where the scheme gives them one; they and Linears left alone are stored in 16 bits where that loses nothing, norms and biases in fp32.
 """
 
 import pathlib
@@ -23,9 +23,10 @@ from ptq.export.llama_family import unpermuted
 from ptq.export.packing.gguf_blocks import BLOCK, blocks_of, type_of
 from ptq.export.packing.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
 from ptq.export.packing.k_blocks import TYPES, superblock_columns
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
 from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
+from ptq.network.outside import outside_weights
 from quantize.spec.quant_spec import QuantSpec
 
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "F32": 0}
@@ -77,7 +78,13 @@ class Exporter:
             Override(o.modules, {t: _half(s) if t == "weight" else s for t, s in o.tensors.items()})
             for o in scheme.overrides
         )
-        return replace(scheme, weight=_half(scheme.weight), overrides=overrides)
+        return replace(
+            scheme,
+            weight=_half(scheme.weight),
+            embedding=_half(scheme.embedding),
+            head=_half(scheme.head),
+            overrides=overrides,
+        )
 
     def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other models than llama.cpp computes from this file, and weights that no block format holds."""
@@ -89,6 +96,9 @@ class Exporter:
                 raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {nearest}")
             if specs.weight is not None:
                 _check_weight(specs.weight, name, network.shapes[name][1], nearest)
+        for weight in outside_weights(scheme, network):
+            if weight.spec is not None:
+                _check_weight(weight.spec, weight.name, weight.shape[1], nearest, f"scheme.{weight.tensor}")
         return ()
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
@@ -140,24 +150,25 @@ def _nearest(scheme: SchemeConfig) -> str:
     return advice(f"scheme=w{bits}a16_g{BLOCK}", f"bits: {bits}, granularity: group, group_size: {BLOCK}", None)
 
 
-def _check_weight(spec: QuantSpec, name: str, columns: int, nearest: str) -> None:
+def _check_weight(spec: QuantSpec, name: str, columns: int, nearest: str, path: str = "scheme.weight") -> None:
     if spec.format in TYPES:
         if not superblock_columns(columns):
             raise UserError(
-                f"scheme.weight.format: {spec.format!r} of {name}, whose rows of {columns} values are no whole superblocks of 256: "
+                f"{path}.format: {spec.format!r} of {name}, whose rows of {columns} values are no whole superblocks of 256: "
                 f"give it another format by an override, or use {nearest}"
             )
         return
     bits = tuple(range(2, 9)) if spec.symmetric else (2, 3, 4)
     granularity = ("tensor", "channel", "group")
-    require(spec, "scheme.weight", name, "gguf", nearest, format=("int",), bits=bits, granularity=granularity)
+    require(spec, path, name, "gguf", nearest, format=("int",), bits=bits, granularity=granularity)
     if columns % BLOCK:
         raise UserError(
-            f"scheme.weight: {name} has rows of {columns} values, and gguf's blocks hold {BLOCK}: exclude it (scheme.exclude)"
+            f"{path}: {name} has rows of {columns} values, and gguf's blocks hold {BLOCK}: "
+            + ("exclude it (scheme.exclude)" if path == "scheme.weight" else "use null")
         )
     if spec.group_size is not None and spec.group_size % BLOCK:
         raise UserError(
-            f"scheme.weight.group_size: {spec.group_size} of {name} is no multiple of gguf's {BLOCK}: use {nearest}"
+            f"{path}.group_size: {spec.group_size} of {name} is no multiple of gguf's {BLOCK}: use {nearest}"
         )
 
 
@@ -230,6 +241,7 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     specs = {name: s.weight for name, s in specs_by_linear(source.scheme, source.network).items()}
+    outside = {w.name: w for w in outside_weights(source.scheme, source.network) if w.spec is not None}
     for name in _parameters(source):
         owner, _, last = name.rpartition(".")
         turned = heads.get(owner.rpartition(".")[2]) if architecture.interleaved and owner in specs else None
@@ -237,14 +249,18 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
         if name in tied or stored is None:
             continue
         spec = specs.get(owner) if last == "weight" else None
+        if last == "weight" and owner in outside:
+            spec = outside[owner].spec
         if spec is not None:
-            rows, columns = source.network.shapes[owner]
+            rows, columns = outside[owner].shape if owner in outside else source.network.shapes[owner]
             kind = gguf.GGMLQuantizationType[type_of(spec)]
             values, held = gguf.GGML_QUANT_SIZES[kind]
             size = held * columns // values
 
-            def read(owner: str = owner, turned: int | None = turned) -> np.ndarray:
-                blocks, change = blocks_of(source.linear(owner))
+            def read(owner: str = owner, turned: int | None = turned, spec: QuantSpec = spec) -> np.ndarray:
+                own = owner in outside
+                found = rounded(owner, source.tensor(f"{owner}.weight"), spec) if own else source.linear(owner)
+                blocks, change = blocks_of(found)
                 moved.append(change)
                 return blocks if turned is None else unpermuted(torch.from_numpy(blocks), turned).numpy()
 

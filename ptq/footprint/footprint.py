@@ -19,6 +19,7 @@ from ptq.files.store import store_of
 from ptq.footprint.passes import CacheLayer, Pass, attentions_by_structure, head_name, trace_shapes
 from ptq.network.attention import cache_format
 from ptq.network.network import Network, is_linear
+from ptq.network.outside import outside_weights
 from ptq.network.skeleton import NotTraceable, skeleton
 from quantize.codecs.base import Layout
 from quantize.codecs.registry import codec_of
@@ -44,7 +45,7 @@ class Held:
         kind: of `KINDS`.
         values: how many.
         dtype: its type where that does not follow the checkpoint's (buffers), else None.
-        linear: (out, in) for a weight that a scheme can quantize, else None; the module is `name` without its last part.
+        linear: (out, in) for a weight that a scheme can quantize, the embedding's and the head's among them, else None; the module is `name` without its last part.
     """
 
     name: str
@@ -162,7 +163,7 @@ def inventory(network: Network, attentions: Collection[str]) -> list[Held]:
     model, head = network.model, head_name(network)
     inside = tuple(f"{name}." for name in attentions)
     blocks = tuple(f"{block.name}." for block in network.blocks)
-    shapes = network.shapes
+    shapes = network.shapes | {w.name: w.shape for w in outside_weights(SchemeConfig(), network)}
     embedding = model.get_input_embeddings()
     # A tied tensor counts where it is met first: as the embedding.
     modules = sorted(model.named_modules(), key=lambda item: item[1] is not embedding)
@@ -179,7 +180,7 @@ def inventory(network: Network, attentions: Collection[str]) -> list[Held]:
             met.add(id(parameter))
             name = f"{owner}.{own}" if owner else own
             part, kind = _sort(module, own, owner == head, module is embedding)
-            linear = shapes.get(owner) if kind == LINEAR else None
+            linear = shapes.get(owner) if kind in {LINEAR, EMBEDDING, HEAD} and own == "weight" else None
             held.append(Held(name, part or place(owner), kind, parameter.numel(), linear=linear))
     for name, buffer in model.named_buffers():
         held.append(Held(name, place(name), BUFFER, buffer.numel(), dtype=buffer.dtype))
@@ -254,20 +255,26 @@ def _encoded(held: Held, layout: Layout, spec: QuantSpec) -> Iterator[HeldBytes]
 
 def _columns(held: Sequence[Held], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Column, ...]:
     """Returns the model in fp32 and fp16, its Linears in int8 and int4 (one scale a row, the rest in fp16), and by the scheme."""
+    inside = {h.name.rpartition(".")[0] for h in held if h.kind == LINEAR}
     plain: dict[str, tuple[Callable[[str], QuantSpec | None], torch.dtype]] = {
         "fp32": (lambda name: None, torch.float32),
         "fp16": (lambda name: None, torch.float16),
-        "int8": (lambda name: QuantSpec(bits=8), torch.float16),
-        "int4": (lambda name: QuantSpec(bits=4), torch.float16),
-        "scheme": (lambda name: linear_specs(scheme, name).weight, dtype),
+        "int8": (lambda name: QuantSpec(bits=8) if name in inside else None, torch.float16),
+        "int4": (lambda name: QuantSpec(bits=4) if name in inside else None, torch.float16),
+        "scheme": (_of_scheme(held, scheme), dtype),
     }
     return tuple(Column(title, bytes_of(held, *how)) for title, how in plain.items())
 
 
-def _peaks(held: Sequence[Held], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Peak, ...]:
-    def spec_of(name: str) -> QuantSpec | None:
-        return linear_specs(scheme, name).weight
+def _of_scheme(held: Sequence[Held], scheme: SchemeConfig) -> Callable[[str], QuantSpec | None]:
+    """Returns the function from a module's name to the format of its weight: a Linear's, the embedding's, the head's."""
+    kinds = {h.name.rpartition(".")[0]: h.kind for h in held if h.linear is not None}
+    outside = {EMBEDDING: scheme.embedding, HEAD: scheme.head}
+    return lambda name: outside[kinds[name]] if kinds.get(name) in outside else linear_specs(scheme, name).weight
 
+
+def _peaks(held: Sequence[Held], scheme: SchemeConfig, dtype: torch.dtype) -> tuple[Peak, ...]:
+    spec_of = _of_scheme(held, scheme)
     name = _NAMES[dtype]
     whole = sum(s.bytes for s in bytes_of(held, lambda _: None, dtype))
     after = sum(s.bytes for s in bytes_of(held, spec_of, dtype))

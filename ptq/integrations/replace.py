@@ -21,6 +21,7 @@ from quantize.codecs.base import checked
 from quantize.modules.online import carry_online
 from quantize.modules.packed import PackedLinear, packed_layout, packed_type
 from quantize.modules.simulated import QuantLinear
+from quantize.spec.rules import OUTSIDE
 
 METHOD = "ptq"
 """What config.json calls a model that was quantized here."""
@@ -180,6 +181,10 @@ def scheme_of(scheme: str | SchemeConfig) -> SchemeConfig:
     if tensors := sorted(attention_tensors(scheme)):
         raise UserError(
             f"scheme.{tensors[0]}: is no tensor of a Linear: use null here, or a recipe with python main.py"
+        )
+    if outside := next((tensor for tensor in OUTSIDE if getattr(scheme, tensor) is not None), None):
+        raise UserError(
+            f"scheme.{outside}: Linears are replaced here and nothing else: use null, or a recipe with python main.py"
         )
     pairs = [("scheme", {"weight": scheme.weight, "input": scheme.input})]
     pairs += [(f"scheme.overrides[{i}]", dict(o.tensors)) for i, o in enumerate(scheme.overrides)]

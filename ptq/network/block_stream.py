@@ -245,6 +245,10 @@ class BlockStream:
             flow.shared = shares(len(ids), batch_size, self.world.size)
         return flow
 
+    def before_blocks(self, ids: torch.Tensor) -> torch.Tensor:
+        """Returns what reaches the first block, (samples, length, channels); what lies outside the blocks is in memory."""
+        return self._record(ids.to(self.device), None)[0]
+
     def calibration(self, ids: torch.Tensor, batch_size: int, shared: bool = False) -> Flow:
         """Runs what comes before the blocks on calibration samples (samples, length), of which experts see what `experts` says.
 

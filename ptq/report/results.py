@@ -19,6 +19,7 @@ from ptq.files.atomic import write_text
 from ptq.report.json_files import as_json, schema_of
 from quantize.modules.cache import CacheFormat
 from quantize.spec.quant_spec import QuantSpec
+from quantize.spec.rules import OUTSIDE
 
 
 @dataclass(frozen=True)
@@ -341,7 +342,11 @@ def outlier_share(layers: list[LayerResult]) -> float | None:
 
 
 def tensor_kinds(
-    layers: list[LayerResult], size: Size, attention: Mapping[str, Mapping[str, str]], weight_bits: int
+    layers: list[LayerResult],
+    size: Size,
+    attention: Mapping[str, Mapping[str, str]],
+    weight_bits: int,
+    outside: Mapping[str, tuple[QuantSpec, int]] | None = None,
 ) -> list[TensorKind]:
     """Returns every kind of tensor with its format: weights and inputs of Linears, tensors inside attentions, and the rest.
 
@@ -350,6 +355,7 @@ def tensor_kinds(
         size: for the number of parameters.
         attention: formats by tensor (query, key, value, attention_probs) by attention module.
         weight_bits: bits of a baseline weight.
+        outside: format of the embedding's and of the head's weight, where they have one, and parameters that count there.
     """
     groups: dict[tuple[str, str], list[LayerResult]] = {}
     for layer in layers:
@@ -365,11 +371,11 @@ def tensor_kinds(
     for tensor in ("query", "key", "value", "attention_probs"):
         formats = [found[tensor] for found in attention.values() if tensor in found]
         rows += [TensorKind(tensor, words, formats.count(words), 0.0) for words in dict.fromkeys(formats)]
-    covered = sum(layer.parameters for layer in layers) / size.parameters
-    return [
-        *rows,
-        TensorKind("everything else (embedding, head, norms, ...)", f"{weight_bits}-bit float", 0, 1 - covered),
-    ]
+    for tensor, (spec, parameters) in (outside or {}).items():
+        rows.append(TensorKind(f"{tensor} weight", describe_spec(spec, weight_bits), 1, parameters / size.parameters))
+    covered = sum(row.share for row in rows)
+    left = ", ".join([*(tensor for tensor in OUTSIDE if tensor not in (outside or {})), "norms", "..."])
+    return [*rows, TensorKind(f"everything else ({left})", f"{weight_bits}-bit float", 0, 1 - covered)]
 
 
 def _csv(layers: list[LayerResult]) -> str:

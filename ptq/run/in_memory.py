@@ -17,6 +17,7 @@ from ptq.integrations.cache import use_packed_cache
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
 from ptq.network.network import build_network
+from ptq.network.outside import check_outside
 from ptq.report.results import LayerResult
 from ptq.run.planning import captures_of_steps, check_steps, context_of, open_samples, plan_all
 from ptq.run.quantize_visitor import QuantizeVisitor
@@ -68,6 +69,7 @@ def quantize(
     model.eval().requires_grad_(False)
     network = build_network(model)
     check_scheme(scheme, network.shapes, network.head_dim)
+    check_outside(scheme, network)
     stream = BlockStream(network, ResidentWeights(), device)
     notes: list[str] = []
     use_cache, model.config.use_cache = model.config.use_cache, False

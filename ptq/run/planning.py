@@ -19,6 +19,7 @@ from ptq.network.attention import attentions_of, use_simulated_attention
 from ptq.network.block_stream import BlockStream
 from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network
+from ptq.network.outside import RoundedOutside
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._step import (
@@ -109,6 +110,8 @@ def plan_all(steps: Mapping[str, Step], context: Context, plan_of: Callable[[Ste
         plan = step.plan(context) if plan_of is None else plan_of(step)
         stale = context.statistics if plan.stale else stale
         _add(context, name, step, plan)
+    if rounded := RoundedOutside(context.scheme, context.network):
+        context.stream.outside.append(rounded)
 
 
 class _Plans:

@@ -18,6 +18,7 @@ from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.models.weights import check_shapes
 from ptq.network.network import Network
+from ptq.network.outside import check_outside
 from ptq.network.skeleton import skeleton
 from ptq.ranks.sample_sum import leaf_of, units
 from ptq.ranks.world import World, agree
@@ -89,6 +90,7 @@ def check_before(
         shapes = {name: tuple(parameter.shape) for name, parameter in network.model.named_parameters()}
         check_shapes(pathlib.Path(place.base), shapes, {block.name: list(block.linears) for block in network.blocks})
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
+    check_outside(recipe.scheme, network)
     if not getattr(network.model, "_supports_attention_backend", False):
         check_attention(recipe.scheme, 0)
     lines.append(check_kernels(recipe, network))
@@ -190,5 +192,6 @@ def _check_statistics_file(recipe: Recipe, linears: Mapping[str, tuple[int, int]
 
 def _quantizes(recipe: Recipe) -> bool:
     s = recipe.scheme
+    # Embedding and head are rounded without a step.
     tensors = (s.weight, s.input, s.query, s.key, s.value, s.attention_probs)
     return any(t is not None for t in (*tensors, *(t for o in s.overrides for t in o.tensors.values())))

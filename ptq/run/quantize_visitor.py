@@ -13,6 +13,7 @@ from ptq.errors import UserError
 from ptq.network.attention import AttentionQuantizers
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, Network, weight_of
+from ptq.network.outside import outside_weights
 from ptq.network.replaced import modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_cached, describe_spec
 from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
@@ -20,6 +21,7 @@ from ptq.steps._attention import quantize_attention
 from ptq.steps._proof import Proof, prove
 from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
 from quantize.codecs.llm_int8 import outlier_columns
+from quantize.codecs.registry import codec_of
 from quantize.error import relative_error, sqnr_db
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import Choice
@@ -251,6 +253,9 @@ def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> 
         baseline_bytes: bytes of a baseline weight (2 for fp16).
     """
     before = network.parameters * baseline_bytes
-    after = before - visitor.quantized * baseline_bytes + visitor.stored
-    bits = 8 * visitor.stored / visitor.quantized if visitor.quantized else 8.0 * baseline_bytes
-    return Size(before, after, bits, visitor.quantized, network.parameters)
+    outside = [w for w in outside_weights(visitor.context.scheme, network) if w.spec is not None and not w.tied]
+    stored = visitor.stored + sum(codec_of(w.spec).layout_bytes(w.shape, w.spec) for w in outside if w.spec is not None)
+    quantized = visitor.quantized + sum(w.parameters for w in outside)
+    after = before - quantized * baseline_bytes + stored
+    bits = 8 * stored / quantized if quantized else 8.0 * baseline_bytes
+    return Size(before, after, bits, quantized, network.parameters)

@@ -22,6 +22,7 @@ from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.experts.routing import ALL, ROUTED
 from ptq.network.links import Trace, load_traces, save_traces, trace_links
 from ptq.network.network import Network, build_network
+from ptq.network.outside import check_outside
 from ptq.ranks.ranked_store import ranked
 from ptq.ranks.world import ALONE, World
 from ptq.run.kept.identity import digest_of, machine
@@ -185,6 +186,7 @@ def open_session(
     if coverage := network.coverage():
         journal.say(coverage)
     check_scheme(recipe.scheme, network.shapes, network.head_dim)
+    check_outside(recipe.scheme, network)
     device = device_of(recipe)
     check_experts(recipe, network)
     stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress, world)

@@ -1,5 +1,6 @@
 """What every block format shares: one pair of functions is both the simulation and the storage."""
 
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -65,6 +66,10 @@ class Codec:
             ValueError: for a group size that does not divide.
         """
         raise TypeError(f"{type(self).__name__} does not say what it stores")
+
+    def layout_bytes(self, shape: Sequence[int], spec: QuantSpec) -> int:
+        """Returns the bytes of all tensors of `layout`. Raises as it does."""
+        return sum(math.prod(size) * dtype.itemsize for size, dtype in self.layout(shape, spec).values())
 
     def fake(self, x: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns ``decode(encode(x))`` in the type of `x`, without packing; NaN and inf spread instead of being refused."""

@@ -4,6 +4,8 @@ from quantize.spec.quant_spec import QuantSpec, SpecError
 
 TENSORS = ("weight", "input", "query", "key", "value", "attention_probs")
 """The kinds of tensors of a block that may have a spec."""
+OUTSIDE = ("embedding", "head")
+"""The weights outside the blocks that may have one."""
 _CACHED = {"query", "key", "value"}
 _HELD = {"key", "value"}
 

@@ -13,7 +13,7 @@ EXIT_REFUSED = 1
 
 def allocate_command(arguments: list[str], program: str) -> int:
     """``ptq allocate --config RECIPE (--bits B | --bytes SIZE | --footprint SIZE) [--no-verify] [key=value ...]``."""
-    from ptq.allocation.candidates import ALLOCATED
+    from ptq.allocation.usual_formats import ALLOCATED
 
     parser = Parser(
         prog=program, allow_abbrev=False,

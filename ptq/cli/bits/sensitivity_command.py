@@ -52,7 +52,7 @@ def names_of(given: str | None, usual: tuple[str, ...]) -> tuple[str, ...]:
 
 def sensitivity_command(arguments: list[str], program: str) -> int:
     """``ptq sensitivity --config RECIPE [key=value ...] [--formats A,B] [--check one-at-a-time] [--output FOLDER]``."""
-    from ptq.allocation.candidates import DEFAULTS
+    from ptq.allocation.usual_formats import DEFAULTS
 
     parser = Parser(
         prog=program, allow_abbrev=False,

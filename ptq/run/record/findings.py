@@ -10,6 +10,7 @@ from ptq.errors import UserError
 from ptq.evaluation.comparison import compare
 from ptq.evaluation.tasks.accuracy import TaskResult
 from ptq.evaluation.token_comparison import TokenComparison
+from ptq.network.outside import outside_weights
 from ptq.report.layer_errors import save_errors
 from ptq.report.results import (
     Beginnings,
@@ -29,6 +30,7 @@ from ptq.run.session import Session
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import Choice
 from quantize.kernels.matmul import by_onednn
+from quantize.spec.quant_spec import QuantSpec
 
 
 def report(
@@ -82,7 +84,7 @@ def report(
         evaluation_fingerprint=tokens.fingerprint,
         bos=Beginnings(" ".join(calibrated.begin), " ".join(tokens.begin)),
         overlap=SharedText(o.run, o.windows, o.tokens, o.copied, recipe.data.allow_overlap),
-        tensors=tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before),
+        tensors=tensor_kinds(visitor.layers, size, visitor.attentions, 8 * bytes_before, _outside(session)),
         not_covered=session.network.coverage(),
         window_losses=WindowLosses(baseline.losses.tolist(), compared.losses.tolist()),
         window_documents=None if tokens.documents is None else list(tokens.documents),
@@ -99,6 +101,12 @@ def report(
     if tasks:
         journal.show(task_table(tasks, e.confidence))
     journal.show(result_table(recipe, comparison, facts))
+
+
+def _outside(session: Session) -> dict[str, tuple[QuantSpec, int]]:
+    """Returns the formats of embedding and head, where they have one, and the parameters that each counts."""
+    found = outside_weights(session.recipe.scheme, session.network)
+    return {w.tensor: (w.spec, 0 if w.tied else w.parameters) for w in found if w.spec is not None}
 
 
 def _kernels(dtype: torch.dtype, device: torch.device, choice: Choice) -> Kernels:

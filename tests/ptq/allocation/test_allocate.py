@@ -85,7 +85,7 @@ def test_the_recipe_gives_every_linear_its_format_and_reads_back_as_it_was_writt
         "tensors": {"weight": {"bits": 5}, "input": {"bits": 8, "granularity": "token", "dynamic": True}},
     }
     recipe = make(tmp_path, "nowhere", scheme={"weight": {}, "overrides": [other]})
-    made = dataclasses.replace(recipe, scheme=scheme_of(recipe.scheme, chosen, found.formats))
+    made = dataclasses.replace(recipe, scheme=scheme_of(recipe.scheme, chosen, found))
     for name, form in chosen.formats.items():
         specs = linear_specs(made.scheme, name)
         assert specs.weight == found.formats[form] and specs.input.bits == 8
@@ -180,3 +180,14 @@ def test_the_command_line_says_what_it_cannot_use(capsys):
     ):
         assert main(words) == 2
         assert line in capsys.readouterr().err
+
+
+def test_embedding_and_head_have_their_share_of_the_budget(tmp_path, tiny_llama):
+    spec = {"bits": 4, "granularity": "group", "group_size": 32, "symmetric": False}
+    recipe = make(tmp_path, tiny_llama, scheme={"weight": spec, "embedding": spec, "head": spec})
+    path, verdict = run_allocate(recipe, Budget(bits=3.8), FORMATS, True)
+    made = recipe_from(yaml.safe_load(path.read_text()))
+    assert made.scheme.embedding == made.scheme.head and made.scheme.embedding.bits > 2
+    sizes = [run.metrics["size"] for run in (verdict.pair.first, verdict.pair.second)]
+    assert verdict.better and sizes[1]["bits_per_weight"] <= 3.8 + 1e-9
+    assert sizes[0]["quantized_parameters"] == sizes[1]["quantized_parameters"] > 0.99 * sizes[0]["parameters"]

@@ -18,6 +18,7 @@ from ptq.errors import UserError
 from ptq.run.experiment import checked
 from ptq.run.record.journal import Journal
 from ptq.run.session import open_session
+from ptq.testing import byte_tokenizer, random_tiny
 from quantize.codecs.registry import codec_of
 from quantize.modules.simulated import QuantLinear
 from quantize.spec.quant_spec import QuantSpec
@@ -206,3 +207,31 @@ def test_the_command_line_says_what_it_cannot_use(tmp_path, tiny_llama, capsys):
     ):
         assert main(words) == 2
         assert line in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["llama", "opt", "gemma3"])
+def test_embedding_and_head_cost_what_plain_autograd_says(tmp_path, kind, session_of):
+    tokenizer, random = byte_tokenizer(), random_tiny(kind)
+    random.resize_token_embeddings(len(tokenizer))
+    random.save_pretrained(tmp_path / "model")
+    tokenizer.save_pretrained(tmp_path / "model")
+    spec = {"bits": 4, "granularity": "group", "group_size": 4}
+    session, forward = session_of(make(tmp_path, tmp_path / "model", samples=3, scheme={"weight": spec, "embedding": spec, "head": spec}))  # fmt: skip
+    found = measure(session, forward, {"int4": QuantSpec(**spec)}, seed=7)
+    model, ids = session.network.model, forward.flow.ids
+    embedding, head = model.get_input_embeddings(), model.get_output_embeddings()
+    tied = head.weight is embedding.weight
+    assert list(found.outside.values()) == ([("embedding", "head")] if tied else [("embedding",), ("head",)])
+    assert found.groups[-len(found.outside) :] == tuple((name,) for name in found.outside)
+    # The two uses of the tied weight are told apart by giving the head a tensor of its own.
+    head.weight = torch.nn.Parameter(head.weight.detach().clone())
+    embedding.weight.requires_grad_(True)
+    generator, total = torch.Generator().manual_seed(7), 0
+    weights = [embedding.weight.detach(), head.weight.detach()]
+    errors = [codec_of(QuantSpec(**spec)).fake_weight(w, QuantSpec(**spec)) - w for w in weights]
+    for sample in ids:
+        logits = model(input_ids=sample[None], use_cache=False).logits[:, :-1]
+        v = fisher.fisher_root(logits.detach(), generator)
+        gradients = torch.autograd.grad((logits * v).sum(), [embedding.weight, head.weight])
+        total += sum(float((e.double() * g.double()).square().sum()) for e, g in zip(errors, gradients, strict=True))
+    assert sum(found.costs[name]["int4"] for name in found.outside) == pytest.approx(total / 2 / found.tokens, rel=1e-3)
