@@ -23,6 +23,7 @@ from ptq.ranks.torchrun import name_of_rank, ranks_asked_for
 COMMANDS = {
     "run": "one experiment: calibrate, quantize, evaluate against the baseline, report",
     "stats": "calibration statistics only: a file, a table of outliers, a picture",
+    "text": "a text that the model makes up itself, to calibrate on: as many windows as calibration says",
     "footprint": "what a model takes, from its config alone: parameters, bytes, FLOPs, KV cache",
 }
 TOOLS = (
@@ -30,6 +31,13 @@ TOOLS = (
     | sensitivity_command.COMMANDS | allocate_command.COMMANDS | kernels.COMMANDS | reference.COMMANDS
 )  # fmt: skip
 """The commands that have a parser of their own."""
+OUTPUTS = {
+    "stats": "the statistics file (default: in the run's folder)",
+    "text": "the text, a .jsonl file (default: generated-text.jsonl)",
+}
+"""Commands that write one file, and which."""
+EXTRAS = {"run": "[--dry-run]", "stats": "[--dry-run]", "text": "[--output FILE]", "footprint": "[--context N]"}
+"""What the usage names of the options of each command."""
 EXIT_MISTAKE = 2
 EXIT_STOPPED = 130
 _KEPT = "what was finished is kept, and the same command takes it up"
@@ -184,7 +192,7 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     from ptq.run.exports import check_imatrix, export_imatrix
 
     limit_threads()
-    if options.dry_run:
+    if command != "text" and options.dry_run:
         return (lambda recipe: None) if name_of_rank() else dry_run
     if command == "run":
 
@@ -196,6 +204,8 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     output = pathlib.Path(options.output).expanduser() if options.output else None
     if output is not None and options.multirun:
         raise UserError("--output: one file for several jobs of -m: leave it out, each job has its own folder")
+    if command == "text":
+        return lambda recipe: _write_text(recipe, output or pathlib.Path("generated-text.jsonl"))
     imatrix = None if options.imatrix is None else pathlib.Path(options.imatrix).expanduser()
 
     def take(recipe: Recipe) -> None:
@@ -208,10 +218,37 @@ def _work(command: str, options: argparse.Namespace) -> Callable[[Recipe], Any]:
     return take
 
 
+def _write_text(recipe: Recipe, path: pathlib.Path) -> None:
+    """Writes what the recipe's model makes up: as many windows, as long, and from the seed that ``calibration`` says."""
+    from ptq.data.generated import generated_texts, write_texts
+    from ptq.files.store import store_of
+    from ptq.models.loading import load
+    from ptq.run.record.journal import Journal
+    from ptq.run.session import device_of
+
+    if path.suffix != ".jsonl":
+        raise UserError(f"--output: {path.name!r} is no .jsonl file: name it {path.stem}.jsonl")
+    if recipe.execution.weights != "resident":
+        raise UserError(
+            f"execution.weights: {recipe.execution.weights!r}, but every token that is made up takes the whole model: use resident"
+        )
+    journal, asked = Journal(), recipe.calibration
+    with journal.phase("load"):
+        loaded = load(recipe.model, recipe.execution, store_of(recipe, journal.say))
+    with journal.phase("text"):
+        model = loaded.model.to(device_of(recipe))
+        texts = generated_texts(
+            model, loaded.tokenizer, asked.samples, asked.length, asked.seed,
+            lambda done, total: journal.progress("text", done, total),
+        )  # fmt: skip
+    write_texts(texts, path)
+    journal.say(f"text: {path}; calibrate on it by 'data.calibration={{source: file, path: {path}}}'")
+
+
 def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser = Parser(
         prog=program, allow_abbrev=False, add_help=False, description=f"{COMMANDS[command].capitalize()}.",
-        usage=f"{program} [--config RECIPE] [key=value ...] [-m] {'[--context N]' if command == 'footprint' else '[--dry-run]'} [--cfg job|full] [--help]",
+        usage=f"{program} [--config RECIPE] [key=value ...] [-m] {EXTRAS[command]} [--cfg job|full] [--help]",
         formatter_class=argparse.RawDescriptionHelpFormatter, epilog=_epilog(program),
     )  # fmt: skip
     parser.add_argument(
@@ -227,7 +264,7 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser.add_argument("-m", "--multirun", action="store_true", help="one run for each of the values key=a,b,c")
     if command == "footprint":
         parser.add_argument("--context", type=int, metavar="N", help="tokens of the prefill and in the KV cache (2048)")
-    else:
+    elif command != "text":
         parser.add_argument("--dry-run", action="store_true", help="check all that can be checked without running")
     if command == "run":
         parser.add_argument("--force", action="store_true", help="run again what is finished")
@@ -238,8 +275,9 @@ def _parser(command: str, program: str) -> argparse.ArgumentParser:
     parser.add_argument(
         "--cfg", choices=["job", "full"], help="print the composed config and stop; full: with every default"
     )
+    if command in OUTPUTS:
+        parser.add_argument("--output", metavar="FILE", help=OUTPUTS[command])
     if command == "stats":
-        parser.add_argument("--output", metavar="FILE", help="the statistics file (default: in the run's folder)")
         parser.add_argument("--imatrix", metavar="FILE", help="llama.cpp's importance matrix too, in GGUF")
     parser.add_argument("-h", "--help", action="help", help="show this and stop")
     return parser

@@ -74,7 +74,9 @@ def test_cfg_full_is_the_recipe_with_every_default_and_builds_the_same_one(capsy
     assert recipe_from(full).as_dict() == full
 
 
-@pytest.mark.parametrize("command", [[], ["run"], ["stats"], ["list"], ["show"], ["export"], ["inspect"], ["store"]])
+@pytest.mark.parametrize(
+    "command", [[], ["run"], ["stats"], ["text"], ["list"], ["show"], ["export"], ["inspect"], ["store"]]
+)
 def test_every_command_knows_its_version(command, capsys):
     assert main([*command, "--version"]) == 0
     assert re.fullmatch(r"ptq \d+\.\d+\S*\n", capsys.readouterr().out)
