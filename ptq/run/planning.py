@@ -108,7 +108,8 @@ def plan_all(steps: Mapping[str, Step], context: Context, plan_of: Callable[[Ste
         if stale is not None and STATISTICS in step.captures(context.scheme):
             context.statistics, stale = _take_again(context, stale), None
         plan = step.plan(context) if plan_of is None else plan_of(step)
-        stale = context.statistics if plan.stale else stale
+        # What is stale already stays so when a second step makes it so again.
+        stale = context.statistics if plan.stale and context.statistics is not None else stale
         _add(context, name, step, plan)
     if rounded := RoundedOutside(context.scheme, context.network):
         context.stream.outside.append(rounded)

@@ -102,6 +102,15 @@ def test_static_ranges_are_taken_with_the_prefix_in_place():
     assert error(found, after_reading(random_tiny("llama"), TOKENS, ids())) < 0.05
 
 
+def test_static_ranges_are_taken_once_more_after_two_steps_that_have_made_them_stale():
+    static = SchemeConfig(weight=QuantSpec(bits=8, granularity="channel"), input=QuantSpec(bits=8, symmetric=False))
+    steps = {"prefix": {"tokens": TOKENS}, "rotate": {}, "rtn": {}}
+    expected = after_reading(random_tiny("llama"), TOKENS, ids())
+    found = quantize(random_tiny("llama"), static, steps, ids()).model
+    with torch.no_grad():
+        assert error(found(ids()).logits, expected) < 0.1
+
+
 def test_a_block_that_is_built_again_has_its_prefix(tmp_path):
     model = quantize(random_tiny("llama"), TOKEN8, {"prefix": {"tokens": TOKENS}, "rtn": {}}, ids()).model
     again = build_network(random_tiny("llama"))
