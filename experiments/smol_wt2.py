@@ -52,7 +52,13 @@ WEIGHT_METHODS = {
     "rotate, gptq, target residual": [*RESIDUAL, "method=rotate_gptq", "steps.rotate.online=[]"],
 }
 """Weight-only methods, each on the same scheme; 50 learned steps a block are what two cores allow."""
+BEST_GOALS = {
+    "w8a8": "1.004", "w8a8_static": "1.015", "w4a16_g64": "1.055", "w4a16": "1.10", "w4a8": "1.12", "w4a8_g64": "1.07",
+    "w3a16_g64": "1.22", "w2a16_g64": "2.5", "w4a4_asym": "1.5", "w4a4_g64": "1.30", "kv4": "1.01", "kv2": "1.08",
+}  # fmt: skip
+"""Schemes for which a recipe was measured as the best so far, `method=best`, and what is aimed at."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
+    "best": {f"{scheme}; best": ([f"scheme={scheme}", "method=best"], goal) for scheme, goal in BEST_GOALS.items()},
     "RTN": {
         "W8A8, weight per channel, input dynamic per token": (["scheme=w8a8"], ""),
         "W8A8, weight per tensor, input dynamic per tensor": (["scheme=w8a8_tensor"], ""),
