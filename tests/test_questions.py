@@ -7,6 +7,7 @@ from importlib.util import find_spec
 
 import pytest
 
+from experiments.smol_wt2 import TOKENIZER, write_tokenizer
 from ptq.cli.app import run_command
 
 PAGE = (pathlib.Path(__file__).parents[1] / "docs" / "questions.md").read_text(encoding="utf-8")
@@ -30,6 +31,9 @@ def test_a_command_of_the_questions_works(command, tmp_path, monkeypatch, capsys
     for name in ("wikitext2-valid-tokenized.txt", "wikitext2-test-head.txt"):
         (data / name).write_text("".join(f"{name} of no importance {i} " for i in range(20000)))
     monkeypatch.setenv("PTQ_DATA", str(data))
+    if str(TOKENIZER) in command:
+        monkeypatch.chdir(tmp_path)
+        write_tokenizer(TOKENIZER)
     arguments = [*shlex.split(command), f"outputs={tmp_path / 'o'}", *([] if "--dry-run" in command else ["--dry-run"])]
     refused = any(words in command for words in REFUSED)
     assert run_command(arguments) == (2 if refused else 0), capsys.readouterr().err

@@ -51,10 +51,14 @@ class Desk:
         self.recipe.write_text(yaml.safe_dump(content))
 
     def files(self) -> set[pathlib.Path]:
-        """Everything below the folder but finished work: whole entries of the store, and runs that the same command takes up."""
+        """Everything below the folder but finished work: whole entries of the store, and runs that the same command takes up.
+
+        A kind of entries of which none was kept, such as a digest of files too young to be trusted, is an empty folder there.
+        """
         finished = {path.parent for path in (self.folder / "store").rglob("manifest.json")}
         finished |= {path.parent for path in (self.folder / "outputs").rglob("resume")}
         inside = {path for folder in finished for path in (folder, folder.parent, *folder.rglob("*"))}
+        inside |= {path for path in (self.folder / "store").glob("*") if path.is_dir() and not any(path.iterdir())}
         return set(self.folder.rglob("*")) - inside - {self.folder / "store"}
 
     def line(self, capsys: pytest.CaptureFixture[str], *arguments: str, command: str = "run", config: str = "") -> str:

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -268,6 +269,8 @@ def test_a_second_process_at_the_same_run_is_refused_and_the_status_tells_of_eac
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_that_ends_a_run_ends_it_with_its_number_and_the_run_is_taken_up(tmp_path, tiny_llama, number):
     recipe = make(tmp_path, tiny_llama, *CASES["searched"])
+    # Long enough that the signal comes while it works, however late this process gets to look.
+    recipe = replace(recipe, evaluation=replace(recipe.evaluation, windows=64))
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     process = subprocess.Popen(
@@ -286,4 +289,4 @@ def test_a_signal_that_ends_a_run_ends_it_with_its_number_and_the_run_is_taken_u
     _, errors = process.communicate(timeout=60)
     assert process.returncode == 128 + number
     assert errors == f"stopped: {number.name}; what was finished is kept, and the same command takes it up\n"
-    assert json.loads((run(recipe) / "metrics.json").read_text())["windows"] == 8
+    assert json.loads((run(recipe) / "metrics.json").read_text())["windows"] == 64
