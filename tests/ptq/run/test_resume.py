@@ -278,6 +278,8 @@ def test_a_signal_that_ends_a_run_ends_it_with_its_number_and_the_run_is_taken_u
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
         text=True,
+        # Under nohup, which the tests may be under, SIGHUP is ignored and a run goes on.
+        preexec_fn=lambda: signal.signal(number, signal.SIG_DFL),
     )
     folder = tmp_path / "outputs" / "kept"
     deadline = time.monotonic() + 90
