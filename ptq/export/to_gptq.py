@@ -4,24 +4,18 @@ Expresses: weights int of 2, 4 or 8 bits in groups or per channel, one format fo
 the first form of the checkpoint, ones with zero points in ``gptq_v2``, whose zero points may be 0. Inputs are left alone.
 """
 
-import pathlib
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
-from ptq.config.schema import SchemeConfig
-from ptq.export.base import Exported
-from ptq.export.packing.int32_folder import check, unsigned, with_fp16_scales, write
+from ptq.export.packing.int32_folder import FolderExporter, unsigned
 from ptq.export.packing.int32_words import words
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
-from ptq.network.network import Network
+from ptq.export.quantized_tensors import LinearTensors
 from quantize.spec.quant_spec import QuantSpec
 
 NAME = "gptq"
-ALLOWED = {"bits": (2, 4, 8), "granularity": ("channel", "group")}
-EXAMPLE = "w4a16_g64 bits: 4, granularity: group, group_size: 64, symmetric: false"
 
 
 @dataclass(frozen=True)
@@ -29,47 +23,31 @@ class Options:
     """No options: the scheme says everything."""
 
 
-class Exporter:
+class Exporter(FolderExporter):
     """Writes a folder: safetensors, config.json, the tokenizer's files."""
 
-    filename = ""
+    name = NAME
+    allowed: ClassVar = {"bits": (2, 4, 8), "granularity": ("channel", "group")}
+    example = "w4a16_g64 bits: 4, granularity: group, group_size: 64, symmetric: false"
 
-    def __init__(self, options: Options):
-        self.options = options
+    def packed(self, tensors: LinearTensors) -> Mapping[str, torch.Tensor]:
+        """Returns codes packed along the inputs, zero points along the outputs, scales (groups, out), and each column's group."""
+        codes, scale, zero = unsigned(tensors)
+        spec = tensors.spec
+        bits = 4 if spec is None else spec.bits
+        # The first form stores zero points less one, and its readers add it again.
+        less = 1 if spec is not None and spec.symmetric else 0
+        size = codes.shape[1] // scale.shape[1]
+        return {
+            "qweight": words(codes.t(), bits, 0), "qzeros": words(zero.t() - less, bits, 1), "scales": scale.t().contiguous(),
+            "g_idx": torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // size,
+        }  # fmt: skip
 
-    def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
-        """Returns `scheme` with scales that are exact in fp16."""
-        return with_fp16_scales(scheme)
-
-    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
-        """Refuses other formats, and more than one."""
-        check(scheme, network, NAME, ALLOWED, EXAMPLE)
-        return ()
-
-    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
-        """Writes the folder, a shard in memory at a time."""
-        self.check(source.scheme, source.network)
-        return write(source, path, _linear, _config)
-
-
-def _linear(tensors: LinearTensors) -> Mapping[str, torch.Tensor]:
-    """Returns codes packed along the inputs, zero points along the outputs, scales (groups, out), and each column's group."""
-    codes, scale, zero = unsigned(tensors)
-    spec = tensors.spec
-    bits = 4 if spec is None else spec.bits
-    # The first form stores zero points less one, and its readers add it again.
-    less = 1 if spec is not None and spec.symmetric else 0
-    size = codes.shape[1] // scale.shape[1]
-    return {
-        "qweight": words(codes.t(), bits, 0), "qzeros": words(zero.t() - less, bits, 1), "scales": scale.t().contiguous(),
-        "g_idx": torch.arange(codes.shape[1], dtype=torch.int32, device=codes.device) // size,
-    }  # fmt: skip
-
-
-def _config(spec: QuantSpec, left: list[str]) -> dict[str, Any]:
-    found: dict[str, Any] = {
-        "quant_method": NAME, "bits": spec.bits, "group_size": spec.group_size or -1, "sym": spec.symmetric, "desc_act": False,
-        "checkpoint_format": "gptq" if spec.symmetric else "gptq_v2", "lm_head": False,
-    }  # fmt: skip
-    # A rule that begins with a minus leaves a module alone.
-    return {**found, "dynamic": {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in left}} if left else found
+    def quantization_config(self, spec: QuantSpec, left: list[str]) -> dict[str, Any]:
+        """Returns the ``quantization_config``."""
+        found: dict[str, Any] = {
+            "quant_method": NAME, "bits": spec.bits, "group_size": spec.group_size or -1, "sym": spec.symmetric, "desc_act": False,
+            "checkpoint_format": "gptq" if spec.symmetric else "gptq_v2", "lm_head": False,
+        }  # fmt: skip
+        # A rule that begins with a minus leaves a module alone.
+        return {**found, "dynamic": {f"-:^{name.replace('.', chr(92) + '.')}$": {} for name in left}} if left else found

@@ -4,7 +4,7 @@ import pathlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 
@@ -111,6 +111,42 @@ def write(
 
     write_folder_atomic(path, fill)
     return Exported(path, sum(file.stat().st_size for file in path.iterdir()))
+
+
+class FolderExporter:
+    """Writes such a folder: safetensors, config.json, the tokenizer's files. A format says how it packs, and what it allows."""
+
+    filename = ""
+    name: ClassVar[str]
+    allowed: ClassVar[dict[str, tuple[Any, ...]]]
+    """Values of a weight's fields."""
+    example: ClassVar[str]
+    """A shipped scheme that can be held, and the fields of its weight, after a blank."""
+
+    def __init__(self, options: Any):
+        self.options = options
+
+    def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
+        """Returns `scheme` with scales that are exact in fp16."""
+        return with_fp16_scales(scheme)
+
+    def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
+        """Refuses other formats, and more than one."""
+        check(scheme, network, self.name, self.allowed, self.example)
+        return ()
+
+    def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
+        """Writes the folder, a shard in memory at a time."""
+        self.check(source.scheme, source.network)
+        return write(source, path, self.packed, self.quantization_config)
+
+    def packed(self, tensors: LinearTensors) -> Mapping[str, torch.Tensor]:
+        """Returns the tensors of one quantized Linear by their last names."""
+        raise TypeError(f"{type(self).__name__} does not say how a Linear is packed")
+
+    def quantization_config(self, spec: QuantSpec, left: list[str]) -> dict[str, Any]:
+        """Returns the ``quantization_config`` of the weights' format and the names of Linears that are not quantized."""
+        raise TypeError(f"{type(self).__name__} does not say how its weights are described")
 
 
 def _tensors(source: QuantizedTensors, linear: Write) -> Iterator[tuple[str, torch.Tensor]]:

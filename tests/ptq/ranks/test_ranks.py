@@ -19,6 +19,7 @@ from ptq.ranks.world import ALONE, Message, agree, led
 from ptq.run.experiment import collect_statistics, run
 from ptq.run.kept.kept_pass import KeptPass
 from tests.tools.ranks import in_world, run_ranks
+from tests.tools.same_bits import results, same
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent.parent
 CASES = {
@@ -62,22 +63,6 @@ def make(folder, model, scheme, steps, **changes):
         "execution": {"save": True},
     }
     return recipe_from({**base, **changes})
-
-
-def results(folder):
-    """Everything that must have the same bits."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for field in ("seconds", "memory"):
-        del metrics[field]
-    saved = {p.name: load_file(p) for p in sorted((folder / "quantized").glob("block-*.safetensors"))}
-    return metrics, (folder / "layers.csv").read_text(), saved
-
-
-def same(a, b):
-    assert a[:2] == b[:2]
-    assert a[2].keys() == b[2].keys()
-    for name, tensors in a[2].items():
-        assert all(torch.equal(t, b[2][name][key]) for key, t in tensors.items()), name
 
 
 def result_of(folder):

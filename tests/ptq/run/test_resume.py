@@ -11,7 +11,6 @@ from dataclasses import replace
 import pytest
 import torch
 import yaml
-from safetensors.torch import load_file
 
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
@@ -20,6 +19,7 @@ from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import output_folder, run
 from ptq.run.kept.kept_pass import RESUME, KeptPass
 from ptq.run.kept.state import alone
+from tests.tools.same_bits import results, same
 
 STATIC4 = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
 CLUSTERED = {
@@ -63,23 +63,6 @@ def make(tmp_path, model, scheme, steps, **changes):
     return recipe_from({**base, **changes})
 
 
-def results(folder):
-    """Everything that must have the same bits."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for field in ("seconds", "identity", "memory"):
-        del metrics[field]
-    saved = {p.name: load_file(p) for p in sorted((folder / "quantized").glob("block-*.safetensors"))}
-    return metrics, (folder / "layers.csv").read_text(), saved
-
-
-def same(a, b):
-    assert a[:2] == b[:2]
-    assert a[2].keys() == b[2].keys()
-    for name, tensors in a[2].items():
-        assert tensors.keys() == b[2][name].keys()
-        assert all(torch.equal(t, b[2][name][key]) for key, t in tensors.items()), name
-
-
 def kill_at(monkeypatch, count, before, what="quantize"):
     """Raises when the `count`-th block of the pass `what`, or of all for "", is to be kept, or has been."""
     calls = []
@@ -107,7 +90,9 @@ def test_a_run_killed_at_every_block_in_turn_ends_with_the_same_bits(
 ):
     scheme, steps = CASES[case]
     recipe = make(tmp_path / "a", tiny_llama, scheme, steps, execution={"save": True, **execution})
-    expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps, execution={"save": True, **execution})))
+    expected = results(
+        run(make(tmp_path / "b", tiny_llama, scheme, steps, execution={"save": True, **execution})), "identity"
+    )
     for before in (True, False, False, True, False, True, False, True, False):
         with monkeypatch.context() as patch:
             kill_at(patch, 1, before, what="")
@@ -118,7 +103,7 @@ def test_a_run_killed_at_every_block_in_turn_ends_with_the_same_bits(
             break
     else:
         folder = run(recipe)
-    same(results(folder), expected)
+    same(results(folder, "identity"), expected)
     assert not (folder / RESUME).exists()
 
 
@@ -139,7 +124,7 @@ def test_a_resumed_run_says_so_and_passes_only_the_blocks_that_are_left(tmp_path
 @pytest.mark.parametrize("damage", ["hidden", "block", "progress", "cut"])
 def test_what_was_kept_and_is_damaged_is_not_believed(tmp_path, tiny_llama, damage, monkeypatch):
     recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
-    expected = results(run(make(tmp_path / "whole", tiny_llama, *CASES["nearest"])))
+    expected = results(run(make(tmp_path / "whole", tiny_llama, *CASES["nearest"])), "identity")
     with monkeypatch.context() as patch:
         kill_at(patch, 3, before=False)
         with pytest.raises(Killed):
@@ -158,7 +143,7 @@ def test_what_was_kept_and_is_damaged_is_not_believed(tmp_path, tiny_llama, dama
         else:
             data[len(data) // 3] ^= 0x10
         path.write_bytes(data)
-    same(results(run(recipe)), expected)
+    same(results(run(recipe), "identity"), expected)
 
 
 def test_a_model_taken_up_in_the_middle_is_the_same_in_memory(tmp_path, tiny_llama, monkeypatch):
@@ -180,7 +165,7 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
     recipe = make(tmp_path / "a", tiny_llama, scheme, steps)
     path = tmp_path / "recipe.yaml"
     path.write_text(yaml.safe_dump(recipe.as_dict(), sort_keys=False))
-    expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps)))
+    expected = results(run(make(tmp_path / "b", tiny_llama, scheme, steps)), "identity")
     command = [sys.executable, "-m", "ptq", "run", "--config", str(path)]
     folder = output_folder(recipe)
     process = subprocess.Popen(
@@ -196,12 +181,12 @@ def test_a_process_that_is_killed_is_taken_up_by_the_next(tmp_path, tiny_llama):
     process.send_signal(signal.SIGKILL)
     process.wait()
     assert run(recipe) == folder
-    same(results(folder), expected)
+    same(results(folder, "identity"), expected)
 
 
 def test_the_statistics_and_the_baseline_are_taken_up_too(tmp_path, tiny_opt, monkeypatch):
     static = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
-    expected = results(run(make(tmp_path / "b", tiny_opt, static, {"rtn": {}})))
+    expected = results(run(make(tmp_path / "b", tiny_opt, static, {"rtn": {}})), "identity")
     recipe = make(tmp_path / "a", tiny_opt, static, {"rtn": {}})
     passed = []
     for count in (2, 3):
@@ -216,7 +201,7 @@ def test_the_statistics_and_the_baseline_are_taken_up_too(tmp_path, tiny_opt, mo
     folder = run(recipe)
     # Two blocks of the statistics were kept, then their other two and one of the baseline.
     assert passed == [*(("baseline", i) for i in (1, 2, 3)), *(("quantize", i) for i in range(4))]
-    same(results(folder), expected)
+    same(results(folder, "identity"), expected)
 
 
 def test_plans_and_links_are_made_once_for_all_recipes_that_share_them(tmp_path, tiny_llama, monkeypatch, capsys):
@@ -237,8 +222,8 @@ def test_plans_and_links_are_made_once_for_all_recipes_that_share_them(tmp_path,
     other = run(make(tmp_path, tiny_llama, scheme, {**steps, "gptq": {"target": "present"}}))
     assert passes == ["quantize", "quantize"]
     assert capsys.readouterr().out.count("plan of smooth: made before, read from the store") == 2
-    assert results(first)[2].keys() == results(again)[2].keys() and other != first
-    same(results(again), results(first))
+    assert results(first, "identity")[2].keys() == results(again, "identity")[2].keys() and other != first
+    same(results(again, "identity"), results(first, "identity"))
 
 
 def test_a_second_process_at_the_same_run_is_refused_and_the_status_tells_of_each(
