@@ -11,7 +11,6 @@ import argparse
 import json
 import math
 import pathlib
-import resource
 import shutil
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from transformers.core_model_loading import revert_weight_conversion
 
 from ptq.config.building import recipe_from
+from ptq.run.record.peak_memory import resident_peak
 from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 SHARD_BYTES = 1_000_000_000
@@ -103,7 +103,7 @@ def work(folder: pathlib.Path, scratch: pathlib.Path, samples: int, length: int)
     config = json.loads((folder / "config.json").read_text())
     h = config["hidden_size"]
     block = 4 * (EXPERTS * 3 * h * (3 * h // 8) + 3 * h * h) / 2**30
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peak = resident_peak() / 2**30
     read, written = (after[key] - before[key] for key in ("rchar", "wchar"))
     print(f"checkpoint {checkpoint / 1e9:.2f} GB, export {exported / 1e9:.2f} GB")
     print(

@@ -9,7 +9,6 @@ then runs gen_act_stat.py's and main.py's work on it in a fresh process and prin
 import argparse
 import json
 import pathlib
-import resource
 import subprocess
 import sys
 import tempfile
@@ -19,6 +18,7 @@ from safetensors.torch import save_file
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from ptq.config.building import recipe_from
+from ptq.run.record.peak_memory import resident_peak
 from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 SHARD_TENSORS = 64
@@ -81,7 +81,7 @@ def work(folder: pathlib.Path) -> None:
 
 
 def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    return resident_peak() / 2**30
 
 
 def main() -> None:

@@ -14,7 +14,7 @@ from ptq.models.read_ahead import ReadAhead
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.run.experiment import run
-from tests.ptq.run.test_resume import results, same
+from tests.tools.same_bits import results, same
 
 
 @pytest.fixture
@@ -51,7 +51,7 @@ def test_reading_ahead_changes_no_bit(tmp_path, tiny_mixtral, reads):
     on = list(reads)
     reads.clear()
     behind = run(recipe(tmp_path / "off", tiny_mixtral, False))
-    same(results(ahead), results(behind))
+    same(results(ahead, "identity"), results(behind, "identity"))
     # Nothing is read twice for it, and of each pass all blocks but the first are read by the thread.
     assert sum(size for _, size in on) == sum(size for _, size in reads)
     assert {thread for thread, _ in reads} == {"MainThread"}
