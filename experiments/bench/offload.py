@@ -1,6 +1,6 @@
 """Peak memory of the whole work on an OPT-1.3B-shaped checkpoint, offloaded: statistics, RTN W4A4, saving.
 
-    python -m experiments.bench.offload [--folder DIR] [--layers 24]
+    python -m experiments.bench.offload [--folder DIR] [--layers 24] [--no-prefetch]
 
 Writes a random checkpoint of OPT-1.3B's shape (fp16 safetensors in shards, a byte tokenizer) into DIR unless it is there,
 then runs gen_act_stat.py's and main.py's work on it in a fresh process and prints that process's peak resident memory.
@@ -56,7 +56,7 @@ def _random(name: str, shape: torch.Size, generator: torch.Generator) -> torch.T
     return (0.02 * torch.randn(shape, generator=generator)).half()
 
 
-def work(folder: pathlib.Path) -> None:
+def work(folder: pathlib.Path, prefetch: bool) -> None:
     """Statistics, RTN W4A4 with saved codes, evaluation; prints the peak resident memory of this process."""
     from ptq.run.experiment import collect_statistics, run
 
@@ -69,7 +69,7 @@ def work(folder: pathlib.Path) -> None:
                 "evaluation": {"windows": 2, "length": 256},
                 "scheme": {"weight": {"bits": 4}, "input": {"bits": 4, "granularity": "token", "dynamic": True}},
                 "steps": {"rtn": {}},
-                "execution": {"weights": "offloaded", "hidden_states": "disk", "save": True},
+                "execution": {"weights": "offloaded", "hidden_states": "disk", "save": True, "prefetch": prefetch},
                 "outputs": scratch,
                 "store": scratch,
             }
@@ -91,14 +91,16 @@ def main() -> None:
         "--folder", type=pathlib.Path, default=pathlib.Path(tempfile.gettempdir()) / "ptq-opt-1.3b-shaped"
     )
     parser.add_argument("--layers", type=int, default=24, help="decoder blocks (OPT-1.3B has 24)")
+    parser.add_argument("--no-prefetch", action="store_true", help="read no block while the one before computes")
     parser.add_argument("--work", action="store_true", help="only the work, in this process")
     options = parser.parse_args()
     if options.work:
-        work(options.folder)
+        work(options.folder, not options.no_prefetch)
         return
     if not (options.folder / "tokenizer.json").is_file():
         write_checkpoint(options.folder, options.layers)
     command = [sys.executable, "-m", "experiments.bench.offload", "--work", "--folder", str(options.folder)]
+    command += ["--no-prefetch"] if options.no_prefetch else []
     sys.exit(subprocess.run(command, check=False).returncode)
 
 

@@ -50,8 +50,8 @@ def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: in
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            scores = log_softmax(head(hidden[w : w + 1, span])[0].float(), dim=-1)
-            total += float(_losses(scores, targets).sum())
+            # Scores without a name are gone before the next chunk has logits: they are as large as these.
+            total += float(_losses(log_softmax(head(hidden[w : w + 1, span])[0].float(), dim=-1), targets).sum())
         losses[w] = total / (ids.shape[1] - 1)
     return losses
 
@@ -79,6 +79,7 @@ def compare_tokens(
             total += float(after[-1].sum())
             agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
             divergences.append(_divergence(p, q).cpu())
+            del p, q  # as large as the logits of the chunk to come
         losses[w] = total / (ids.shape[1] - 1)
     kl = torch.cat(divergences).clamp_min_(0)
     return TokenComparison(losses, torch.cat(before), torch.cat(after), kl, torch.cat(agreed))
