@@ -7,12 +7,17 @@
 Every row is a run of the shipped recipes with overrides; finished rows and the baseline come from the store and outputs/.
 The protocol has the tokens that transformers reads out of the GGUF file, which keep digits together where the model's own
 tokenizer splits them: `model.tokenizer` names a folder with them, outputs/smol-wt2-tokenizer, written here on first use
-(`--tokenizer` writes it and no more). On the documentation (`--docs`) the model has its own tokens.
+(`--tokenizer` writes it and no more). On the documentation (`--docs`) the model has its own tokens. `--check` evaluates on twice as
+many windows and prints the ratio of each half: nothing is chosen by the second.
 """
 
 import argparse
 import json
+import math
 import pathlib
+from collections.abc import Mapping, Sequence
+from statistics import mean
+from typing import Any
 
 import transformers
 
@@ -23,6 +28,8 @@ from ptq.files.atomic import write_folder_atomic
 from ptq.models.locations import locate as locate_model
 from ptq.run.experiment import output_folder, run
 
+WINDOWS = 16
+"""Of the protocol."""
 SEARCHED = ["method=smooth", "steps.smooth.search=true"]
 """Every kind of link smoothed, alpha chosen for each by output error; then rounding to nearest."""
 GPTQ = ["method=gptq", "scheme.weight.range=mse"]
@@ -188,12 +195,14 @@ def main() -> None:
     parser.add_argument("tables", nargs="*", choices=[[], *ROWS], help="which tables")
     parser.add_argument("--docs", action="store_true", help="on CPython's documentation: needs no files")
     parser.add_argument("--tokenizer", action="store_true", help=f"write {TOKENIZER} and no more")
+    parser.add_argument("--check", action="store_true", help=f"{2 * WINDOWS} windows: the ratio of each half")
     options = parser.parse_args()
     if options.tokenizer or not options.docs:
         write_tokenizer(TOKENIZER)
     if options.tokenizer:
         return
     protocol = ["data=docs"] if options.docs else ["data=smol-wt2", f"model.tokenizer={TOKENIZER}"]
+    protocol += [f"evaluation.windows={2 * WINDOWS}"] if options.check else []
     for name in options.tables or ROWS:
         _table(ROWS[name], protocol)
 
@@ -211,15 +220,25 @@ def write_tokenizer(folder: pathlib.Path) -> None:
     write_folder_atomic(folder, fill)
 
 
+def ratio_of(metrics: Mapping[str, Any], windows: slice) -> float:
+    """Returns the quantized model's perplexity over the baseline's on some of a run's windows."""
+    losses: Mapping[str, Sequence[float]] = metrics["window_losses"]
+    return math.exp(mean(losses["quantized"][windows]) - mean(losses["baseline"][windows]))
+
+
 def _table(rows: dict[str, tuple[list[str], str]], protocol: list[str]) -> None:
     lines = []
+    halves = (slice(WINDOWS), slice(WINDOWS, None))
     for label, (overrides, goal) in rows.items():
         made = compose_jobs(locate("smollm2-135m_w8a8"), [*protocol, *overrides])[0].recipe
         finished = output_folder(made) / "metrics.json"
         folder: pathlib.Path = finished.parent if finished.is_file() else run(made)
         m = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
+        ratios = (
+            [f"{ratio_of(m, half):.4f} x" for half in halves] if m["windows"] > WINDOWS else [f"{m['ratio']:.4f} x"]
+        )
         lines.append(
-            f"| {label} | {m['quantized_perplexity']:.3f} | {m['ratio']:.4f} x | "
+            f"| {label} | {m['quantized_perplexity']:.3f} | {', then '.join(ratios)} | "
             f"{m['difference']:+.3f} [{m['difference_low']:+.3f}, {m['difference_high']:+.3f}] | {m['kl_mean']:.4f} | "
             f"{m['top1_agreement']:.1%} | {m['size']['bits_per_weight']:.3f} | {goal} |"
         )
