@@ -155,12 +155,17 @@ def _absmax_rows(rows: torch.Tensor, bits: int) -> IntegerRows:
     At one row each of them costs as much as some ten thousand products. Where a row's greatest magnitude is float32's own
     limit, its scale may be one unit in the last place above that of `grid_from_range`.
     """
-    scale = rows.abs().amax(1, keepdim=True).float() / (2 ** (bits - 1) - 1)
-    scale.masked_fill_(scale < _TINY, 1.0)
-    return IntegerRows((rows / scale).round_().to(torch.int8), scale, None)
+    rows = rows.detach()
+    magnitudes = rows.abs()
+    scale = magnitudes.amax(1, keepdim=True).float().div_(2 ** (bits - 1) - 1)
+    # Scales below the least normal number become 1; NaN stays.
+    torch.threshold_(scale, _BELOW_TINY, 1.0)
+    # Magnitudes have been read: the quotients take their place, where the type is the same.
+    quotients = torch.div(rows, scale, out=magnitudes) if rows.dtype == torch.float32 else rows / scale
+    return IntegerRows(quotients.round_().to(torch.int8), scale, None)
 
 
-_TINY = torch.finfo(torch.float32).tiny
+_BELOW_TINY = torch.finfo(torch.float32).tiny * (1 - 2**-23)
 
 
 def _shifted(codes: torch.Tensor) -> torch.Tensor:
@@ -168,10 +173,12 @@ def _shifted(codes: torch.Tensor) -> torch.Tensor:
     return (codes ^ SHIFT).view(torch.int8)
 
 
-def finish(sums: torch.Tensor, rows: IntegerRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
+def finish(
+    sums: torch.Tensor, scale: torch.Tensor | None, bias: torch.Tensor | None, dtype: torch.dtype
+) -> torch.Tensor:
     """Returns a `Multiply`'s result times the input's scale, plus the bias (out,), in `dtype`; `sums` may be overwritten.
 
-    All kernels end here: those with equal sums have equal bits.
+    All kernels end here: those with equal sums have equal bits. `scale`: `IntegerRows.scale`, None where it is in `sums`.
     """
-    scaled = sums.mul_(rows.scale)
+    scaled = sums if scale is None else sums.mul_(scale)
     return (scaled if bias is None else scaled.add_(bias)).to(dtype)

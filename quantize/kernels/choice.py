@@ -135,7 +135,7 @@ class Multiplier(Fastest[IntegerRows]):
 
     def __call__(self, rows: IntegerRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Returns the Linear's output (rows, out) in `dtype`."""
-        return finish(self.run(rows, rows.codes.shape[0]), rows, bias, dtype)
+        return finish(self.run(rows, rows.codes.shape[0]), rows.scale, bias, dtype)
 
     def held_bits(self) -> float:
         """Returns the bits a weight that kernels hold at present, beside codes of one byte."""

@@ -16,12 +16,8 @@ class OnednnInt8:
 
     def refusal(self, weight: QuantSpec, inputs: QuantSpec, shape: tuple[int, int], device: torch.device) -> str | None:
         """CPUs; no groups, no zero points of the weight, no zero points a token."""
-        if device.type != "cpu":
-            return f"it runs on CPUs, not on {device.type}"
-        if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
-            return "this build of torch has no oneDNN"
-        if _saturates():
-            return "without VNNI instructions it adds pairs of products in 16 bits, which overflow"
+        if (reason := refusal_here(device)) is not None:
+            return reason
         if weight.granularity == "group":
             return "it takes one scale a row of the weight, not groups"
         if not weight.symmetric:
@@ -48,6 +44,17 @@ class OnednnInt8:
             return sums.mul_(scale)
 
         return multiply
+
+
+def refusal_here(device: torch.device) -> str | None:
+    """Returns in a few words why oneDNN multiplies no int8 on `device` of this machine, or None."""
+    if device.type != "cpu":
+        return f"it runs on CPUs, not on {device.type}"
+    if not hasattr(torch.ops.onednn, "qlinear_prepack") or not torch.backends.mkldnn.is_available():
+        return "this build of torch has no oneDNN"
+    if _saturates():
+        return "without VNNI instructions it adds pairs of products in 16 bits, which overflow"
+    return None
 
 
 @cache

@@ -1,6 +1,6 @@
 """The packed Linear: codes and scales are all that it holds of its weight, decoded in each forward or multiplied by a kernel."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, Self
 
 import torch
@@ -12,42 +12,18 @@ from quantize.codecs.integers import INTEGERS
 from quantize.codecs.llm_int8 import WEIGHT, llm_int8_linear
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
-from quantize.kernels.base import SHIFT, IntegerRows, IntegerWeight
+from quantize.kernels.base import SHIFT, IntegerRows, IntegerWeight, finish
 from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.floating import StoredWeight
 from quantize.kernels.stored import Products, products
+from quantize.modules.frozen import DecodedWeight, FrozenProduct
+from quantize.modules.fused import Place, group_bits, stack, take_apart
 from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
 INTEGER_PART = QuantSpec(bits=8, granularity="token", dynamic=True)
 """What of LLM.int8()'s input meets the int8 weight: all but the outlier columns."""
-
-
-class DecodedWeight(torch.Tensor):
-    """A weight decoded for someone who reads it: its ``data`` cannot be had, because what is written into it, such as an
-    adapter that is merged, would be lost without a word.
-    """
-
-    # What is computed from it is an ordinary tensor.
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> torch.Tensor:  # type: ignore[override]
-        """Refused.
-
-        Raises:
-            ValueError: always.
-        """
-        raise ValueError(
-            "the weight is quantized and cannot be written: use ptq.integrations.replace.dequantize_ before merging"
-        )
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        raise ValueError(
-            "the weight is quantized and cannot be written: use ptq.integrations.replace.dequantize_ before merging"
-        )
 
 
 class PackedLinear(nn.Linear):
@@ -94,6 +70,8 @@ class PackedLinear(nn.Linear):
         self._shared = SharedInput()
         self._kernel: Multiplier | Products | None = None
         self._taken: tuple[Any] | None = None
+        self.place: Place | None = None
+        self.apart = False
         layout = packed_layout(out_features, in_features, weight_spec, input_spec)
         self.stored_names = tuple(layout)
         for name, (shape, kind) in layout.items():
@@ -188,11 +166,11 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
-        wanted = x.requires_grad or (self.bias is not None and self.bias.requires_grad)
-        if torch.is_grad_enabled() and wanted:
-            result: torch.Tensor = _FrozenProduct.apply(x, self.bias, self, *self.stored.values())
+        bias = self._parameters["bias"]  # self.bias would be looked for everywhere else first
+        if torch.is_grad_enabled() and (x.requires_grad or (bias is not None and bias.requires_grad)):
+            result: torch.Tensor = FrozenProduct.apply(x, bias, self, *self.stored.values())
             return result
-        return self._product(x, self.bias)
+        return self._product(x, bias, fused=True)
 
     def use_kernels(self, choice: Choice | None, shared: SharedInput | None = None) -> None:
         """Lets kernels multiply from now on, where `choice` has some that can; None has the weight decoded at each call.
@@ -220,9 +198,14 @@ class PackedLinear(nn.Linear):
         """Returns the bytes that kernels hold of the weight at present, beside what is stored."""
         if self._kernel is None:
             return 0
-        stored = self.weight_spec.bits == 8 and self.weight_spec.symmetric
-        codes = 8 if isinstance(self._kernel, Multiplier) and not stored else 0
-        return round((self._kernel.held_bits() + codes) * self.in_features * self.out_features / 8)
+        codes = 8 if isinstance(self._kernel, Multiplier) and not self._codes_as_stored else 0
+        held = self._kernel.held_bits() + group_bits(self) + codes
+        return round(held * self.in_features * self.out_features / 8)
+
+    @property
+    def _codes_as_stored(self) -> bool:
+        """Whether integer kernels read what is stored, and no copy."""
+        return self.weight_spec.bits == 8 and self.weight_spec.symmetric
 
     def read_bytes(self) -> int:
         """Returns the bytes of the weight that one row reads, as it lies in front of who multiplies it."""
@@ -236,6 +219,28 @@ class PackedLinear(nn.Linear):
 
     def _forget_kernel(self) -> None:
         self._kernel = self._taken = None
+        take_apart(self)
+        self.apart = False
+
+    def stacking(self) -> tuple[object, ...]:
+        """Returns what has to be equal in Linears that are multiplied as one."""
+        return self.weight_spec, self.input_spec, self.in_features, id(self._choice), type(self._kernel)
+
+    def stacked(self, others: Sequence["PackedLinear"]) -> tuple[Multiplier, IntegerWeight] | None:
+        """Returns what multiplies by its weight with those of `others` below it, and that weight, or None where nothing can."""
+        if self._choice is None:
+            return None
+        linears = (self, *others)
+        shape = sum(linear.out_features for linear in linears), self.in_features
+        multiplier = self._choice.multiplier(self.weight_spec, self.input_spec, shape, self.stored["codes"].device)
+        return None if multiplier is None else (multiplier, stack([_integers(linear._held()) for linear in linears]))
+
+    def rest_on(self, weight: IntegerWeight) -> None:
+        """Takes its codes, the same as before, out of `weight` from now on, and lets its own go."""
+        if self._codes_as_stored:
+            self.stored["codes"].data = weight.codes.view(torch.uint8)
+        if isinstance(self._kernel, Multiplier):
+            self._kernel.take(weight)
 
     def _settled(self, x: torch.Tensor) -> Multiplier | Products | None:
         """Returns what multiplies `x`, or None where the weight is decoded."""
@@ -250,19 +255,23 @@ class PackedLinear(nn.Linear):
 
     def _take(self, codes: Any) -> None:
         """Looks for a kernel for what is stored now."""
+        self._forget_kernel()
         # In a tuple: a module would take it for a parameter of another name.
-        self._taken, self._kernel = (codes,), None
+        self._taken = (codes,)
         shape = self.out_features, self.in_features
         if self._choice is None or self.offloaded:
             return
         kernel = self._look_up(self._choice, shape, codes.device)
-        stored = {name: tensor.detach() for name, tensor in self.stored.items()}
-        held = StoredWeight(stored, self.weight_spec, self.input_spec, shape, self.dtype)
         if isinstance(kernel, Products):
-            kernel.take(held)
+            kernel.take(self._held())
         elif kernel is not None:
-            kernel.take(_integers(held))
+            kernel.take(_integers(self._held()))
         self._kernel = kernel
+
+    def _held(self) -> StoredWeight:
+        stored = {name: tensor.detach() for name, tensor in self.stored.items()}
+        shape = self.out_features, self.in_features
+        return StoredWeight(stored, self.weight_spec, self.input_spec, shape, self.dtype)
 
     def _look_up(self, choice: Choice, shape: tuple[int, int], device: torch.device) -> Multiplier | Products | None:
         rounding = None if self.input_spec is None else self._rounded
@@ -271,10 +280,13 @@ class PackedLinear(nn.Linear):
     def _rounded(self, x: torch.Tensor) -> torch.Tensor:
         return x if self.input_spec is None else self._shared.rounded(x, self.input_spec)
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, fused: bool = False) -> torch.Tensor:
+        """Returns the output; `fused`: where the Linear may multiply together with others, which gives views of one tensor."""
         kernel = self._settled(x)
         if isinstance(kernel, Multiplier) and self.input_spec is not None:
-            y = kernel(self._shared.codes(x, self.input_spec), bias, x.dtype)
+            rows = self._shared.codes(x, self.input_spec)
+            part = self._shared.fused.part(self, rows) if fused else None
+            y = kernel(rows, bias, x.dtype) if part is None else finish(part, None, bias, x.dtype)
             return y.view(*x.shape[:-1], self.out_features)
         if isinstance(kernel, Products):
             return kernel(x, bias)
@@ -303,7 +315,7 @@ class PackedLinear(nn.Linear):
 
     def __getstate__(self) -> dict[str, Any]:
         """A copy packs for itself."""
-        return {**self.__dict__, "_kernel": None, "_taken": None}
+        return {**self.__dict__, "_kernel": None, "_taken": None, "place": None}
 
     def stored_bytes(self) -> int:
         """Returns the bytes of the weight as it is held, scales included."""
@@ -334,7 +346,7 @@ class LlmInt8Linear(PackedLinear):
     def _look_up(self, choice: Choice, shape: tuple[int, int], device: torch.device) -> Multiplier | None:
         return choice.multiplier(WEIGHT, INTEGER_PART, shape, device)
 
-    def _product(self, x: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def _product(self, x: torch.Tensor, bias: torch.Tensor | None, fused: bool = False) -> torch.Tensor:
         threshold = 6.0 if self.input_spec is None else self.input_spec.threshold
         kernel = self._settled(x)
         multiply = _integer_part(kernel) if isinstance(kernel, Multiplier) else None
@@ -349,34 +361,6 @@ def _integer_part(kernel: Multiplier) -> Callable[[torch.Tensor, torch.Tensor], 
         return kernel(IntegerRows(codes, scale, None), None, torch.float32)
 
     return multiply
-
-
-class _FrozenProduct(torch.autograd.Function):
-    """The product with a frozen weight. What is saved for backward are the codes: saving the decoded weight, as autograd
-    would, holds a dequantized model in memory for the time of a training step.
-    """
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: torch.Tensor, bias: torch.Tensor | None, module: PackedLinear, *stored: torch.Tensor
-    ) -> torch.Tensor:
-        ctx.module, ctx.dtype = module, x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        ctx.save_for_backward(*stored)
-        return module._product(x, bias)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        [grad] = grads
-        module: PackedLinear = ctx.module
-        # The saved tensors and not the module's: offloading may have taken those away since.
-        stored = dict(zip(module.stored_names, ctx.saved_tensors, strict=True))
-        to_x = to_bias = None
-        if ctx.needs_input_grad[0]:
-            to_x = (grad @ module._decoded(stored, grad.dtype)).to(ctx.dtype)
-        if ctx.needs_input_grad[1]:
-            to_bias = grad.reshape(-1, module.out_features).sum(0).to(ctx.bias_dtype)
-        return to_x, to_bias, None, *(None for _ in stored)
 
 
 def packed_type(weight_spec: QuantSpec, input_spec: QuantSpec | None) -> type[PackedLinear]:

@@ -7,14 +7,20 @@ from typing import Any
 import torch
 
 from quantize.kernels.base import IntegerRows, integer_rows
+from quantize.modules.fused import Fused
 from quantize.modules.simulated import fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
 
 class SharedInput:
-    """Remembers what was last made of an activation; it goes when the activation does."""
+    """Remembers what was last made of an activation; it goes when the activation does.
+
+    Attributes:
+        fused: who reads the same codes.
+    """
 
     def __init__(self) -> None:
+        self.fused = Fused()
         self._last: tuple[weakref.ref[torch.Tensor], int, Any, QuantSpec, Any] | None = None
 
     def codes(self, x: torch.Tensor, spec: QuantSpec) -> IntegerRows:
@@ -43,7 +49,7 @@ class SharedInput:
 
     def __getstate__(self) -> dict[str, object]:
         """A copy starts without the remembered tensor: weak references cannot be copied."""
-        return {"_last": None}
+        return {"_last": None, "fused": Fused()}
 
 
 def _codes(x: torch.Tensor, spec: QuantSpec) -> IntegerRows:

@@ -8,6 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from quantize.grid.affine import quantize
+from quantize.grid.ranges import dynamic_grid
 from quantize.kernels.base import SIMULATED, finish, integer_rows, integer_weight, register, registered
 from quantize.kernels.choice import Choice, describe, names
 from quantize.modules.simulated import InputQuantizer, QuantLinear
@@ -116,6 +118,16 @@ def test_linears_that_read_one_tensor_share_its_codes():
     assert shared.integers(x) is not first
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_rows_of_any_size_get_the_scales_and_codes_of_the_definition(dtype):
+    tiny = torch.finfo(torch.float32).tiny
+    sizes = torch.tensor([0, tiny / 2, 126.9 * tiny, 127 * tiny, 127.1 * tiny, 1e-20, 1, 6e4, 3e38])
+    x = (torch.cat([normal(9, 7).clamp(-1, 1), torch.ones(9, 1)], 1) * sizes[:, None]).to(dtype)
+    x = torch.cat([x[x.isfinite().all(1)], -x[:1]])
+    rows, grid = integer_rows(x, TOKEN, None), dynamic_grid(x, TOKEN)
+    assert torch.equal(rows.scale, grid.scale) and torch.equal(rows.codes, quantize(x, grid))
+
+
 @pytest.mark.parametrize("spec", [TOKEN, STATIC])
 def test_nan_spreads_to_its_row_and_equal_values_are_exact(spec):
     x = torch.full((3, 8), 2.0)
@@ -220,4 +232,6 @@ def test_codes_of_the_simulation_are_what_the_integers_stand_for():
         rows = integer_rows(x, spec, None if spec.dynamic else quantizer.grid)
         zero = 0 if rows.zero is None else rows.zero
         torch.testing.assert_close((rows.codes - zero) * rows.scale, quantizer(x))
-    assert torch.equal(finish(torch.ones(5, 2), rows, torch.ones(2), torch.float32), (rows.scale + 1).expand(5, 2))
+    assert torch.equal(
+        finish(torch.ones(5, 2), rows.scale, torch.ones(2), torch.float32), (rows.scale + 1).expand(5, 2)
+    )

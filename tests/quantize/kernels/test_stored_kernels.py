@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from quantize.codecs.registry import codec_of
-from quantize.kernels.base import IntegerRows, registered
+from quantize.kernels.base import SHIFT, IntegerRows, registered
 from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.fastest import KernelMismatch
 from quantize.kernels.floating import StoredWeight, registered_floating
 from quantize.kernels.stored import SLACK, Products, able, stored_names
+from quantize.kernels.weight_only.digits import split
 from quantize.modules.packed import LlmInt8Linear, PackedLinear, packed_type
 from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import fake_quantize_dynamic
@@ -250,6 +251,29 @@ def test_the_integer_part_of_llm_int8_is_multiplied_by_kernels():
         assert isinstance(module._kernel, Multiplier) and module.outlier_share > 0
     module.use_kernels(Choice("simulated"))
     assert torch.equal(module(x), expected)
+
+
+@given(st.integers(1, 5), st.integers(1, 40), st.integers(0, 9), st.floats(-25, 35), st.sampled_from([3, 4]))
+@settings(max_examples=60, deadline=None)
+def test_digits_are_the_activation_to_far_less_than_its_greatest_magnitude(rows, columns, seed, power, count):
+    x = normal(rows, columns, seed=seed) * 10.0**power
+    digits, step = split(x, count)
+    assert digits.shape == (count, rows, columns) and digits.dtype == torch.uint8
+    places = torch.tensor([256.0**k for k in range(count)], dtype=torch.float64)
+    value = torch.einsum("k,krc->rc", places, digits.double() - SHIFT) * step.double()
+    # Half a step, and the rounding of a quotient in float32.
+    error = (value - x.double()).abs()
+    assert bool((error <= step.double() / 2 + x.double().abs() * 2**-23).all())
+    assert bool((step <= x.abs().amax(1, keepdim=True) * 2.0 ** -(8 * count - 2)).all())
+
+
+def test_digits_of_zeros_are_zero_and_what_is_not_finite_spreads_to_its_row():
+    module = PackedLinear.from_weight(normal(16, 64), None, QuantSpec(bits=8))
+    module.use_kernels(Choice("digits"))
+    x = normal(4, 64)
+    x[0], x[1, 3], x[2, 5] = 0, torch.nan, torch.inf
+    y = module(x)
+    assert not y[0].any() and not y[1:3].isfinite().any() and y[3].isfinite().all()
 
 
 def test_products_without_a_weight_say_so():

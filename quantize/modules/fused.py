@@ -1,0 +1,136 @@
+"""Linears that read the same codes, multiplied as one: which they are is found by what is read, not by names."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import torch
+
+from quantize.kernels.base import IntegerRows, IntegerWeight
+from quantize.kernels.choice import Multiplier
+
+
+class Reader(Protocol):
+    """A Linear whose weight may be stacked on others'.
+
+    Attributes:
+        out_features: rows of its weight.
+        place: where it stands among Linears that are multiplied as one; kept by `Fused`.
+        apart: whether it is not to be multiplied with others any more; kept by `Fused`.
+    """
+
+    out_features: int
+    place: "Place | None"
+    apart: bool
+
+    def stacking(self) -> tuple[object, ...]:
+        """Returns what has to be equal in Linears that are multiplied as one."""
+
+    def stacked(self, others: Sequence[Any]) -> tuple[Multiplier, IntegerWeight] | None:
+        """Returns what multiplies by its weight with those of `others` below it, and that weight, or None where nothing can."""
+
+    def rest_on(self, weight: IntegerWeight) -> None:
+        """Takes its codes, the same as before, out of `weight` from now on, and lets its own go."""
+
+
+class _Group:
+    """Linears as one, in the order in which they were seen to read; they are held weakly, as they hold the group."""
+
+    def __init__(self, readers: Sequence[Reader], multiplier: Multiplier):
+        self.readers = [weakref.ref(reader) for reader in readers]
+        self.sizes = [reader.out_features for reader in readers]
+        self.multiplier = multiplier
+        # What was multiplied last, and what has not been fetched of it. One object: threads see both or neither.
+        self.last: tuple[IntegerRows, dict[int, torch.Tensor]] | None = None
+
+    def fetch(self, index: int, rows: IntegerRows) -> torch.Tensor | None:
+        """Returns the part of the reader at `index`; None where it is not called as it was seen to be."""
+        last = self.last
+        if last is not None and last[0] is rows:
+            return last[1].pop(index, None)
+        if index or (last is not None and last[1]):
+            return None
+        whole = self.multiplier.run(rows, rows.codes.shape[0]).mul_(rows.scale)
+        own, *others = whole.split(self.sizes, 1)
+        self.last = (rows, dict(enumerate(others, 1)))
+        return own
+
+
+Place = tuple[_Group, int]
+"""A group, and which of its readers one is."""
+
+
+class Fused:
+    """Multiplies once for Linears that read the same codes one after another, each time as they were first seen to.
+
+    The first pass shows who reads what. From then on the first reader of a group multiplies for all, and the others fetch
+    their part; sums of integers are the same either way. A group that is once not called so is taken apart for good.
+    """
+
+    def __init__(self) -> None:
+        self._reading: weakref.ref[IntegerRows] | None = None
+        self._readers: list[weakref.ref[Reader]] = []
+
+    def part(self, reader: Reader, rows: IntegerRows) -> torch.Tensor | None:
+        """Returns the sums of `reader` times all scales, float32 (rows, out), a view; None where it multiplies for itself."""
+        place = reader.place
+        if place is None:
+            if not reader.apart:
+                self._look(reader, rows)
+            return None
+        part = place[0].fetch(place[1], rows)
+        if part is None:
+            take_apart(reader)
+        return part
+
+    def _look(self, reader: Reader, rows: IntegerRows) -> None:
+        """Notes who reads, and makes a group of who have read what was read before."""
+        if self._reading is not None and self._reading() is rows:
+            self._readers.append(weakref.ref(reader))
+            return
+        seen = list(dict.fromkeys(r for r in (ref() for ref in self._readers) if r is not None))
+        self._readers, self._reading = [weakref.ref(reader)], weakref.ref(rows)
+        if len(seen) > 1:
+            _fuse(seen)
+
+
+def _fuse(seen: list[Reader]) -> None:
+    first = seen[0].stacking()
+    alike = [r for r in seen if not r.apart and r.place is None and r.stacking() == first]
+    if len(alike) < 2:
+        return
+    found = alike[0].stacked(alike[1:])
+    if found is None:
+        for reader in alike:
+            reader.apart = True
+        return
+    multiplier, weight = found
+    multiplier.take(weight)
+    group, start = _Group(alike, multiplier), 0
+    for index, reader in enumerate(alike):
+        end = start + reader.out_features
+        zero = None if weight.zero is None else weight.zero[start:end]
+        reader.rest_on(IntegerWeight(weight.codes[start:end], weight.scale[start:end], zero))
+        reader.place, start = (group, index), end
+
+
+def take_apart(reader: Reader) -> None:
+    """Takes the group of `reader` apart: its weight has changed or moved, or it is called otherwise."""
+    for other in reader.place[0].readers if reader.place is not None else ():
+        if (found := other()) is not None:
+            found.place, found.apart = None, True
+
+
+def group_bits(reader: Reader) -> float:
+    """Returns the bits a weight that the kernels of its group hold beside codes of one byte."""
+    return 0.0 if reader.place is None else reader.place[0].multiplier.held_bits()
+
+
+def stack(weights: Sequence[IntegerWeight]) -> IntegerWeight:
+    """Returns the rows of several weights of one format as one weight."""
+    zeros = [w.zero for w in weights if w.zero is not None]
+    return IntegerWeight(
+        torch.cat([w.codes for w in weights]),
+        torch.cat([w.scale for w in weights]),
+        torch.cat(zeros) if zeros else None,
+    )
