@@ -9,7 +9,8 @@ that it takes, taken up and killed again until it ends; then metrics, layers.csv
 that was left alone. With ``--tiny`` a tiny LLaMA is killed before and after every block of every pass is kept, once each.
 
 Processes are forked from a server that has imported everything, so that most kills fall into work. Time lost is what lies between
-the last finished block and the kill. With DIR, what a first call has counted is counted on by the next.
+the last finished block and the kill. With DIR, what a first call has counted is counted on by the next, if the code is
+the same.
 """
 
 import argparse
@@ -32,6 +33,7 @@ import torch
 from safetensors.torch import load_file
 
 from ptq.config.building import recipe_from
+from ptq.files.source_digest import package_digest
 from ptq.run.experiment import run
 from ptq.run.kept.kept_pass import KeptPass
 from ptq.run.record.journal import Journal
@@ -201,12 +203,12 @@ def measure(folder: pathlib.Path, kills: int, blocks: int, tokens: int, seed: in
     if not (model / "config.json").is_file():
         cut_model(model, blocks)
     attempts = Attempts(folder, every_block=False)
-    if counts_file.is_file():
-        counts: dict[str, Any] = json.loads(counts_file.read_text(encoding="utf-8"))
-    else:
+    code = package_digest("ptq", "quantize", "group_methods")
+    counts: dict[str, Any] = json.loads(counts_file.read_text(encoding="utf-8")) if counts_file.is_file() else {}
+    if counts.get("code") != code:
         lines, _ = attempts.run(recipe_of(model, folder / "whole", tokens))
         whole = float(lines[-1].split()[1]) - float(lines[0].split()[1])
-        counts = {"kills": 0, "runs": 0, "equal": 0, "done again": 0, "lost": [], "seconds": whole}
+        counts = {"code": code, "kills": 0, "runs": 0, "equal": 0, "done again": 0, "lost": [], "seconds": whole}
         counts |= {"block": slowest_block(lines), "folder": str(place_of(lines[-1]))}
     expected = results_of(pathlib.Path(counts["folder"]))
     moments = random.Random(seed + counts["kills"])
