@@ -203,7 +203,7 @@ def measure(folder: pathlib.Path, kills: int, blocks: int, tokens: int, seed: in
     if not (model / "config.json").is_file():
         cut_model(model, blocks)
     attempts = Attempts(folder, every_block=False)
-    code = package_digest("ptq", "quantize", "group_methods")
+    code = package_digest()
     counts: dict[str, Any] = json.loads(counts_file.read_text(encoding="utf-8")) if counts_file.is_file() else {}
     if counts.get("code") != code:
         lines, _ = attempts.run(recipe_of(model, folder / "whole", tokens))
