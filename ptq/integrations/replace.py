@@ -16,12 +16,13 @@ from ptq.config.scheme import LinearSpecs, attention_tensors, check_scheme, line
 from ptq.config.shipped import scheme_named
 from ptq.errors import UserError, nearest
 from ptq.integrations.kernels import use_kernels_
+from ptq.integrations.outside import choose_outside, dequantize_outside_, emptied_outside, quantize_outside_, share_
 from ptq.network.network import is_linear, replace_module, weight_of
 from quantize.codecs.base import checked
 from quantize.modules.online import carry_online
 from quantize.modules.packed import PackedLinear, packed_layout, packed_type
+from quantize.modules.packed_embedding import PackedEmbedding
 from quantize.modules.simulated import QuantLinear
-from quantize.spec.rules import OUTSIDE
 
 METHOD = "ptq"
 """What config.json calls a model that was quantized here."""
@@ -46,7 +47,8 @@ def quantize_(
     config how it was quantized: ``save_pretrained`` writes it, and ``from_pretrained`` gives it back quantized once
     `ptq.integrations.transformers` has been imported.
 
-    By default the head stays as it is, and so does every Linear that shares its weight with an embedding: the error of the
+    Where the scheme has formats for the embedding and the head of a transformers model these are replaced too, whatever `include`
+    and `exclude` say; tied ones share one weight. By default the head stays as it is, and so does every Linear that shares its weight with an embedding: the error of the
     head goes into the logits with nothing after it to average it out, and a tied weight is read by row as the embedding
     too, so that quantizing the Linear alone would store it twice.
 
@@ -67,9 +69,11 @@ def quantize_(
     """
     scheme = scheme_of(scheme)
     chosen = choose(model, scheme, include, exclude, filter_fn)
+    outside = choose_outside(model, scheme, tied_of(model))
     skipped = _skipped(model, chosen, exclude)
     for name in chosen:
         _check_values(name, model.get_submodule(name))
+    quantize_outside_(model, outside)
     for name, specs in chosen.items():
         old = model.get_submodule(name)
         kind, spec = packed_type(_weight(specs), specs.input), _weight(specs)
@@ -106,7 +110,9 @@ def pack_(model: nn.Module, scheme: SchemeConfig | None = None) -> int:
         replace_everywhere(model, old, new)
         packed.append(name)
     if scheme is not None and len(packed) == len(simulated) and not attention_tensors(scheme):
-        remember(model, scheme, _skipped(model, packed, (HEAD,)))
+        # Embedding and head hold their rounded weights in the model's own type.
+        linears = dataclasses.replace(scheme, embedding=None, head=None)
+        remember(model, linears, _skipped(model, packed, (HEAD,)))
     return len(packed)
 
 
@@ -124,17 +130,23 @@ def prepare_(
     """
     scheme = scheme_of(scheme)
     chosen = choose(model, scheme, include, exclude, filter_fn)
+    outside = choose_outside(model, scheme, tied_of(model))
     skipped = _skipped(model, chosen, exclude)
     for name, specs in chosen.items():
         old = model.get_submodule(name)
         replace_everywhere(model, old, emptied(old, specs))
+    for one in outside:
+        old = model.get_submodule(one.name)
+        replace_everywhere(model, old, emptied_outside(old, one.spec))
+        if one.tied:
+            share_(model, one.name, outside[0].name)
     remember(model, scheme, skipped)
     use_kernels_(model)
 
 
 @torch.no_grad()
 def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
-    """Replaces every packed Linear of `model` by a plain one that holds what its codes stand for, in place, one at a time.
+    """Replaces every packed Linear of `model`, and a packed embedding, by a plain one that holds what its codes stand for, in place, one at a time.
 
     What rounding took away stays away, and inputs are no longer rounded.
 
@@ -154,9 +166,9 @@ def dequantize_(model: nn.Module, dtype: torch.dtype | None = None) -> None:
     if away:
         raise UserError(f"{away[0]}: its codes are on the meta device or offloaded: load the model into memory first")
     dtype = dtype or plain_dtype(model)
-    names = list(packed)
     del packed
-    for name in names:
+    dequantize_outside_(model, dtype)
+    for name in [name for name, module in model.named_modules() if isinstance(module, PackedLinear)]:
         old: Any = model.get_submodule(name)
         bias = old.bias
         new = nn.Linear(old.in_features, old.out_features, bias is not None, device="meta")
@@ -181,10 +193,6 @@ def scheme_of(scheme: str | SchemeConfig) -> SchemeConfig:
     if tensors := sorted(attention_tensors(scheme)):
         raise UserError(
             f"scheme.{tensors[0]}: is no tensor of a Linear: use null here, or a recipe with python main.py"
-        )
-    if outside := next((tensor for tensor in OUTSIDE if getattr(scheme, tensor) is not None), None):
-        raise UserError(
-            f"scheme.{outside}: Linears are replaced here and nothing else: use null, or a recipe with python main.py"
         )
     pairs = [("scheme", {"weight": scheme.weight, "input": scheme.input})]
     pairs += [(f"scheme.overrides[{i}]", dict(o.tensors)) for i, o in enumerate(scheme.overrides)]
@@ -228,8 +236,9 @@ def choose(
             if pattern != HEAD and not any(_matches(name, pattern) for name in linears):
                 last = {name.rpartition(".")[2] for name in linears}
                 raise UserError(f"{field}: {pattern!r} matches no Linear{nearest(pattern, sorted({*linears, *last}))}")
-    tied = _tied(model)
+    tied = tied_of(model)
     heads = _heads(model, linears, tied) if HEAD in exclude else set()
+    heads |= {one.name for one in choose_outside(model, scheme, tied)}
     candidates = {}
     for name, module in linears.items():
         left = any(_matches(name, pattern) for pattern in exclude) or name in heads
@@ -273,7 +282,7 @@ def _check_one(name: str, module: nn.Module, specs: LinearSpecs, tied: str | Non
 def _check_fresh(model: nn.Module) -> None:
     """Raises `UserError` for a model that is quantized, by this framework or another."""
     for name, module in model.named_modules():
-        if isinstance(module, PackedLinear | QuantLinear):
+        if isinstance(module, PackedLinear | QuantLinear | PackedEmbedding):
             raise UserError(f"model: already quantized ({name} is a {type(module).__name__}): use dequantize_ first")
     # Our own entry says what a model without weights is about to become, or comes from a model that shares the config.
     found: Any = _config_entry(model)
@@ -300,7 +309,7 @@ def _matches(name: str, pattern: str) -> bool:
     return any(fnmatch.fnmatchcase(".".join(parts[i:j]), pattern) for i, j in runs)
 
 
-def _tied(model: nn.Module) -> dict[str, str]:
+def tied_of(model: nn.Module) -> dict[str, str]:
     """Returns another name of every parameter that has one, by every name but that of the same module elsewhere."""
     names: dict[int, list[str]] = {}
     for prefix, module in model.named_modules():
@@ -363,7 +372,8 @@ def replace_everywhere(model: nn.Module, old: nn.Module, new: nn.Module) -> None
 
 def plain_dtype(model: nn.Module) -> torch.dtype:
     """Returns the type of the first floating-point parameter that no packed Linear holds; fp32 where there is none."""
-    held = {id(t) for m in model.modules() if isinstance(m, PackedLinear) for t in m.stored.values()}
+    packed = (m for m in model.modules() if isinstance(m, PackedLinear | PackedEmbedding))
+    held = {id(t) for m in packed for t in m.stored.values()}
     types = (p.dtype for p in model.parameters() if p.is_floating_point() and id(p) not in held)
     return next(types, torch.float32)
 

@@ -20,6 +20,7 @@ from ptq.config.building import build
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.integrations.kernels import say_what_is_decoded, use_kernels_
+from ptq.integrations.outside import choose_outside, emptied_outside, tie_names_
 from ptq.integrations.replace import (
     HEAD,
     METHOD,
@@ -29,11 +30,13 @@ from ptq.integrations.replace import (
     record_of,
     replace_everywhere,
     scheme_of,
+    tied_of,
 )
 from ptq.models.resident_memory import forget_pages, return_freed_memory
 from quantize.kernels.choice import AUTO
 from quantize.kernels.stored import HOLD_BITS
 from quantize.modules.packed import PackedLinear
+from quantize.modules.packed_embedding import PackedEmbedding
 from quantize.spec.quant_spec import QuantSpec, SpecError
 
 _OPTIONS = ("scheme", "double_quant", "group_size", "threshold", "skip_modules", "kernels", "hold_bits")
@@ -140,6 +143,8 @@ class _Encode(ConversionOps):
             # Otherwise the whole checkpoint would be resident in the end, beside the codes.
             forget_pages(weight)
             return_freed_memory()
+            if isinstance(module, PackedEmbedding):
+                stored = {**stored, "unit": torch.ones_like(module.unit, device=weight.device)}
             found.update({f"{prefix}.{key}": [tensor] for key, tensor in stored.items()})
             _stand_in(module)
             if missing_keys is not None:
@@ -178,6 +183,17 @@ class PtqQuantizer(HfQuantizer):
                 if isinstance(old, Conv1D):
                     self.transposed.add(name)
             replace_everywhere(model, old, new)
+        outside = choose_outside(model, config.scheme, tied_of(model))
+        for one in outside:
+            old = model.get_submodule(one.name)
+            packed = emptied_outside(old, one.spec)
+            if self.pre_quantized or one.tied:
+                _stand_in(packed)
+            else:
+                packed._parameters["weight"] = nn.Parameter(old.weight.detach(), requires_grad=False)
+            replace_everywhere(model, old, packed)
+            if one.tied:
+                tie_names_(model, one.name, outside[0].name, packed.stored_names)
 
     def _process_model_after_weight_loading(self, model: Any, **kwargs: Any) -> Any:
         missing = [name for name, m in _packed(model) if m._parameters.get("weight") is not None]
@@ -195,7 +211,7 @@ class PtqQuantizer(HfQuantizer):
     def param_needs_quantization(self, model: Any, param_name: str, **kwargs: Any) -> bool:
         """Whether a checkpoint's tensor is a weight that is to be encoded."""
         module, name = get_module_from_name(model, param_name)
-        return isinstance(module, PackedLinear) and name == "weight"
+        return isinstance(module, PackedLinear | PackedEmbedding) and name == "weight"
 
     def param_element_size(self, model: Any, param_name: str, param: torch.Tensor) -> float:
         """Bytes of an element, for ``device_map="auto"``: a weight takes none, its codes and scales are counted."""
@@ -227,8 +243,9 @@ def _stand_in(module: nn.Module) -> None:
     checkpoint, and would have every weight decoded only to overwrite it.
     """
     module._parameters.pop("weight", None)
-    module.__dict__["weight"] = torch.empty(0, device="cpu")
+    # As many rows as an embedding has, one of which may be set to 0 for padding.
+    module.__dict__["weight"] = torch.empty(getattr(module, "num_embeddings", 0), 0, device="cpu")
 
 
-def _packed(model: nn.Module) -> list[tuple[str, PackedLinear]]:
-    return [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear)]
+def _packed(model: nn.Module) -> list[tuple[str, PackedLinear | PackedEmbedding]]:
+    return [(name, m) for name, m in model.named_modules() if isinstance(m, PackedLinear | PackedEmbedding)]

@@ -59,6 +59,20 @@ class Codec:
             stored = {**stored, "codes": unpack(stored["codes"], self.width, shape[-1], self.signed)}
         return saturated(self.dequantize(stored, spec, shape), dtype)
 
+    def rows(self, stored: Encoded, spec: QuantSpec, shape: Sequence[int], index: torch.Tensor) -> Encoded:
+        """Returns what is stored of some rows of a weight of `shape` (out, in): `decode` gives them with shape (n, in).
+
+        Args:
+            stored: of the whole weight.
+            spec: its format.
+            shape: (out, in).
+            index: which rows, int64 (n,), each as often as it is wanted.
+
+        Raises:
+            ValueError: for a format whose rows are not stored by themselves.
+        """
+        return {name: _rows_of(tensor, name, shape[0], index) for name, tensor in stored.items()}
+
     def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
         """Returns the shapes and dtypes that `encode` gives for a weight of `shape` (out, in), which needs no values.
 
@@ -101,6 +115,17 @@ def registered_codec(name: str) -> Codec:
 def stored_bytes(stored: Encoded) -> int:
     """Returns the bytes of all tensors of an encoded tensor."""
     return sum(tensor.numel() * tensor.element_size() for tensor in stored.values())
+
+
+def _rows_of(tensor: torch.Tensor, name: str, rows: int, index: torch.Tensor) -> torch.Tensor:
+    """Returns rows of what is stored row by row; what there is one of belongs to all rows."""
+    if tensor.numel() == 1:
+        return tensor
+    if tensor.dim() < 2 or len(tensor) != rows:
+        raise ValueError(f"{name}: is not stored row by row in this format")
+    # As bytes: 8-bit floats cannot be chosen from everywhere.
+    raw = tensor.view(torch.uint8) if tensor.element_size() == 1 else tensor
+    return raw[index].view(tensor.dtype)
 
 
 def packed_codes(shape: Sequence[int], width: int) -> tuple[tuple[int, ...], torch.dtype]:

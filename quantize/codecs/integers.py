@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from quantize.codecs.base import Codec, Encoded, Layout, checked, packed_codes, register, scale_shape
-from quantize.codecs.packing import pack, unpack
+from quantize.codecs.packing import pack, unpack, unpack_at
 from quantize.grid.affine import (
     Grid,
     dequantize,
@@ -48,6 +48,16 @@ class Integer(Codec):
         grid = Grid(scale, zero_point, *integer_range(spec.bits, spec.symmetric, spec.full_range))
         codes = unpack(stored["codes"], spec.bits, shape[-1], spec.symmetric)
         return dequantize(grouped(codes, spec), grid, dtype).reshape(*shape)
+
+    def rows(self, stored: Encoded, spec: QuantSpec, shape: Sequence[int], index: torch.Tensor) -> Encoded:
+        """As `Codec.rows`; zero points, which lie bit by bit after one another, are packed again."""
+        zero_point = stored.get("zero_point")
+        found = super().rows({name: t for name, t in stored.items() if name != "zero_point"}, spec, shape, index)
+        if zero_point is not None and stored["scale"].numel() > 1:
+            each = stored["scale"].numel() // shape[0]
+            places = index[:, None] * each + torch.arange(each, device=index.device)
+            zero_point = pack(unpack_at(zero_point, spec.bits, places).flatten(), spec.bits)
+        return found if zero_point is None else {**found, "zero_point": zero_point}
 
     def layout(self, shape: Sequence[int], spec: QuantSpec) -> Layout:
         """Codes (out, bytes), scales (1,), (out, 1) or (out, groups, 1), zero points packed flat."""

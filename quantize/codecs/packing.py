@@ -63,6 +63,23 @@ def unpack(packed: torch.Tensor, bits: int, count: int, signed: bool = False) ->
     return (codes ^ sign).to(torch.int8) - sign
 
 
+def unpack_at(packed: torch.Tensor, bits: int, places: torch.Tensor) -> torch.Tensor:
+    """Returns the codes at these places of one packed row (bytes,), uint8 in the shape of `places`; the rest is not unpacked.
+
+    Args:
+        packed: uint8, as `pack` gives it.
+        bits: 2 to 8.
+        places: of codes, int64, any shape.
+    """
+    _check(bits)
+    first = places * bits
+    byte, shift = first // 8, first % 8
+    # A code lies in two bytes at most; the last one has no byte after it, and needs none.
+    after = (byte + 1).clamp_(max=len(packed) - 1)
+    words = packed[byte].long() | (packed[after].long() << 8)
+    return ((words >> shift) & (2**bits - 1)).to(torch.uint8)
+
+
 def _check(bits: int) -> None:
     if not 2 <= bits <= 8:
         raise ValueError(f"bits: {bits} is not a width of a code: use 2 to 8")

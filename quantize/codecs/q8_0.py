@@ -73,6 +73,13 @@ class FlatQ8(Codec):
             raise ValueError(f"group_size: {size} does not divide the {math.prod(shape)} values of the tensor")
         return {"codes": (tuple(shape), torch.int8), "scale": ((math.prod(shape) // size,), torch.float32)}
 
+    def rows(self, stored: Encoded, spec: QuantSpec, shape: Sequence[int], index: torch.Tensor) -> Encoded:
+        """As `Codec.rows`, where no group crosses the end of a row."""
+        if shape[1] % (spec.group_size or 1):
+            raise ValueError(f"group_size: {spec.group_size} does not divide the {shape[1]} columns of a row")
+        scale = stored["scale"].view(shape[0], -1)[index].flatten()
+        return {**super().rows({"codes": stored["codes"]}, spec, shape, index), "scale": scale}
+
     def quantize(self, x: torch.Tensor, spec: QuantSpec) -> Encoded:
         """Codes int8 in the shape of `x`; scales float32 (groups,)."""
         codes, scale = _codes_and_scales(x, spec.group_size or 1)

@@ -295,18 +295,10 @@ class PackedLinear(nn.Linear):
         return functional.linear(x, self.dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
-        held = {id(tensor) for tensor in self.stored.values()}
         self._forget_kernel()
-
-        def keeping(tensor: torch.Tensor) -> torch.Tensor:
-            # In another type they would no longer be what was encoded, and small scales would become 0.
-            moved = fn(tensor)
-            kept = id(tensor) in held and moved.dtype != tensor.dtype
-            return tensor.to(moved.device) if kept else moved
-
         # What `fn` makes of a tensor of the model's type says which type that is from now on.
         self.dtype = fn(torch.empty(0, dtype=self.dtype, device=next(iter(self.stored.values())).device)).dtype
-        result: Self = super()._apply(keeping, recurse)
+        result: Self = super()._apply(keeping_types(self.stored, fn), recurse)
         return result
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
@@ -390,6 +382,22 @@ def _integers(held: StoredWeight) -> IntegerWeight:
     if zero is None:
         return IntegerWeight(codes, held.scales().contiguous(), None)
     return IntegerWeight((codes ^ SHIFT).view(torch.int8), held.scales().contiguous(), zero.to(torch.int32) - SHIFT)
+
+
+def keeping_types(
+    stored: Encoded, fn: Callable[[torch.Tensor], torch.Tensor]
+) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Returns `fn`, what a module's ``_apply`` is given, such that what is `stored` keeps its types: in another one it would no longer
+    be what was encoded, and small scales would become 0.
+    """
+    held = {id(tensor) for tensor in stored.values()}
+
+    def keeping(tensor: torch.Tensor) -> torch.Tensor:
+        moved = fn(tensor)
+        kept = id(tensor) in held and moved.dtype != tensor.dtype
+        return tensor.to(moved.device) if kept else moved
+
+    return keeping
 
 
 def _frozen(tensor: torch.Tensor) -> nn.Parameter:

@@ -6,7 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.codecs.packing import pack, packed_length, unpack
+from quantize.codecs.packing import pack, packed_length, unpack, unpack_at
 
 WIDTHS = st.integers(2, 8)
 
@@ -46,3 +46,10 @@ def test_what_cannot_be_packed_is_refused():
         pack(torch.zeros(4), 4)
     with pytest.raises(ValueError, match="^packed: 3 bytes a row, and 4 codes take 2$"):
         unpack(torch.zeros(3, dtype=torch.uint8), 4, 4)
+
+
+@given(WIDTHS, st.integers(1, 41), st.data())
+def test_codes_at_some_places_are_those_of_the_whole_row(bits, count, data):
+    places = torch.tensor(data.draw(st.lists(st.lists(st.integers(0, count - 1), min_size=2, max_size=2), min_size=1)))
+    codes = torch.randint(2**bits, (count,), generator=torch.Generator().manual_seed(count)).to(torch.uint8)
+    assert torch.equal(unpack_at(pack(codes, bits), bits, places), codes[places])
