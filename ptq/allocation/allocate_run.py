@@ -53,6 +53,7 @@ def run_allocate(
     against: str | None = None,
     output: pathlib.Path | None = None,
     seed: int = 0,
+    by_solver: bool = True,
 ) -> tuple[pathlib.Path, Verdict | None]:
     """Allocates formats under a budget and, to `verify` it, runs the allocation and the best uniform setting of at most its budget.
 
@@ -66,6 +67,7 @@ def run_allocate(
         against: the uniform format to run; None for the one that fits and is predicted to cost least.
         output: the recipe's file; None for ``allocated/<name>.yaml`` among the recipe's results.
         seed: of the sensitivity.
+        by_solver: costs are of what the recipe's solver makes of weights, where it weighs errors; otherwise of rounding to nearest.
 
     Returns:
         The recipe's file, which is not there where the verdict is against it; and the verdict, None where none was asked for.
@@ -84,7 +86,7 @@ def run_allocate(
     ensure_folder(path.parent, "--output")
     journal = Journal(path.with_suffix(".log"))
     with open_session(own, journal) as session:
-        found = measured(session, steps, names, given, seed)
+        found = measured(session, steps, names, given, seed, by_solver)
         baseline = 4 if session.loaded.baseline_dtype == "fp32" else 2
         room = budget.weight_bytes(found, own, session.network, baseline)
     chosen = allocated(found, room, budget.words)

@@ -1,36 +1,37 @@
-"""What the sensitivity predicts, measured: each Linear rounded alone, and the KL divergence of the whole model to its baseline."""
+"""What the sensitivity predicts, measured: each Linear quantized alone, and the KL divergence of the whole model to its baseline."""
 
 from collections.abc import Mapping
 from dataclasses import replace
 
 import torch
 
-from ptq.allocation.sensitivity import Forward, chosen
+from ptq.allocation.sensitivity import Forward
 from ptq.evaluation.token_comparison import compare_tokens
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, replaced_forward, weight_of
 from ptq.run.session import Session
-from quantize.codecs.registry import codec_of
 from quantize.kernels.matmul import linear
 from quantize.spec.quant_spec import QuantSpec
 
 
 @torch.no_grad()
 def one_at_a_time(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]) -> dict[str, dict[str, float]]:
-    """Returns by Linear and format the mean KL divergence, nats a token, of the model with that one weight rounded to nearest.
+    """Returns by Linear and format the mean KL divergence, nats a token, of the model with that one weight quantized: to
+    nearest, or by the solver of `forward`.
 
     Every block's Linears start from what reaches that block, which is kept, and go through the later blocks together: with
     n blocks of k Linears n k passes through half of the network for each format.
     """
     stream, blocks = session.stream, session.network.blocks
     found: dict[str, dict[str, float]] = {}
+    quantize = forward.quantize(formats)
     with session.journal.phase("one at a time"):
         for block in blocks:
             with forward.context.shown(block):
                 variants = {
-                    (name, form): _rounded(session, forward, block, name, spec)
-                    for name in chosen(session.recipe, block)
-                    for form, spec in formats.items()
+                    (name, form): _quantized(session, forward, block, name, weight)
+                    for name, weights in quantize(block, forward.inputs[block.index]).items()
+                    for form, weight in weights.items()
                 }
             for later in blocks[block.index + 1 :]:
                 with forward.context.shown(later):
@@ -57,12 +58,11 @@ def rank_correlation(
     )
 
 
-def _rounded(session: Session, forward: Forward, block: Block, name: str, spec: QuantSpec) -> Flow:
-    """Returns the samples behind `block`, one of whose weights is rounded."""
+def _quantized(session: Session, forward: Forward, block: Block, name: str, weight: torch.Tensor) -> Flow:
+    """Returns the samples behind `block`, one of whose weights is another."""
     module = forward.context.module(name)
-    weight = weight_of(module)
-    rounded = codec_of(spec).fake_weight(weight.float(), spec).to(weight.dtype)
+    other = weight.to(weight_of(module).dtype)
     flow = replace(forward.flow, hidden=forward.inputs[block.index].clone(), finite={}, ahead={})
-    with replaced_forward([module], lambda index: lambda x: linear(x, rounded, module.bias)):
+    with replaced_forward([module], lambda index: lambda x: linear(x, other, module.bias)):
         session.stream.step(flow, block)
     return flow

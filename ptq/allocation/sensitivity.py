@@ -1,4 +1,4 @@
-"""What rounding each Linear's weight to each candidate format costs, in nats of KL to the baseline: one pass for all of them."""
+"""What quantizing each Linear's weight to each candidate format costs, in nats of KL to the baseline: one pass for all of them."""
 
 import dataclasses
 import json
@@ -11,8 +11,8 @@ import torch
 
 from ptq.allocation.candidates import candidates, stored_bytes
 from ptq.allocation.outside_costs import OutsideFisher
+from ptq.allocation.quantized_weights import Quantize, chosen, solved_by, to_nearest
 from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, embedding_gradients, output_gradients
-from ptq.config.schema import Recipe
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
@@ -23,8 +23,7 @@ from ptq.network.outside import RoundedOutside
 from ptq.run.experiment import sources_of
 from ptq.run.planning import open_context, plan_steps
 from ptq.run.session import Session
-from ptq.steps._step import TRANSFORM, Context, Step
-from quantize.codecs.registry import codec_of
+from ptq.steps._step import TRANSFORM, Context, Solver, Step
 from quantize.spec.quant_spec import QuantSpec
 
 KIND = "sensitivity"
@@ -33,16 +32,17 @@ KIND = "sensitivity"
 
 @dataclass(frozen=True)
 class Sensitivity:
-    """What each Linear's rounding costs.
+    """What quantizing each Linear costs.
 
     Attributes:
         formats: the candidate formats by name.
         shapes: (out, in) of every Linear by full name.
         groups: full names of the Linears that a runtime keeps in one format (q/k/v, gate/up, a layer's experts), in order.
-        costs: by Linear and format the KL divergence to the baseline that rounding this weight alone is predicted to cause,
-            nats a token. They add up over Linears.
+        costs: by Linear and format the KL divergence to the baseline that quantizing this weight alone is predicted to
+            cause, nats a token. They add up over Linears.
         tokens: how many it was measured on.
         unreached: Linears that no token reached; they cost nothing as far as is known.
+        solver: the step whose choices of weights are measured; None for rounding to nearest.
         outside: by full name those of `costs` that are no Linear of a block: ``embedding``, ``head``, or both where they are tied.
     """
 
@@ -53,6 +53,7 @@ class Sensitivity:
     tokens: int
     unreached: tuple[str, ...] = ()
     outside: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    solver: str | None = None
 
     def bits(self, name: str, form: str) -> float:
         """Returns the stored bits a weight of one Linear in one format."""
@@ -85,6 +86,7 @@ class Sensitivity:
                 int(found["tokens"]),
                 tuple(found["unreached"]),
                 {name: tuple(tensors) for name, tensors in found["outside"].items()},
+                found["solver"],
             )
         except (OSError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(" ".join(str(error).split()) or type(error).__name__) from None
@@ -92,21 +94,39 @@ class Sensitivity:
 
 @dataclass(frozen=True)
 class Forward:
-    """The samples that a sensitivity is measured on: `inputs` has what reaches each block, `flow` what leaves the last."""
+    """The samples that a sensitivity is measured on.
+
+    Attributes:
+        context: of the recipe's transforms.
+        flow: what leaves the last block.
+        inputs: what reaches each block.
+        solver: the name and the step that chooses weights; None where they are rounded to nearest.
+    """
 
     context: Context
     flow: Flow
     inputs: list[torch.Tensor]
+    solver: tuple[str, Solver] | None = None
+
+    def quantize(self, formats: Mapping[str, QuantSpec]) -> Quantize:
+        """Returns what quantizes the weights of a block to `formats`."""
+        if self.solver is None:
+            return to_nearest(self.context, formats)
+        return solved_by(self.context, formats, self.solver[1], self.flow)
 
 
-def open_forward(session: Session, steps: Mapping[str, Step]) -> Forward:
+def open_forward(session: Session, steps: Mapping[str, Step], by_solver: bool = False) -> Forward:
     """Carries the calibration samples through the network as the recipe's transforms leave it, and keeps what reaches each block.
+
+    `by_solver`: weights are to be quantized as the recipe's solver does, where that weighs errors; otherwise to nearest.
 
     Raises:
         UserError: where NaN or inf arises.
     """
     transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
-    context = open_context(session, transforms)
+    solver = weighing_solver(steps) if by_solver else None
+    # Static ranges of inputs, which a Hessian is of, need what the solver captures.
+    context = open_context(session, transforms | ({} if solver is None else dict([solver])))
     plan_steps(session, transforms, context)
     stream = session.stream
     # What is measured is what rounding adds: nothing is rounded yet.
@@ -117,11 +137,22 @@ def open_forward(session: Session, steps: Mapping[str, Step]) -> Forward:
         inputs = block_inputs(stream, flow, context.shown)
     if (place := flow.first_nonfinite()) is not None:
         raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
-    return Forward(context, flow, inputs)
+    return Forward(context, flow, inputs, solver)
+
+
+def weighing_solver(steps: Mapping[str, Step]) -> tuple[str, Solver] | None:
+    """Returns the solver among these steps with its name, where it weighs errors by what Linears read."""
+    found = [(name, step) for name, step in steps.items() if isinstance(step, Solver) and step.weighs]
+    return found[0] if found else None
 
 
 def measured(
-    session: Session, steps: Mapping[str, Step], names: Sequence[str], given: bool, seed: int = 0
+    session: Session,
+    steps: Mapping[str, Step],
+    names: Sequence[str],
+    given: bool,
+    seed: int = 0,
+    by_solver: bool = False,
 ) -> Sensitivity:
     """Returns the sensitivity of the session's model to the formats `names`, out of the store where it was measured before.
 
@@ -131,6 +162,7 @@ def measured(
         names: of candidates.
         given: whether somebody has named them, as in `candidates`.
         seed: of the random signs.
+        by_solver: as in `open_forward`.
 
     Raises:
         UserError: for formats that do not fit, and where NaN or inf arises.
@@ -139,7 +171,11 @@ def measured(
     found, dropped = candidates(names, recipe.scheme, recipe.export, session.network, given)
     for line in dropped:
         session.journal.say(f"formats: {line}")
-    key = _key(session, steps, found, seed)
+    solver = weighing_solver(steps) if by_solver else None
+    session.journal.say(
+        f"costs: of {'rounding to nearest' if solver is None else f'what steps.{solver[0]} makes of weights'}"
+    )
+    key = _key(session, steps, found, seed, by_solver)
     with session.store.found_or_mine(KIND, key, lambda line: session.journal.say(f"sensitivity: {line}")) as entry:
         if entry is not None:
             try:
@@ -149,7 +185,7 @@ def measured(
             else:
                 session.journal.say("sensitivity: measured before, read from the store")
                 return known
-        made = measure(session, open_forward(session, steps), found, seed)
+        made = measure(session, open_forward(session, steps, by_solver), found, seed)
         session.store.add(KIND, key, made.save, session.about(session.calibration_tokens()))
         return made
 
@@ -165,8 +201,14 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
     positions = flow.ids.shape[0] * (flow.ids.shape[1] - 1)
     sums: dict[str, dict[str, torch.Tensor]] = {}
 
+    quantize = forward.quantize(formats)
+
     def entered(block: Block) -> Callable[[Mapping[str, torch.Tensor]], None]:
-        errors = {name: _errors(weight_of(context.module(name)), formats) for name in chosen(session.recipe, block)}
+        errors = quantize(block, forward.inputs[block.index])
+        for name, weights in errors.items():
+            exact = weight_of(context.module(name)).float()
+            for weight in weights.values():
+                weight.sub_(exact)
 
         def seen(gradients: Mapping[str, torch.Tensor]) -> None:
             for name in errors.keys() & gradients.keys():
@@ -189,7 +231,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
             costs |= outside.costs(formats, positions)
     if bad := [name for name, known in costs.items() if not all(map(math.isfinite, known.values()))]:
         raise UserError(f"NaN or inf in the gradients at {bad[0]}: try model.dtype=float32")
-    order = [name for block in session.network.blocks for name in chosen(session.recipe, block)]
+    order = [name for block in session.network.blocks for name in chosen(session.recipe.scheme, block)]
     unreached = tuple(name for name in order if name not in costs)
     order += outside.tensors
     shapes = session.network.shapes | outside.shapes
@@ -202,12 +244,8 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         tokens=positions,
         unreached=unreached,
         outside=outside.tensors,
+        solver=None if forward.solver is None else forward.solver[0],
     )
-
-
-def chosen(recipe: Recipe, block: Block) -> list[str]:
-    """Returns the Linears of a block whose weights the recipe's scheme quantizes, in order."""
-    return [name for name in block.linears if linear_specs(recipe.scheme, name).weight is not None]
 
 
 def kept_together(context: Context, block: Block) -> list[tuple[str, ...]]:
@@ -224,22 +262,20 @@ def kept_together(context: Context, block: Block) -> list[tuple[str, ...]]:
     return [*groups, *([tuple(together)] if together else [])]
 
 
-def _errors(weight: torch.Tensor, formats: Mapping[str, QuantSpec]) -> dict[str, torch.Tensor]:
-    """Returns by format what rounding a weight (out, in) to nearest adds to it, float32."""
-    exact = weight.float()
-    return {form: codec_of(spec).fake_weight(exact, spec) - exact for form, spec in formats.items()}
-
-
-def _key(session: Session, steps: Mapping[str, Step], formats: Mapping[str, QuantSpec], seed: int) -> dict[str, object]:
+def _key(
+    session: Session, steps: Mapping[str, Step], formats: Mapping[str, QuantSpec], seed: int, by_solver: bool
+) -> dict[str, object]:
+    solver = dict([found]) if by_solver and (found := weighing_solver(steps)) else {}
     transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
     planned = {name: dataclasses.asdict(step.options) for name, step in transforms.items()}
     return {
         **session.key(session.calibration_tokens()),
         "scheme": dataclasses.asdict(session.recipe.scheme),
         "transforms": planned,
-        "sources": sources_of(transforms),
+        "solver": {name: dataclasses.asdict(step.options) for name, step in solver.items()},
+        "sources": sources_of(transforms | solver),
         "statistics": session.recipe.calibration.statistics,
-        "batch_size": session.recipe.calibration.batch_size if transforms else None,
+        "batch_size": session.recipe.calibration.batch_size if transforms or solver else None,
         "formats": {name: dataclasses.asdict(spec) for name, spec in formats.items()},
         "seed": seed,
     }

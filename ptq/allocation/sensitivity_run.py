@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 from ptq.allocation.candidates import named
 from ptq.allocation.one_at_a_time import one_at_a_time
-from ptq.allocation.sensitivity import Sensitivity, measured, open_forward
+from ptq.allocation.sensitivity import Sensitivity, measured, open_forward, weighing_solver
 from ptq.allocation.tables import save_csv, save_picture, tables_of
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
@@ -41,6 +41,7 @@ def run_sensitivity(
     check: bool = False,
     output: pathlib.Path | None = None,
     seed: int = 0,
+    by_solver: bool = False,
 ) -> tuple[Sensitivity, pathlib.Path]:
     """Measures what each Linear's rounding costs, shows it, and writes tables and a picture.
 
@@ -53,6 +54,7 @@ def run_sensitivity(
         check: measure the KL of each Linear rounded alone too, which takes a pass through half of the network for each.
         output: the folder; None for ``sensitivity/<hash>`` in the recipe's.
         seed: of the random signs.
+        by_solver: of what the recipe's solver makes of weights, where it weighs errors; otherwise of rounding to nearest.
 
     Returns:
         The sensitivity, and the folder that holds sensitivity.csv, sensitivity.json and sensitivity.png.
@@ -62,15 +64,19 @@ def run_sensitivity(
     """
     recipe, steps = checked(with_samples(recipe, samples))
     named(names, recipe.scheme)
+    if by_solver and weighing_solver(steps) is None:
+        raise UserError(
+            "--rounding: solver, but no step of this recipe weighs errors by what Linears read: use nearest, or steps.gptq"
+        )
     check_before(recipe, steps)
     folder = output or pathlib.Path(recipe.outputs).expanduser() / recipe.name / "sensitivity" / recipe.digest()
     ensure_folder(folder, "--output")
     journal = Journal(folder / "sensitivity.log")
     with open_session(recipe, journal) as session:
-        found = measured(session, steps, names, given, seed)
+        found = measured(session, steps, names, given, seed, by_solver)
         alone = None
         if check:
-            forward = open_forward(session, steps)
+            forward = open_forward(session, steps, by_solver)
             alone = one_at_a_time(session, forward, found.formats)
     for name in found.unreached:
         journal.say(f"no token reaches {name}: nothing is known of what its rounding costs")

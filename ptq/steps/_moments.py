@@ -1,6 +1,6 @@
 """Second moments of what the Linears of a stage read now, for solvers that weigh errors by them."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
@@ -18,36 +18,45 @@ from quantize.solvers.gptq import Hessian
 def stage_hessians(
     context: Context, block: Block, stage: tuple[str, ...], inputs: BlockInputs
 ) -> dict[str, torch.Tensor]:
-    """Returns H = 2 X^T X / n, float32 (in, in), by full name of each Linear of a stage whose weight is quantized.
+    """Returns `block_hessians` of one stage."""
+    return block_hessians(context, block, [stage], inputs)
+
+
+def block_hessians(
+    context: Context, block: Block, stages: Sequence[tuple[str, ...]], inputs: BlockInputs
+) -> dict[str, torch.Tensor]:
+    """Returns H = 2 X^T X / n, float32 (in, in), by full name of each Linear of these stages whose weight is quantized.
 
     X is what the Linear reads now, on all calibration samples, rounded as its input will be. Linears with one input share
-    one tensor.
+    one tensor. The samples pass once.
 
     Raises:
         UserError: when no samples were drawn.
     """
     if context.samples is None:
         raise UserError("calibration: a solver needs calibration samples, and none were drawn")
-    of: dict[str, InputQuantizer | None] = {}
-    for name in stage:
-        specs = specs_of(context, name)
-        if specs.weight is not None:
-            of[name] = inputs.of(name, specs)
     flow, world = context.samples.flow, context.samples.stream.world
-    found: dict[InputQuantizer | None, SampleSum[Hessian]] = {}
-    empty: dict[InputQuantizer | None, Callable[[], Hessian]] = {}
-    for name, quantizer in of.items():
-        if quantizer not in found:
-            weight = weight_of(context.module(name))
-            empty[quantizer] = partial(Hessian, weight.shape[1], weight.device)
-            found[quantizer] = SampleSum(flow.leaf, empty[quantizer], merged)
+    readers: dict[str, dict[InputQuantizer | None, list[str]]] = {}
+    for stage in stages:
+        names = [name for name in stage if specs_of(context, name).weight is not None]
+        for name in names:
+            readers.setdefault(names[0], {}).setdefault(inputs.of(name, specs_of(context, name)), []).append(name)
+    empty: dict[str, Callable[[], Hessian]] = {}
+    found: dict[str, dict[InputQuantizer | None, SampleSum[Hessian]]] = {}
+    for first, of in readers.items():
+        weight = weight_of(context.module(first))
+        empty[first] = partial(Hessian, weight.shape[1], weight.device)
+        found[first] = {quantizer: SampleSum(flow.leaf, empty[first], merged) for quantizer in of}
     if found:
-        context.samples.feed(block, {next(iter(of)): partial(_see, found, flow.ids.shape[1])}, shared=True)
-    matrices = {}
-    for quantizer, mine in found.items():
-        total = total_of(world, mine, Hessian.from_state, context.samples.stream.device)
-        matrices[quantizer] = (empty[quantizer]() if total is None else total).matrix
-    return {name: matrices[quantizer] for name, quantizer in of.items()}
+        watchers = {first: partial(_see, sums, flow.ids.shape[1]) for first, sums in found.items()}
+        context.samples.feed(block, watchers, shared=True)
+    matrices: dict[str, torch.Tensor] = {}
+    for first, of in readers.items():
+        for quantizer, names in of.items():
+            total = total_of(world, found[first][quantizer], Hessian.from_state, context.samples.stream.device)
+            matrix = (empty[first]() if total is None else total).matrix
+            matrices |= dict.fromkeys(names, matrix)
+    return matrices
 
 
 def _see(sums: dict[InputQuantizer | None, SampleSum[Hessian]], length: int, x: torch.Tensor, tokens: slice) -> None:

@@ -23,6 +23,7 @@ from ptq.network.links import Link, Trace
 from ptq.network.network import Block, Network
 from ptq.network.replaced import put_back
 from quantize.modules.simulated import QuantLinear
+from quantize.spec.quant_spec import QuantSpec
 
 TRANSFORM = "transform"
 """A step that rewrites a block without changing its function: smooth, cluster, ..."""
@@ -294,3 +295,22 @@ class Solver(Step):
     """A step that replaces Linears by quantized ones."""
 
     kind: ClassVar[str] = SOLVER
+
+    @property
+    def weighs(self) -> bool:
+        """Whether what it makes of a weight depends on the Hessian of what the Linear reads, and `quantized` says how."""
+        return False
+
+    def quantized(
+        self, weight: torch.Tensor, hessian: torch.Tensor, formats: Mapping[str, QuantSpec]
+    ) -> dict[str, torch.Tensor]:
+        """Returns what it would make of one weight by itself in each of several formats, float32 (out, in); where it `weighs`.
+
+        For who compares formats: what errors of the Linears before it ask of this one is not known there.
+
+        Args:
+            weight: (out, in); its rows may be those of several Linears with one input.
+            hessian: H = 2 X^T X / n of that input, float32 (in, in).
+            formats: by a name; each with scales of rows, or of the whole weight.
+        """
+        raise TypeError(f"{type(self).__name__} does not weigh errors")

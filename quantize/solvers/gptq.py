@@ -13,7 +13,7 @@ import torch
 from quantize.checks import all_finite
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
-from quantize.grid.affine import Grid, dequantize, quantize
+from quantize.grid.affine import Grid, dequantize, grouped, quantize
 from quantize.grid.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.grid.ranges import weight_grid
 from quantize.kernels.matmul import add_gram, row_squares
@@ -180,6 +180,7 @@ def solve(
     spec: QuantSpec,
     options: GptqOptions,
     labels: torch.Tensor | None = None,
+    factor: Factor | Failure | None = None,
 ) -> Solution:
     """Quantizes a weight so that the loss under `hessian` is small, and for no row above that of rounding to nearest.
 
@@ -191,6 +192,7 @@ def solve(
         spec: format of the weight: its granularity, and the range estimator that fits the grids.
         options: of the solver.
         labels: cluster of each input channel, int64 (in,), numbered from 0 without a gap; with granularity cluster.
+        factor: what `factorise` made of this Hessian with these options; None where it has not been called.
 
     Raises:
         ValueError: for NaN or inf in the weight or the Hessian, shapes that do not fit, labels missing or with gaps, or a
@@ -203,7 +205,7 @@ def solve(
     nearest = fitted_grid(problem.weight, spec, problem.labels, importance)
     rtn_codes = quantize(problem.weight, nearest.spread(problem.labels))
     rtn_loss = problem.row_losses(dequantize(rtn_codes, nearest.spread(problem.labels)))
-    factor = factorise(problem.hessian, options.damping, options.act_order)
+    factor = factor or factorise(problem.hessian, options.damping, options.act_order)
     if isinstance(factor, Failure):
         mean = float(rtn_loss.mean())
         plain = nearest.shaped(spec)
@@ -225,7 +227,13 @@ def solve(
 
 
 @torch.no_grad()
-def solve_format(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, options: GptqOptions) -> FormatSolution:
+def solve_format(
+    weight: torch.Tensor,
+    hessian: torch.Tensor,
+    spec: QuantSpec,
+    options: GptqOptions,
+    factor: Factor | Failure | None = None,
+) -> FormatSolution:
     """Quantizes a weight to a format of levels and scales (NF4, FP4, MXFP4, MXFP8, NVFP4, FP8), as `solve` does to integers.
 
     Scales are fitted to the weight first, by `options.scales`, among those that the format can store; ``range`` is the
@@ -241,7 +249,7 @@ def solve_format(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, o
     shape = problem.weight.shape
     nearest = codec.encode(problem.weight, spec)
     rtn_loss = problem.row_losses(codec.decode(nearest, spec, shape))
-    factor = factorise(problem.hessian, options.damping, options.act_order)
+    factor = factor or factorise(problem.hessian, options.damping, options.act_order)
     if isinstance(factor, Failure):
         mean = float(rtn_loss.mean())
         return FormatSolution(nearest, factor.damping, factor.failures, True, mean, mean, len(problem.weight))
@@ -254,6 +262,31 @@ def solve_format(weight: torch.Tensor, hessian: torch.Tensor, spec: QuantSpec, o
         loss = torch.where(worse, rtn_loss, loss)
     means = float(loss.mean()), float(rtn_loss.mean())
     return FormatSolution(stored, factor.damping, factor.failures, False, *means, int(worse.sum()))
+
+
+@torch.no_grad()
+def quantized_weights(
+    weight: torch.Tensor, hessian: torch.Tensor, specs: Mapping[str, QuantSpec], options: GptqOptions
+) -> dict[str, torch.Tensor]:
+    """Returns a weight (out, in) as GPTQ quantizes it to each of several formats, float32: the Hessian is factorised once.
+
+    Args:
+        weight: as for `solve`, and so are `hessian` and `options`.
+        specs: formats by a name; none with granularity cluster.
+
+    Raises:
+        ValueError: as `solve`.
+    """
+    factor = factorise(hessian.to(weight.device).float(), options.damping, options.act_order)
+    found = {}
+    for name, spec in specs.items():
+        if spec.affine:
+            solution = solve(weight, hessian, spec, options, factor=factor)
+            found[name] = dequantize(grouped(solution.codes, spec), solution.grid).reshape(weight.shape)
+        else:
+            stored = solve_format(weight, hessian, spec, options, factor).stored
+            found[name] = codec_of(spec).decode(stored, spec, weight.shape).float()
+    return found
 
 
 @dataclass(frozen=True)

@@ -2,7 +2,7 @@
 
 import pathlib
 
-from ptq.cli.bits.sensitivity_command import add_recipe, names_of, recipe_of
+from ptq.cli.bits.sensitivity_command import SOLVER, add_recipe, names_of, recipe_of
 from ptq.cli.parser import Parser
 from ptq.cli.threads import limit_threads
 from ptq.errors import UserError
@@ -20,7 +20,7 @@ def allocate_command(arguments: list[str], program: str) -> int:
         description="Writes a recipe whose overrides spend a budget of bits best, after running it beside the best uniform setting; "
         "exit status 1 where it is not better.",
     )  # fmt: skip
-    add_recipe(parser, ",".join(ALLOCATED))
+    add_recipe(parser, ",".join(ALLOCATED), SOLVER)
     parser.add_argument(
         "--bits", type=float, metavar="B", help="budget: average bits of a quantized weight, scales included"
     )
@@ -52,6 +52,7 @@ def allocate_command(arguments: list[str], program: str) -> int:
         given.against,
         pathlib.Path(given.output).expanduser() if given.output else None,
         given.seed,
+        given.rounding == SOLVER,
     )
     return EXIT_REFUSED if verdict is not None and not verdict.better else 0
 

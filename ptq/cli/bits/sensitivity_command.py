@@ -13,9 +13,10 @@ if TYPE_CHECKING:
     from ptq.config.schema import Recipe
 
 CHECK = "one-at-a-time"
+NEAREST, SOLVER = "nearest", "solver"
 
 
-def add_recipe(parser: argparse.ArgumentParser, formats: str) -> None:
+def add_recipe(parser: argparse.ArgumentParser, formats: str, rounding: str) -> None:
     """Adds to a parser what names a recipe, and what both commands of this folder take beside it."""
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="Hydra overrides of the recipe")
     parser.add_argument("--config", metavar="RECIPE", required=True, help="a recipe's name, or a path to a .yaml file")
@@ -25,6 +26,12 @@ def add_recipe(parser: argparse.ArgumentParser, formats: str) -> None:
         help=f"candidate formats of weights: int4, int4_g64, int4_g64_asym, nf4, fp4, ... ({formats})",
     )
     parser.add_argument("--samples", type=int, metavar="N", help="calibration samples (the recipe's, 16 at most)")
+    parser.add_argument(
+        "--rounding",
+        choices=[NEAREST, SOLVER],
+        default=rounding,
+        help=f"whose errors are measured: those of rounding to nearest, or of the recipe's solver, such as GPTQ ({rounding})",
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the random signs (0)")
     parser.add_argument(
         "--trust", action="store_true", help="a recipe file may name code to run and environment variables to read"
@@ -58,7 +65,7 @@ def sensitivity_command(arguments: list[str], program: str) -> int:
         prog=program, allow_abbrev=False,
         description="Predicts what rounding each Linear's weight to each format costs, in nats of KL to the baseline.",
     )  # fmt: skip
-    add_recipe(parser, ",".join(DEFAULTS))
+    add_recipe(parser, ",".join(DEFAULTS), NEAREST)
     parser.add_argument("--check", choices=[CHECK], help="measure it too: each Linear rounded alone, a pass each")
     parser.add_argument(
         "--output", metavar="FOLDER", help="where to (default: sensitivity/ among the recipe's results)"
@@ -78,6 +85,7 @@ def sensitivity_command(arguments: list[str], program: str) -> int:
         given.check == CHECK,
         pathlib.Path(given.output).expanduser() if given.output else None,
         given.seed,
+        given.rounding == SOLVER,
     )
     return 0
 

@@ -1,5 +1,6 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -30,7 +31,16 @@ from quantize.grid.affine import dequantize, grouped
 from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment, corrected_weight, held_out_strength
 from quantize.solvers.damping import held_out_damping
-from quantize.solvers.gptq import SCALES, FormatSolution, GptqOptions, Hessian, Solution, solve, solve_format
+from quantize.solvers.gptq import (
+    SCALES,
+    FormatSolution,
+    GptqOptions,
+    Hessian,
+    Solution,
+    quantized_weights,
+    solve,
+    solve_format,
+)
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -118,6 +128,17 @@ class Step(Solver):
         """Needs the calibration samples, and what static input ranges need. `UserError` for formats without levels."""
         refuse_without_levels(scheme, "gptq")
         return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
+
+    @property
+    def weighs(self) -> bool:
+        """By what the Linear reads."""
+        return True
+
+    def quantized(
+        self, weight: torch.Tensor, hessian: torch.Tensor, formats: Mapping[str, QuantSpec]
+    ) -> dict[str, torch.Tensor]:
+        """Solves for the weight's own output: no error before it is made up for, and the damping is `damping`."""
+        return quantized_weights(weight, hessian, formats, self.solving)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
