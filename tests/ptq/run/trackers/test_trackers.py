@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import pathlib
+import struct
 import sys
 import threading
 import time
@@ -186,6 +187,58 @@ def test_tensorboard_reads_the_events_of_a_run(tmp_path, monkeypatch):
     events = EventAccumulator(str(tmp_path / "tensorboard")).Reload()
     assert set(events.Tags()["scalars"]) == {"seconds/load", "quantized_perplexity"}
     assert events.Scalars("quantized_perplexity")[0].value == 7.25
+
+
+def of_wandb(path):
+    """Yields the records of a file that W&B keeps offline: a log in blocks of 32 KiB (LevelDB's), after a header of 7 bytes."""
+    from wandb.proto import wandb_internal_pb2
+
+    content, at, whole = path.read_bytes(), 7, b""
+    while at + 7 <= len(content):
+        if (left := -at % 2**15) and left < 7:
+            at += left
+            continue
+        size, part = struct.unpack("<HB", content[at + 4 : at + 7])
+        whole += content[at + 7 : at + 7 + size]
+        at += 7 + size
+        if part in {1, 4}:
+            record = wandb_internal_pb2.Record()
+            record.ParseFromString(whole)
+            yield getattr(record, record.WhichOneof("record_type"))
+            whole = b""
+
+
+def test_wandb_keeps_a_run_on_this_machine(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="the extra wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setattr(base, "CLOSE_SECONDS", 300.0)
+    told("wandb", tmp_path)
+    [path] = (tmp_path / "wandb").glob("offline-run-*/run-*.wandb")
+    records = {}
+    for record in of_wandb(path):
+        records.setdefault(type(record).__name__, []).append(record)
+    run = records["RunRecord"][0]
+    assert (run.project, run.display_name) == ("recipe", "0123")
+    options = {item.key: json.loads(item.value_json) for item in run.config.update}
+    assert options["scheme.weight.bits"] == 4
+    figures = {item.key or item.nested_key[0]: item.value_json for r in records["HistoryRecord"] for item in r.item}
+    assert (figures["seconds.load"], figures["quantized_perplexity"]) == ("1.5", "7.25")
+    assert records["RunExitRecord"][0].exit_code == 0
+    assert (path.parent / "files" / "metrics.json").read_text() == "{}"
+
+
+def test_trackio_keeps_a_run_in_its_database(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
+    trackio = pytest.importorskip("trackio", reason="the extra trackio is not installed")
+    from trackio.sqlite_storage import SQLiteStorage
+
+    monkeypatch.setattr(base, "CLOSE_SECONDS", 300.0)
+    told("trackio", tmp_path)
+    [run] = trackio.Api().runs("recipe")
+    assert run.name == "0123" and run.config["scheme.weight.bits"] == 4
+    rows = SQLiteStorage.get_logs("recipe", "0123")
+    assert [row.get("seconds.load") for row in rows] == [1.5, None]
+    assert rows[-1]["quantized_perplexity"] == 7.25
 
 
 @pytest.mark.parametrize("name", ["wandb", "trackio"])
