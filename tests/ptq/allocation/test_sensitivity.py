@@ -1,6 +1,7 @@
 """ptq sensitivity: what it predicts is what happens, for every format at once; what it leaves; what it refuses."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -20,7 +21,10 @@ from ptq.run.record.journal import Journal
 from ptq.run.session import open_session
 from ptq.testing import byte_tokenizer, random_tiny
 from quantize.codecs.registry import codec_of
+from quantize.grid.affine import dequantize, grouped
 from quantize.modules.simulated import QuantLinear
+from quantize.solvers import gptq
+from quantize.solvers.gptq import GptqOptions, Hessian, solve
 from quantize.spec.quant_spec import QuantSpec
 
 FORMATS = ("int2_g32", "int3_g32", "int4_g32", "int8_g32", "fp4_g32")
@@ -111,6 +115,65 @@ def test_offloaded_weights_and_hidden_states_on_disk_give_the_same_bits(tmp_path
         session, forward = session_of(make(tmp_path, tiny_llama, samples=2, execution=execution))
         found.append(measure(session, forward, specs("int4_g32")))
     assert found[0] == found[1]
+
+
+GPTQ = {"gptq": {"damping": 0.02}}
+
+
+def test_of_a_solver_what_it_makes_of_each_weight_is_measured(tmp_path, tiny_llama, monkeypatch):
+    """GPTQ's own errors, which are smaller: the prediction ranks them as quantizing each Linear alone by GPTQ does."""
+    recipe, steps = checked(make(tmp_path, tiny_llama, samples=16, steps=GPTQ))
+    with open_session(recipe, Journal()) as session:
+        forward = open_forward(session, steps, by_solver=True)
+        found = measure(session, forward, specs("int3_g32", "fp4_g32"))
+        alone = one_at_a_time(session, forward, found.formats)
+        nearest = measure(session, dataclasses.replace(forward, solver=None), specs("int3_g32"))
+        # The very weight that GPTQ gives of the block's inputs, by itself.
+        block = session.network.blocks[1]
+        name = "model.layers.1.mlp.down_proj"
+        inputs = []
+        module = session.network.model.get_submodule(name)
+        hook = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
+        with torch.no_grad():
+            session.network.model(forward.flow.ids, use_cache=False)
+        hook.remove()
+        hessian = Hessian(module.weight.shape[1])
+        hessian.update(inputs[0])
+        solved = solve(module.weight, hessian.matrix, candidate("int3_g32"), GptqOptions(damping=0.02))
+        spec = candidate("int3_g32")
+        values = dequantize(grouped(solved.codes, spec), solved.grid).reshape(module.weight.shape)
+        made = forward.quantize(specs("int3_g32"))(block, forward.inputs[1])[name]["int3_g32"]
+    # Another order of sums may take a rounding to the other side; few weights are there.
+    assert (made - values).abs().gt(1e-6).float().mean() < 0.01
+    assert found.solver == "gptq" and nearest.solver is None
+    assert found.uniform_cost("int3_g32") < 0.8 * nearest.uniform_cost("int3_g32")
+    for form in found.formats:
+        assert rank_correlation(found.costs, alone, form) >= 0.9
+        assert 0.5 < found.uniform_cost(form) / sum(costs[form] for costs in alone.values()) < 2
+
+
+def test_a_hessian_is_factorised_once_for_all_formats_and_for_linears_that_share_it(tmp_path, tiny_llama, monkeypatch):
+    calls = []
+    original = gptq.factorise
+    monkeypatch.setattr(gptq, "factorise", lambda *a: calls.append(1) or original(*a))
+    recipe, steps = checked(make(tmp_path, tiny_llama, samples=2, steps=GPTQ))
+    with open_session(recipe, Journal()) as session:
+        forward = open_forward(session, steps, by_solver=True)
+        together = measure(session, forward, specs("int2_g32", "int3_g32", "int4"))
+        assert len(calls) == 4 * 4
+        alone = measure(session, forward, specs("int4"))
+    for name, costs in together.costs.items():
+        assert costs["int4"] == pytest.approx(alone.costs[name]["int4"], rel=1e-6)
+
+
+def test_a_solver_that_weighs_nothing_is_no_choice_and_what_was_measured_is_kept_apart(tmp_path, tiny_llama, capsys):
+    with pytest.raises(UserError, match="--rounding: solver"):
+        run_sensitivity(make(tmp_path, tiny_llama), ("int4_g32",), True, samples=1, by_solver=True)
+    recipe = make(tmp_path, tiny_llama, steps=GPTQ)
+    found = [run_sensitivity(recipe, ("int4_g32",), True, samples=2, by_solver=by)[0] for by in (False, True, True)]
+    assert found[0].costs != found[1].costs and found[1] == found[2]
+    out = capsys.readouterr().out
+    assert out.count("read from the store") == 1 and "costs: of what steps.gptq makes of weights" in out
 
 
 def test_transforms_of_the_recipe_count(tmp_path, tiny_llama_outliers, session_of):
