@@ -14,7 +14,7 @@ from torch import nn
 import ptq
 from ptq.cli.catalog import locate
 from ptq.cli.compose.hydra_edge import compose_jobs
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.errors import UserError
 from ptq.files.store import store_of
 from ptq.models.loading import load
@@ -36,8 +36,7 @@ def main() -> None:
     asked = parser.parse_args()
     recipe = compose_jobs(locate("smollm2-135m_w8a8"), ["data=smol-wt2", *asked.overrides])[0].recipe
     loaded = load(recipe.model, recipe.execution, store_of(recipe))
-    text = recipe.data.calibration
-    ids = sample_tokens(loaded.tokenizer, text, None, LENGTH, "contiguous", 0, False, None, "calibration").ids
+    ids = Draw(recipe.data.calibration, None, LENGTH).tokens(loaded.tokenizer).ids
     far = ids.flatten()[FAR : FAR + LOOKED_AT * LENGTH].view(LOOKED_AT, LENGTH)
     body = loaded.model.model
     body.layers = nn.ModuleList(list(body.layers)[: asked.blocks])

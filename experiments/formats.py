@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from ptq.config.schema import ExecutionConfig, ModelConfig, TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.errors import UserError
 from ptq.models.loading import LoadedModel, load
 from ptq.network.block_stream import BlockStream, Nothing
@@ -107,8 +107,7 @@ class OutlierShare(Nothing):
 
 def outlier_share(loaded: LoadedModel, network: Network, windows: int) -> float:
     """Returns the share of outlier columns over all Linears and `windows` windows, one window a call."""
-    text = TextConfig(split="test")
-    tokens = sample_tokens(loaded.tokenizer, text, windows, LENGTH, "contiguous", 0, False, None, "data")
+    tokens = Draw(TextConfig(split="test"), windows, LENGTH).tokens(loaded.tokenizer)
     stream = BlockStream(network, loaded.weights, next(loaded.model.parameters()).device)
     visitor = OutlierShare(THRESHOLD)
     try:

@@ -26,7 +26,7 @@ from torch import nn
 from experiments.smol_wt2 import TOKENIZER, write_tokenizer
 from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.errors import UserError
 from ptq.files.store import Store
 from ptq.models.loading import load
@@ -104,10 +104,7 @@ def llm_int8(bnb: Any, windows: int | None) -> list[str]:
     loaded = load(recipe.model, recipe.execution, Store(pathlib.Path(recipe.store).expanduser()))
     network = build_network(loaded.model)
     e = recipe.evaluation
-    ids = sample_tokens(
-        loaded.tokenizer, recipe.data.evaluation, windows or e.windows, e.length, "contiguous", e.seed, e.bos,
-        network.max_positions, "data.evaluation",
-    ).ids  # fmt: skip
+    ids = Draw(recipe.data.evaluation, windows or e.windows, e.length, bos=e.bos).tokens(loaded.tokenizer).ids
     plain = dict(network.linears)
     inputs = spec_of("llm_int8", activation=True, threshold=THRESHOLD)
     forms: dict[str, Mapping[str, nn.Module]] = {

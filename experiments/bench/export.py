@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 
 from ptq.config.schema import ExecutionConfig, ExportConfig, ModelConfig, SchemeConfig, TextConfig
 from ptq.config.scheme import linear_specs
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.export.quantized_tensors import ResidentSource
 from ptq.export.registry import build_exporter
 from ptq.inspect import q8_readers as readers
@@ -72,8 +72,7 @@ def quantized(loaded: LoadedModel, scheme: SchemeConfig) -> ResidentSource:
 
 def windows_of(loaded: LoadedModel, count: int, length: int) -> torch.Tensor:
     """Returns windows of test text."""
-    text = TextConfig(split="test")
-    return sample_tokens(loaded.tokenizer, text, count, length, "contiguous", 0, False, None, "data").ids
+    return Draw(TextConfig(split="test"), count, length).tokens(loaded.tokenizer).ids
 
 
 @torch.no_grad()

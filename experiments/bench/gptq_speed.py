@@ -25,7 +25,7 @@ from transformers import AutoModelForCausalLM
 from experiments.bench.speed import SMOLLM2
 from ptq.calibration.samples import Samples
 from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.models.loading import load
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
@@ -88,9 +88,7 @@ def main() -> None:
         loaded = load(ModelConfig(SMOLLM2), ExecutionConfig())
         loaded.model.save_pretrained(folder)
         loaded.tokenizer.save_pretrained(folder)
-        drawn = sample_tokens(
-            loaded.tokenizer, TextConfig(split="train"), options.samples, LENGTH, "contiguous", 0, False, None, "data"
-        )
+        drawn = Draw(TextConfig(split="train"), options.samples, LENGTH).tokens(loaded.tokenizer)
         save_file({"ids": drawn.ids}, tokens)
         del loaded
         rounds = [

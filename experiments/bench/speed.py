@@ -25,7 +25,7 @@ from torch.nn.functional import cross_entropy
 from experiments.bench.loading import status
 from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import ExecutionConfig, ModelConfig, SchemeConfig, TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.evaluation.token_comparison import window_losses
 from ptq.models.loading import LoadedModel, load
 from ptq.network.block_stream import BlockStream, Nothing, Visitor
@@ -48,9 +48,7 @@ class Bench:
         self.network: Network = build_network(self.loaded.model)
         device = next(self.loaded.model.parameters()).device
         self.stream = BlockStream(self.network, self.loaded.weights, device)
-        tokens = sample_tokens(
-            self.loaded.tokenizer, TextConfig(split="test"), windows, length, "contiguous", 0, False, None, "data"
-        )
+        tokens = Draw(TextConfig(split="test"), windows, length).tokens(self.loaded.tokenizer)
         self.ids = tokens.ids.to(device)
 
     @torch.no_grad()

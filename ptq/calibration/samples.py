@@ -13,6 +13,7 @@ from ptq.network.attention import unquantized_attention
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.experts.abreast import abreast
 from ptq.network.network import Block
+from ptq.network.replaced import hooked
 from ptq.network.staged_pass import StagedPass
 
 Watcher = Callable[[torch.Tensor, slice], None]
@@ -168,17 +169,13 @@ class Samples:
             return look
 
         model = self.stream.network.model
-        handles = [model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers if name]
         hidden = flow.hidden[rows].to(self.stream.device)
-        try:
-            with suppress(_Seen):
-                output = self.stream.call(flow, block, batch, hidden)
-                if "" in watchers:
-                    watchers[""](output, tokens)
-                return output
-        finally:
-            for handle in handles:
-                handle.remove()
+        hooks = (model.get_submodule(name).register_forward_pre_hook(hook(name)) for name in watchers if name)
+        with hooked(hooks), suppress(_Seen):
+            output = self.stream.call(flow, block, batch, hidden)
+            if "" in watchers:
+                watchers[""](output, tokens)
+            return output
         return hidden
 
 

@@ -19,6 +19,8 @@ from ptq.cli.parser import Parser
 from ptq.config.options import MISSING, default_of, in_yaml
 from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
+from quantize.spec import quant_spec
+from quantize.spec.formats import INTEGER, Format
 from quantize.spec.quant_spec import QuantSpec
 
 SECTIONS = ("recipes", "steps", "models", "data", "schemes", "methods", "formats", "exporters")
@@ -96,13 +98,11 @@ def entries(section: str) -> dict[str, str]:
         folder = catalog.config_folder() / _GROUPS[section]
         return {path.stem: catalog.describe(path) for path in sorted(folder.glob("*.yaml"))}
     if section == "formats":
-        from quantize.spec.formats import formats
-
         return {
             name: f"{_numbers(form.bits)} bits; {', '.join(form.granularities)}"
             f"{'' if form.group_size is None else f'; groups of {form.group_size}'}"
             f"{'' if form.weight else '; no weights'}{'' if form.activation else '; weights only'}"
-            for name, form in formats().items()
+            for name, form in written_formats().items()
         }
     modules = step_files() if section == "steps" else exporter_files()
     return {
@@ -126,6 +126,34 @@ def _files(package: str, wanted: Callable[[pathlib.Path], bool]) -> dict[str, pa
     return {path.stem: path for path in sorted(folder.rglob("*.py"), key=lambda p: p.stem) if wanted(path)}
 
 
+def written_formats() -> dict[str, Format]:
+    """Returns what `quantize.spec.formats.formats` does, out of the source of the codecs: importing them takes torch."""
+    folder = pathlib.Path(quant_spec.__file__).parents[1] / "codecs"
+    found = dict(
+        pair for path in sorted(folder.rglob("*.py")) for pair in _registered(ast.parse(path.read_text("utf-8")))
+    )
+    return {name: found[name] for name in sorted(found, key=lambda name: (name != INTEGER, name))}
+
+
+def _registered(module: ast.Module) -> Iterator[tuple[str, Format]]:
+    """Yields name and facts of every format that a codec's module registers, as they are written there."""
+    known: dict[str, Any] = {"INTEGER": INTEGER}
+
+    def value(node: ast.expr) -> Any:
+        if isinstance(node, ast.Name):
+            return known[node.id]
+        if isinstance(node, ast.Call):
+            return Format(*map(value, node.args), **{str(k.arg): value(k.value) for k in node.keywords})
+        return ast.literal_eval(node)
+
+    for statement in module.body:
+        match statement:
+            case ast.Assign([ast.Name(name)], ast.Constant() | ast.Call(ast.Name("Format")) as written):
+                known[name] = value(written)
+            case ast.Expr(ast.Call(ast.Name("register"), [name, facts, _])):
+                yield value(name), value(facts)
+
+
 def options_of(path: pathlib.Path) -> list[str]:
     """Returns the names of the options that a step's or an exporter's source file has; imports nothing."""
     for node in ast.parse(path.read_text("utf-8")).body:
@@ -145,8 +173,10 @@ def names() -> Iterator[str]:
 
 def choices_of(name: str) -> tuple[str, ...]:
     """Returns what an option of the schema may be, where that is a matter of choice; nothing for steps, whose code needs torch."""
-    if name.startswith(("steps.", "export.")) or name.endswith(".format"):
+    if name.startswith(("steps.", "export.")):
         return ()
+    if name.startswith("scheme.") and name.endswith(".format"):
+        return tuple(written_formats())
     try:
         part = find(name)
     except UserError:

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import random
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -47,27 +47,66 @@ Read = Callable[[TextConfig, str], Text]
 
 @dataclass(frozen=True)
 class Draw:
-    """Which windows are drawn from which text: the arguments of `sample_tokens` but for the tokenizer."""
+    """Which windows are drawn from which text.
+
+    The text is tokenised once, without special tokens. ``contiguous`` windows follow each other from the start and the
+    tail is dropped; ``random`` windows start at places drawn by `seed`. C4 old is random slices of single documents whatever
+    `sampling` says, as its protocol has it. What begins each window by `bos` (see `beginning`) takes the place of text tokens.
+
+    Attributes:
+        text: the text.
+        samples: windows; None for all that there are.
+        length: tokens of a window.
+        sampling: ``contiguous`` or ``random``.
+        seed: of what is random.
+        bos: what begins each window.
+        field: the text's place in the recipe, for errors.
+    """
 
     text: TextConfig
     samples: int | None
     length: int
-    sampling: str
-    seed: int
-    bos: bool | str
-    field: str
+    sampling: str = "contiguous"
+    seed: int = 0
+    bos: bool | str = False
+    field: str = "data"
 
     @property
     def parts(self) -> list[tuple[TextConfig, str]]:
         """The texts that are read, and their places in the recipe: those of a mix, or the text itself."""
-        if self.text.source != "mix":
-            return [(self.text, self.field)]
-        return [(part, f"{self.field}.mix[{i}]") for i, part in enumerate(self.text.mix)]
+        return [(part.text, part.field) for part in self._of_single_texts()]
 
-    def tokens(self, tokenizer: Any, read: Read = read_text) -> "Tokens":
-        """Draws them with `sample_tokens`, whatever the model's positions."""
-        options = (self.samples, self.length, self.sampling, self.seed, self.bos)
-        return sample_tokens(tokenizer, self.text, *options, None, self.field, read)
+    def tokens(self, tokenizer: Any, read: Read = read_text) -> Tokens:
+        """Returns the windows.
+
+        Raises:
+            UserError: when there is too little text, nothing of a window is left for it, or there is no BOS.
+        """
+        begin = beginning(tokenizer, self.bos, self.field)
+        inner = replace(self, length=self.length - len(begin))
+        if inner.length < 1:
+            raise UserError(
+                f"{self.field}: windows of {self.length} tokens, of which {len(begin)} begin each: make them longer"
+            )
+        if self.text.source == "mix" and self.samples is None:
+            raise UserError(f"{self.field}.mix: needs a number of samples to share out: give one")
+        parts = [_windows(tokenizer, part, read) for part in inner._of_single_texts() if part.samples != 0]
+        ids = torch.cat([part.windows for part in parts])
+        if begin:
+            ids = torch.cat([torch.tensor(begin).expand(len(ids), -1), ids], dim=1)
+        names = tuple(map(str, tokenizer.convert_ids_to_tokens(begin))) if begin else ()
+        return Tokens(ids, fingerprint(ids), "+".join(part.name for part in parts), names, _numbered(parts))
+
+    def _of_single_texts(self) -> list["Draw"]:
+        """Returns what is drawn from each text of a mix, which share the samples out, or this draw itself."""
+        if self.text.source != "mix":
+            return [self]
+        texts = self.text.mix
+        share, rest = divmod(self.samples or 0, len(texts))
+        return [
+            replace(self, text=text, samples=share + (i < rest), seed=self.seed + i, field=f"{self.field}.mix[{i}]")
+            for i, text in enumerate(texts)
+        ]
 
 
 def check_length(length: int, max_positions: int | None, field: str) -> None:
@@ -76,43 +115,6 @@ def check_length(length: int, max_positions: int | None, field: str) -> None:
         raise UserError(
             f"{field}: windows of {length} tokens are longer than the model's {max_positions} positions: use fewer"
         )
-
-
-def sample_tokens(
-    tokenizer: Any,
-    config: TextConfig,
-    samples: int | None,
-    length: int,
-    sampling: str,
-    seed: int,
-    bos: bool | str,
-    max_positions: int | None,
-    field: str,
-    read: Read = read_text,
-) -> Tokens:
-    """Draws `samples` windows (None: all) of `length` tokens from the text that `config` names.
-
-    The text is tokenised once, without special tokens. ``contiguous`` windows follow each other from the start and the
-    tail is dropped; ``random`` windows start at places drawn by `seed`. C4 old is random slices of single documents whatever
-    `sampling` says, as its protocol has it. What begins each window by `bos` (see `beginning`) takes the place of text tokens.
-
-    Raises:
-        UserError: when there is too little text, the window is longer than `max_positions`, or there is no BOS.
-    """
-    check_length(length, max_positions, field)
-    begin = beginning(tokenizer, bos, field)
-    text_length = length - len(begin)
-    if text_length < 1:
-        raise UserError(f"{field}: windows of {length} tokens, of which {len(begin)} begin each: make them longer")
-    if config.source == "mix":
-        parts = _mixed(tokenizer, config, samples, text_length, sampling, seed, field, read)
-    else:
-        parts = [_windows(tokenizer, config, samples, text_length, sampling, seed, field, read)]
-    ids = torch.cat([part.windows for part in parts])
-    if begin:
-        ids = torch.cat([torch.tensor(begin).expand(len(ids), -1), ids], dim=1)
-    names = tuple(map(str, tokenizer.convert_ids_to_tokens(begin))) if begin else ()
-    return Tokens(ids, fingerprint(ids), "+".join(part.name for part in parts), names, _numbered(parts))
 
 
 def beginning(tokenizer: Any, bos: bool | str, field: str) -> list[int]:
@@ -164,54 +166,25 @@ def _numbered(parts: list[_Part]) -> tuple[int, ...] | None:
     return tuple(numbers[pair] for pair in pairs)
 
 
-def _mixed(
-    tokenizer: Any,
-    config: TextConfig,
-    samples: int | None,
-    length: int,
-    sampling: str,
-    seed: int,
-    field: str,
-    read: Read,
-) -> list[_Part]:
-    if samples is None:
-        raise UserError(f"{field}.mix: needs a number of samples to share out: give one")
-    share, rest = divmod(samples, len(config.mix))
-    counts = [share + (i < rest) for i in range(len(config.mix))]
-    return [
-        _windows(tokenizer, part, count, length, sampling, seed + i, f"{field}.mix[{i}]", read)
-        for i, (part, count) in enumerate(zip(config.mix, counts, strict=True))
-        if count
-    ]
-
-
-def _windows(
-    tokenizer: Any,
-    config: TextConfig,
-    samples: int | None,
-    length: int,
-    sampling: str,
-    seed: int,
-    field: str,
-    read: Read,
-) -> _Part:
-    text = read(config, field)
+def _windows(tokenizer: Any, draw: Draw, read: Read) -> _Part:
+    """Draws the windows of one text, which is no mix."""
+    text, length = read(draw.text, draw.field), draw.length
     if text.slices:
-        return _slices(tokenizer, text, samples or text.windows or 1, length, seed, field)
+        return _slices(tokenizer, text, draw)
     encoded = _tokenise(tokenizer, text.joined)
     ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
     there = len(ids) // length
-    wanted = min(there, text.windows or there) if samples is None else samples
+    wanted = min(there, text.windows or there) if draw.samples is None else draw.samples
     if wanted < 1 or wanted > there:
         fewer = f"ask for {there} or fewer, shorten" if there else "shorten"
         raise UserError(
-            f"{field}: {text.name} has {len(ids)} tokens, {there} windows of {length}; {max(wanted, 1)} were asked for: "
+            f"{draw.field}: {text.name} has {len(ids)} tokens, {there} windows of {length}; {max(wanted, 1)} were asked for: "
             f"{fewer} the windows, or name a longer text"
         )
-    if sampling == "contiguous":
+    if draw.sampling == "contiguous":
         starts = list(range(0, wanted * length, length))
     else:
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(draw.seed)
         starts = torch.randint(len(ids) - length + 1, (wanted,), generator=generator).tolist()
     documents = _documents(encoded, text, [start + length // 2 for start in starts])
     return _Part(torch.stack([ids[s : s + length] for s in starts]), text.name, documents)
@@ -227,14 +200,15 @@ def _documents(encoded: Any, text: Text, places: list[int]) -> list[int] | None:
     return None if any(span is None for span in spans) else [bisect.bisect_right(ends, span.start) for span in spans]
 
 
-def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, field: str) -> _Part:
+def _slices(tokenizer: Any, text: Text, draw: Draw) -> _Part:
     """Takes each window from inside one document longer than it: a document at random, with replacement, then a place in it.
 
     These are the draws of GPTQ's public code (`random.seed(seed)`, `randint` for the document until one is long enough,
     `randint` for the place), so that C4 old is the C4 of the papers. Documents exactly as long as a window are passed over,
     on which that code fails.
     """
-    drawn = random.Random(seed)
+    samples, length = draw.samples or text.windows or 1, draw.length
+    drawn = random.Random(draw.seed)
     tokens: dict[int, list[int]] = {}
     windows: list[torch.Tensor] = []
     documents: list[int] = []
@@ -248,7 +222,9 @@ def _slices(tokenizer: Any, text: Text, samples: int, length: int, seed: int, fi
             windows.append(torch.tensor(ids[start : start + length], dtype=torch.int64))
             documents.append(index)
         elif not windows and len(tokens) == len(text.documents):
-            raise UserError(f"{field}: {text.name} has no document longer than {length} tokens: shorten the windows")
+            raise UserError(
+                f"{draw.field}: {text.name} has no document longer than {length} tokens: shorten the windows"
+            )
     return _Part(torch.stack(windows), text.name, documents)
 
 

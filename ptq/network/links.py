@@ -19,6 +19,7 @@ from ptq.network.experts.routing import evenly, routed_by
 from ptq.network.experts.twins import Twins, in_stages
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
+from ptq.network.replaced import hooked
 from ptq.network.residual import find_norm_sums, find_sums, find_weighed_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
@@ -233,13 +234,11 @@ def _readers(seen: Seen, twins: Twins) -> tuple[dict[str, list[str]], list[str]]
 
 @contextmanager
 def _scaled(producer: nn.Module, scale: torch.Tensor, readers: list[nn.Module], back: torch.Tensor) -> Iterator[None]:
-    handles = [producer.register_forward_hook(lambda module, args, output: output * scale)]
-    handles += [r.register_forward_pre_hook(lambda module, args: (args[0] / back, *args[1:])) for r in readers]
-    try:
+    with (
+        hooked([producer.register_forward_hook(lambda module, args, output: output * scale)]),
+        hooked(r.register_forward_pre_hook(lambda module, args: (args[0] / back, *args[1:])) for r in readers),
+    ):
         yield
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 def _roles(trace: Trace, order: list[str], head_dim: int) -> None:

@@ -1,9 +1,10 @@
-"""Blocks whose modules or weights are changed for a while, and put back."""
+"""Blocks whose modules or weights are changed for a while, and put back; hooks that are put on for a while, and taken off."""
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 
 from torch import nn
+from torch.utils.hooks import RemovableHandle
 
 from ptq.network.network import Block, Network, replace_module
 
@@ -36,6 +37,19 @@ def put_back(network: Network, block: Block) -> Iterator[None]:
                 now.clear()
                 now.update(then)
         restore(network.model, modules)
+
+
+@contextmanager
+def hooked(handles: Iterable[RemovableHandle]) -> Iterator[None]:
+    """Inside the context hooks are on, and on leaving they are taken off, whatever happens.
+
+    Args:
+        handles: of the hooks; a generator that puts them on one by one, so that those before a failure are taken off too.
+    """
+    with ExitStack() as stack:
+        for handle in handles:
+            stack.enter_context(handle)
+        yield
 
 
 def modules_of(block: Block) -> dict[str, nn.Module]:

@@ -1,7 +1,7 @@
 """Where a Linear's output is added to something that does not depend on it: the residual stream. Found by a probe."""
 
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Collection, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq.network.network import Block, weight_of
 from ptq.network.precise import Call
+from ptq.network.replaced import hooked
 
 TOLERANCE = 1e-3
 """Share of the probe that may be lost to rounding; a norm or an activation on the way loses far more."""
@@ -110,12 +111,8 @@ def _outputs(call: Call, hidden: torch.Tensor, modules: Mapping[str, nn.Module])
 
         return hook
 
-    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
-    try:
+    with hooked(module.register_forward_hook(keep(name)) for name, module in modules.items()):
         call(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 
@@ -162,24 +159,14 @@ def _tensors(
 
         return hook
 
-    handles = [module.register_forward_pre_hook(look(name)) for name, module in block.module.named_modules() if name]
-    try:
-        with _added(linears, probe):
-            output = call(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
+    places = ((name, module) for name, module in block.module.named_modules() if name)
+    with hooked(module.register_forward_pre_hook(look(name)) for name, module in places), _added(linears, probe):
+        output = call(hidden)
     return {**seen, "": output}
 
 
-@contextmanager
-def _added(linears: Sequence[nn.Module], probe: torch.Tensor | None) -> Iterator[None]:
+def _added(linears: Sequence[nn.Module], probe: torch.Tensor | None) -> AbstractContextManager[None]:
     def add(module: nn.Module, args: Any, output: torch.Tensor) -> Any:
         return output if probe is None else output + (probe if probe.dim() == 1 else probe.view(output.shape))
 
-    handles = [linear.register_forward_hook(add) for linear in linears]
-    try:
-        yield
-    finally:
-        for handle in handles:
-            handle.remove()
+    return hooked(linear.register_forward_hook(add) for linear in linears)

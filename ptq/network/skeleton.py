@@ -1,6 +1,7 @@
 """A model without its weights, as a network: enough for every check of shapes, and for passes of shapes through it."""
 
 import copy
+import pathlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -9,18 +10,25 @@ import torch
 import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
+from transformers.initialization import no_init_weights
 
 from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
+from ptq.files.safetensors_file import read_header
 from ptq.files.store import Store
 from ptq.models.loading import check
-from ptq.models.locations import quiet
+from ptq.models.locations import locate, quiet
+from ptq.models.weights import shards_of
 from ptq.network.experts.trace import Routing
 from ptq.network.network import Block, Network, build_network, replaced_forward, weight_of
 
 NAME = "ptq_shapes"
 MOST_MODULES = 60_000
 """More than any model that is held block by block has."""
+MODULES_A_TENSOR = 100
+"""Modules that one stored tensor may stand for: experts that the model holds one by one may be stored in one tensor."""
+LEAST_MODULES = 2000
+"""So many are built in any case, so that what is missing of the weights can be named."""
 
 
 class NotTraceable(Exception):
@@ -44,7 +52,8 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
         UserError: when it is not there, damaged, or no causal language model.
     """
     config = check(model, store, weights)
-    with torch.device("meta"), _counted(model):
+    # Of numbers that nobody will see, drawing them would be most of the work.
+    with torch.device("meta"), no_init_weights(), _counted(model, _most_modules(model, weights)):
         try:
             built = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=model.trust_remote_code)
         except ValueError as error:
@@ -62,24 +71,31 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
     return build_network(built)
 
 
+def _most_modules(model: ModelConfig, weights: bool) -> int:
+    """Returns how many modules a model can have whose weights lie in a folder, by their number; else `MOST_MODULES`."""
+    location = locate(model)
+    if not weights or location.kind != "directory":
+        return MOST_MODULES
+    stored = sum(len(read_header(shard)) for shard in shards_of(pathlib.Path(location.base)))
+    return min(MOST_MODULES, max(LEAST_MODULES, MODULES_A_TENSOR * stored))
+
+
 @contextmanager
-def _counted(model: ModelConfig) -> Iterator[None]:
-    """Inside, a model of more than `MOST_MODULES` modules is refused while it is built, instead of for hours."""
+def _counted(model: ModelConfig, most: int) -> Iterator[None]:
+    """Inside, a model of more than `most` modules is refused while it is built, instead of for hours."""
     count = 0
 
     def registered(module: nn.Module, name: str, child: nn.Module | None) -> None:
         nonlocal count
         count += 1
-        if count > MOST_MODULES:
+        if count > most:
+            why = "" if most == MOST_MODULES else ", far more than its weights are for"
             raise UserError(
-                f"model.path: the config of {model.path} asks for more than {MOST_MODULES} modules: mend its sizes"
+                f"model.path: the config of {model.path} asks for more than {most} modules{why}: mend its sizes"
             )
 
-    handle = register_module_module_registration_hook(registered)
-    try:
+    with register_module_module_registration_hook(registered):
         yield
-    finally:
-        handle.remove()
 
 
 @contextmanager
@@ -149,7 +165,7 @@ def flat_inputs(network: Network) -> frozenset[str]:
     """
     model = network.model
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), no_init_weights():
             twin = build_network(type(model)(copy.deepcopy(model.config)).eval())
         found: set[str] = set()
         for name, module in twin.linears.items():

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ptq.network.attention import AttentionQuantizers
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, Network, weight_of
 from ptq.network.outside import outside_weights
-from ptq.network.replaced import modules_of, restore
+from ptq.network.replaced import hooked, modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_cached, describe_spec
 from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
 from ptq.steps._attention import quantize_attention
@@ -156,7 +156,7 @@ class QuantizeVisitor:
         """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
-        def keep(name: str) -> object:
+        def keep(name: str) -> Callable[..., None]:
             def hook(module: nn.Module, args: tuple[torch.Tensor, ...], output: torch.Tensor) -> None:
                 inputs, outputs = args[0].flatten(0, -2), output.flatten(0, -2)
                 every = max(1, len(inputs) // SAMPLED_ROWS)
@@ -169,13 +169,9 @@ class QuantizeVisitor:
 
             return hook
 
-        handles = [module.register_forward_hook(keep(name)) for name, module in block.linears.items()]  # type: ignore[arg-type]
-        try:
-            _, rows = next(self.flow.slices())
+        _, rows = next(self.flow.slices())
+        with hooked(module.register_forward_hook(keep(name)) for name, module in block.linears.items()):
             self.context.stream.call(self.flow, block, 0, self.flow.hidden[rows].to(self.context.stream.device))
-        finally:
-            for handle in handles:
-                handle.remove()
         return seen
 
     def _rescaled(self, name: str, scale: torch.Tensor) -> None:

@@ -1,6 +1,7 @@
 """The codec of every format by its name: what weights and activations are dispatched by.
 
-A format is one module of this package that calls `quantize.codecs.base.register` with its facts and its codec.
+A format is one module of this package that calls `quantize.codecs.base.register` with its facts and its codec. Name and facts are
+written out there: `ptq list` reads them in the source (`ptq.cli.reference`), because the module itself needs torch.
 """
 
 import importlib

@@ -16,7 +16,7 @@ import torch
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import ModelConfig, TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.data.sources import read_text
 from ptq.files.store import Store
 from ptq.models.gguf_tokenizer import PATTERNS
@@ -42,7 +42,7 @@ def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama
         }
     )  # fmt: skip
     folder = run(recipe)
-    ids = sample_tokens(byte_tokenizer(), TextConfig(split="test"), 2, 256, "contiguous", 0, False, None, "data").ids
+    ids = Draw(TextConfig(split="test"), 2, 256).tokens(byte_tokenizer()).ids
     request = {"model": str(folder / "export" / "gguf" / "model.gguf"), "windows": ids.tolist(), "text": TEXT}
     command = [sys.executable, SCRIPT, LIBRARIES]
     done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)

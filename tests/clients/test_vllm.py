@@ -12,7 +12,7 @@ import torch
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.run.experiment import run
 
 PYTHON = os.environ.get("PTQ_VLLM", "")
@@ -57,7 +57,7 @@ def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case, capsy
     folder = run(recipe)
     exported = folder / "export" / "compressed-tensors"
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
-    ids = sample_tokens(tokenizer, TextConfig(split="test"), 4, 256, "contiguous", 0, False, None, "data").ids
+    ids = Draw(TextConfig(split="test"), 4, 256).tokens(tokenizer).ids
     request = {"model": str(exported), "windows": ids.tolist(), "dtype": dtype}
     done = subprocess.run([PYTHON, SCRIPT], input=json.dumps(request), capture_output=True, text=True, timeout=600)
     assert done.returncode == 0, done.stderr[-4000:]

@@ -8,6 +8,7 @@ from torch import nn
 
 from ptq.network.network import Block, is_linear
 from ptq.network.precise import Call
+from ptq.network.replaced import hooked
 
 COLLINEAR = 1e-9
 """By how much the cosine of two rows in float32 that are multiples of one another may miss 1."""
@@ -76,12 +77,8 @@ def record_block(block: Block, call: Call, hidden: torch.Tensor) -> Seen:
                 seen.norms[name] = output
 
     # Containers return what their last child returned; `setdefault` keeps the child, whose hook runs first.
-    handles = [module.register_forward_hook(hook) for module in names]
-    try:
+    with hooked(module.register_forward_hook(hook) for module in names):
         call(hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     return seen
 
 

@@ -4,7 +4,7 @@ No weight is looked at, so that a model on the meta device shows the same: produ
 """
 
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -230,22 +230,18 @@ def _call(modules: Mapping[str, nn.Module], host: str, standing: list[Place], wi
     notes = _Notes()
     hidden = torch.randn(1, TOKENS, width, generator=torch.Generator().manual_seed(1))
     inner = {name: module for name, module in modules.items() if _inside(name, host)}
-    handles = []
-    try:
+    with ExitStack() as hooks:
         for name, module in inner.items():
-            handles.append(
-                module.register_forward_pre_hook(
-                    lambda _, args, kwargs, name=name: notes.calls.append((name, args, kwargs)), with_kwargs=True
-                )
+            before = module.register_forward_pre_hook(
+                lambda _, args, kwargs, name=name: notes.calls.append((name, args, kwargs)), with_kwargs=True
             )
-            handles.append(
-                module.register_forward_hook(lambda _, args, output, name=name: notes.outputs.append((name, output)))
+            after = module.register_forward_hook(
+                lambda _, args, output, name=name: notes.outputs.append((name, output))
             )
+            hooks.enter_context(before)
+            hooks.enter_context(after)
         with _made_up(inner, standing, notes), torch.enable_grad():
             modules[host](hidden)
-    finally:
-        for handle in handles:
-            handle.remove()
     return notes
 
 

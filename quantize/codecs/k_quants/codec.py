@@ -48,7 +48,6 @@ class KQuant(Codec):
 
 _INSTEAD = "int with granularity group"
 FORMS = {"q4_k": Form(4, 32, 63, True), "q5_k": Form(5, 32, 63, True), "q6_k": Form(6, 16, 127, False)}
-for _name, _form in FORMS.items():
-    register(
-        _name, Format((_form.bits,), ("group",), _form.block, True, activation=False, instead=_INSTEAD), KQuant(_form)
-    )
+register("q4_k", Format((4,), ("group",), 32, True, activation=False, instead=_INSTEAD), KQuant(FORMS["q4_k"]))
+register("q5_k", Format((5,), ("group",), 32, True, activation=False, instead=_INSTEAD), KQuant(FORMS["q5_k"]))
+register("q6_k", Format((6,), ("group",), 16, True, activation=False, instead=_INSTEAD), KQuant(FORMS["q6_k"]))

@@ -80,7 +80,8 @@ def desk(tmp_path, llama) -> Desk:
     [
         ({"num_hidden_layers": 10**6}, "asks for 1000000 blocks"),
         ({"num_hidden_layers": 2**31}, "asks for 2147483648 blocks"),
-        ({"num_hidden_layers": 900}, "has no weights of model.layers"),
+        ({"num_hidden_layers": 900}, "modules, far more than its weights are for"),
+        ({"num_hidden_layers": 5}, "has no weights of model.layers.4"),
         ({"_attn_implementation": "owner/repo"}, "which is code on the hub"),
         ({"attn_implementation": "owner/repo"}, "which is code on the hub"),
         ({"_experts_implementation": "owner/repo"}, "which is code on the hub"),

@@ -18,6 +18,7 @@ from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.steps._registry import build_steps, shipped
+from quantize.spec.formats import formats
 
 ROOT = pathlib.Path(__file__).resolve().parents[3]
 
@@ -47,6 +48,29 @@ def test_show_knows_every_part_and_every_option_has_a_meaning(name, capsys):
         meanings = reference.attributes(part.schema)
         assert [f.name for f in dataclasses.fields(part.schema) if len(meanings.get(f.name, "")) < 6] == []
         assert all(f"  {f.name}: " in out for f in dataclasses.fields(part.schema))
+
+
+def test_the_commands_that_say_what_there_is_answer_without_torch():
+    code = (
+        "import sys; from ptq.cli.app import main; assert main(sys.argv[1:]) == 0; "
+        "assert not {'torch', 'transformers', 'numpy', 'hydra', 'omegaconf'} & set(sys.modules), sys.argv"
+    )
+    for words in (
+        ["list"],
+        ["list", "--help"],
+        ["--help"],
+        ["show", "scheme.weight"],
+        ["show", "evaluation.windows"],
+        ["run", "--help"],
+    ):
+        done = subprocess.run(
+            [sys.executable, "-c", code, *words], cwd=ROOT, capture_output=True, text=True, timeout=60
+        )
+        assert done.returncode == 0 and done.stdout, (words, done.stderr)
+
+
+def test_formats_are_read_in_their_source_as_they_are_registered():
+    assert list(reference.written_formats().items()) == list(formats().items())
 
 
 def test_show_says_default_choices_bounds_and_what_an_option_is_read_with(capsys):
@@ -102,6 +126,7 @@ def test_the_advice_for_a_transform_beside_a_solver_is_a_command_that_works():
         ("ptq run --config demo evaluation.win", {"evaluation.windows="}),
         ("ptq run steps.gptq.tar", {"steps.gptq.target="}),
         ("ptq run model.dtype=b", {"bfloat16"}),
+        ("ptq run scheme.weight.format=nv", {"nvfp4"}),
         ("ptq run '~steps.s", set()),
         ("ptq run --dry", {"--dry-run"}),
         ("ptq show steps.gptq.d", {"steps.gptq.damping", "steps.gptq.descent"}),

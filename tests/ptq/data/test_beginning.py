@@ -8,7 +8,7 @@ from tokenizers import processors
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import TextConfig
-from ptq.data.sampling import beginning, sample_tokens
+from ptq.data.sampling import Draw, beginning
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.testing import BOS, EOS, byte_tokenizer
@@ -30,7 +30,7 @@ def test_auto_is_what_the_tokenizer_puts_before_a_text(template, begin):
     tokenizer = adding(template)
     assert beginning(tokenizer, "auto", "x") == begin
     assert beginning(tokenizer, True, "x") == [BOS] and beginning(tokenizer, False, "x") == []
-    tokens = sample_tokens(tokenizer, TextConfig(), 2, 32, "contiguous", 0, "auto", None, "x")
+    tokens = Draw(TextConfig(), 2, 32, bos="auto").tokens(tokenizer)
     encoded = tokenizer(tokenizer.decode(tokens.text_ids[1])).input_ids
     assert tokens.ids[1].tolist() == encoded[:32] and tokens.ids.shape == (2, 32)
     assert tokens.begin == tuple(tokenizer.convert_ids_to_tokens(begin))
@@ -38,7 +38,7 @@ def test_auto_is_what_the_tokenizer_puts_before_a_text(template, begin):
 
 def test_windows_that_hold_nothing_but_their_beginning_and_tokenizers_that_do_not_tell_are_refused():
     with pytest.raises(UserError, match="x: windows of 2 tokens, of which 2 begin each"):
-        sample_tokens(adding("</s> <s> $A"), TextConfig(), 2, 2, "contiguous", 0, "auto", None, "x")
+        Draw(TextConfig(), 2, 2, bos="auto", field="x").tokens(adding("</s> <s> $A"))
 
     class Other:
         """Encodes a text otherwise where it adds something."""

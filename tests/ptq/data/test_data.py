@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from ptq.config.schema import DataConfig, TextConfig
 from ptq.data import sources
-from ptq.data.sampling import fingerprint, sample_tokens
+from ptq.data.sampling import Draw, check_length, fingerprint
 from ptq.data.sources import check_disjoint, check_source, read_text
 from ptq.errors import UserError
 from ptq.testing import byte_tokenizer
@@ -36,8 +36,8 @@ class Bytes:
         return [{256: "<s>"}[i] for i in ids]
 
 
-def draw(config, samples=3, length=8, sampling="contiguous", seed=0, bos=False, limit=None):
-    return sample_tokens(Bytes(), config, samples, length, sampling, seed, bos, limit, "data.x")
+def draw(config, samples=3, length=8, sampling="contiguous", seed=0, bos=False):
+    return Draw(config, samples, length, sampling, seed, bos, "data.x").tokens(Bytes())
 
 
 @pytest.fixture
@@ -135,9 +135,11 @@ def test_too_little_text_says_how_much_there_is(text):
         draw(text, samples=13)
 
 
-def test_a_window_longer_than_the_models_positions_is_refused(text):
-    with pytest.raises(UserError, match="longer than the model's 4 positions"):
-        draw(text, limit=4)
+def test_a_window_longer_than_the_models_positions_is_refused():
+    check_length(8, 8, "data.x")
+    check_length(8, None, "data.x")
+    with pytest.raises(UserError, match="data.x: windows of 8 tokens are longer than the model's 4 positions"):
+        check_length(8, 4, "data.x")
 
 
 def test_a_tokenizer_without_bos_is_refused_when_bos_is_asked_for(text, monkeypatch):
@@ -356,10 +358,10 @@ def test_every_window_knows_the_document_that_its_middle_stands_in(tmp_path):
     path.write_text("".join(json.dumps({"text": text}) + "\n" for text in documents))
     config, tokenizer = TextConfig(source="file", path=str(path)), byte_tokenizer()
     for sampling in ("contiguous", "random"):
-        drawn = sample_tokens(tokenizer, config, 12, 11, sampling, 0, False, None, "data.evaluation")
+        drawn = Draw(config, 12, 11, sampling).tokens(tokenizer)
         middles = [tokenizer.decode(row)[5] for row in drawn.ids]
         told = {(m, d) for m, d in zip(middles, drawn.documents, strict=True) if m != "\n"}
         assert len(told) == len({m for m, _ in told}) == len({d for _, d in told}) > 1
     path.write_text(json.dumps({"text": "a" * 200}))
-    one = sample_tokens(tokenizer, config, 4, 11, "contiguous", 0, False, None, "data.evaluation")
+    one = Draw(config, 4, 11).tokens(tokenizer)
     assert one.documents is None

@@ -149,10 +149,10 @@ def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     code = f"""
 import torch, transformers
 from ptq.config.schema import TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 model = transformers.AutoModelForCausalLM.from_pretrained({str(exported)!r})
 tokenizer = transformers.AutoTokenizer.from_pretrained({str(exported)!r})
-ids = sample_tokens(tokenizer, TextConfig(split="test"), 2, 128, "contiguous", 0, False, None, "data").ids
+ids = Draw(TextConfig(split="test"), 2, 128).tokens(tokenizer).ids
 with torch.no_grad():
     print([float(model(input_ids=w[None], labels=w[None]).loss) for w in ids])
 """

@@ -6,7 +6,7 @@ from torch import nn
 
 from ptq.network.network import build_network, replace_module
 from ptq.network.outside import set_weight
-from ptq.network.replaced import put_back
+from ptq.network.replaced import hooked, put_back
 from ptq.testing import random_tiny
 
 
@@ -48,3 +48,15 @@ def test_whatever_is_changed_is_put_back(change):
     now = dict(block.module.named_parameters())
     assert now.keys() == state.keys() and all(now[name] is state[name] for name in state)
     assert not hasattr(block.module.self_attn, "own")
+
+
+def test_hooks_are_taken_off_whatever_happens_inside_and_while_they_are_put_on():
+    linears, seen = [nn.Linear(2, 2), nn.Linear(2, 2)], []
+    put_on = (each.register_forward_hook(lambda *_: seen.append(1)) for each in linears)
+    with pytest.raises(KeyError), hooked(put_on):
+        linears[1](torch.ones(2))
+        raise KeyError
+    assert seen == [1]
+    with pytest.raises(AttributeError), hooked(each.register_forward_hook(print) for each in [linears[0], None]):
+        pass
+    assert not any(each._forward_hooks for each in linears)

@@ -15,7 +15,7 @@ from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, TextConfig
-from ptq.data.sampling import sample_tokens
+from ptq.data.sampling import Draw
 from ptq.errors import UserError
 from ptq.export.registry import build_exporter, shipped
 from ptq.inspect.q8_readers import open_kuiper, open_llama2c
@@ -98,9 +98,7 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work_with_advice_that_w
 def test_what_a_format_can_hold_is_written_and_computes_the_same_when_it_is_reloaded(compose, scheme, export):
     folder = run(compose(scheme, export))
     simulated = torch.tensor(json.loads((folder / "metrics.json").read_text())["window_losses"]["quantized"])
-    ids = sample_tokens(
-        byte_tokenizer(), TextConfig(split="test"), WINDOWS, LENGTH, "contiguous", 0, False, None, "data"
-    ).ids
+    ids = Draw(TextConfig(split="test"), WINDOWS, LENGTH).tokens(byte_tokenizer()).ids
     logits = RELOADED[export](folder / "export" / export, ids)
     losses = cross_entropy(logits[:, :-1].transpose(1, 2), ids[:, 1:], reduction="none").mean(1)
     # llama2.c and KuiperLLama round the head too, llama2.c the embedding and the head's input: never simulated.
