@@ -7,7 +7,7 @@ import typing
 from typing import Any
 
 from ptq.config.checking import check, refused
-from ptq.config.options import check_fields
+from ptq.config.options import check_fields, default_of
 from ptq.config.schema import Recipe
 from ptq.errors import UserError, nearest
 from quantize.spec.quant_spec import SpecError
@@ -18,7 +18,7 @@ MOST_SHOWN = 120
 
 def recipe_from(value: dict[str, Any]) -> Recipe:
     """Builds and checks a `Recipe` out of plain containers. Raises `UserError` with one line for the first mistake."""
-    recipe: Recipe = _build(Recipe, value, "")
+    recipe: Recipe = _build(Recipe, value, "", None)
     check(recipe)
     return recipe
 
@@ -31,7 +31,7 @@ def build(cls: type, value: Any, path: str = "") -> Any:
         value: plain containers, as read from YAML.
         path: the dotted name of `value` in the recipe, for messages.
     """
-    built = _build(cls, value, path)
+    built = _build(cls, value, path, None)
     check_fields(built, path)
     return built
 
@@ -42,7 +42,8 @@ def shown(value: Any) -> str:
     return text if len(text) <= MOST_SHOWN else f"{text[:MOST_SHOWN]}..."
 
 
-def _build(cls: type, value: Any, path: str) -> Any:
+def _build(cls: type, value: Any, path: str, base: Any) -> Any:
+    """Builds `cls` out of `value`; what that leaves out is as in `base`, a field's default, or, where that is None, as `cls` has it."""
     if not isinstance(value, dict):
         raise UserError(
             f"{path or 'recipe'}: {shown(value)} is not a mapping: expected the keys {', '.join(_names(cls))}"
@@ -53,25 +54,34 @@ def _build(cls: type, value: Any, path: str) -> Any:
             raise UserError(
                 f"{_join(path, str(key))}: no such key (value {shown(value[key])}){nearest(str(key), hints)}"
             )
+    known = {} if base is None else {f.name: getattr(base, f.name) for f in dataclasses.fields(cls)}
+    defaults = {f.name: default_of(f) for f in dataclasses.fields(cls)}
     for f in dataclasses.fields(cls):
-        if f.name not in value and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING:
+        if (
+            f.name not in value
+            and f.name not in known
+            and f.default is dataclasses.MISSING
+            and f.default_factory is dataclasses.MISSING
+        ):
             raise UserError(f"{_join(path, f.name)}: missing: give it a value")
-    arguments = {key: _convert(hints[key], item, _join(path, key)) for key, item in value.items()}
+    arguments = {key: _convert(hints[key], item, _join(path, key), defaults[key]) for key, item in value.items()}
     try:
-        return cls(**arguments)
+        return cls(**{**known, **arguments})
     except SpecError as error:
         raise refused(path, error) from None
 
 
-def _convert(hint: Any, value: Any, path: str) -> Any:
+def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
     origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin in (types.UnionType, typing.Union):
         if value is None and type(None) in arguments:
             return None
         kinds = [a for a in arguments if a is not type(None)]
-        return _convert(next((a for a in kinds if a is type(value)), kinds[0]), value, path)
+        return _convert(next((a for a in kinds if a is type(value)), kinds[0]), value, path, default)
     if dataclasses.is_dataclass(hint):
-        return _build(typing.cast(type, hint), value, path)
+        return _build(
+            typing.cast(type, hint), value, path, default if isinstance(default, typing.cast(type, hint)) else None
+        )
     if origin is tuple:
         if not isinstance(value, list | tuple):
             raise UserError(f"{path}: {shown(value)} is not a list")

@@ -47,7 +47,7 @@ class TextConfig:
     source: str = option("docs", choices=("docs", "file", "wikitext2", "c4", "ptb", "pile", "mix"))
     variant: str | None = option(None, choices=("old", "new"), only_with={"source": ("c4", "ptb")})
     split: str = option("train", choices=("train", "validation", "test"))
-    path: str | None = None
+    path: str | None = option(None, only_with={"source": ("file",)})
     text_column: str = option("text", only_with={"source": ("file",)})
     mix: tuple["TextConfig", ...] = option((), only_with={"source": ("mix",)})
 

@@ -291,8 +291,12 @@ def check_disjoint(data: DataConfig) -> None:
         if part in evaluated:
             raise UserError(
                 f"{field}.split: reads {part}, which {evaluated[part]}.split evaluates on: "
-                "calibrate on split train, or use data.allow_overlap=true"
+                f"{_another(data)}, or use data.allow_overlap=true"
             )
+
+
+def _another(data: DataConfig) -> str:
+    return "evaluate on split test" if data.calibration.split == "train" else "calibrate on split train"
 
 
 def _parts(config: TextConfig, field: str) -> Iterator[tuple[str, str]]:

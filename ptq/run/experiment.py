@@ -36,7 +36,7 @@ from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.planning import check_steps, open_context, plan_steps
-from ptq.run.preflight import check_before, check_ranks, check_tokens
+from ptq.run.preflight import check_apart, check_before, check_model, check_ranks, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
@@ -271,12 +271,14 @@ def dry_run(recipe: Recipe) -> None:
     """
     recipe, steps = checked(recipe)
     journal, network, weights = Journal(), None, True
+    # What needs no model is refused first; what a run would take is said even of one that does not fit.
+    lines = check_apart(recipe, steps)
     if locate(recipe.model).kind != "hub":
         weights = has_weights(recipe)
         network = skeleton(recipe.model, store_of(recipe), weights)
         for part in forecast(recipe, network, steps):
             journal.say(part) if isinstance(part, str) else journal.show(part)
-    for line in check_before(recipe, steps, network=network, weights=weights):
+    for line in (*lines, *check_model(recipe, steps, network=network, weights=weights)):
         print(line)
     print(f"ok: {recipe.name} would write to {folder_of(recipe, sources_of(steps))}")
 

@@ -31,22 +31,13 @@ from ptq.run.trackers.base import check_trackers
 from ptq.steps._step import SOLVER, Step
 
 
-def check_before(
-    recipe: Recipe,
-    steps: Mapping[str, Step] | None = None,
-    shared: Shared | None = None,
-    network: Network | None = None,
-    weights: bool = True,
-) -> list[str]:
-    """Checks a recipe against its model's shapes, its texts, its statistics and its folders.
+def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared: Shared | None = None) -> list[str]:
+    """Checks a recipe against its folders and texts, and its model's shapes: `check_apart` and `check_model`.
 
     Args:
         recipe: what is to be run.
         steps: its steps; None where statistics are taken only, which read no evaluation text.
         shared: keeps the tokenizer and the windows for the run that follows.
-        network: the model on the meta device; None to build it.
-        weights: whether the model's weights have to be there; without, a config.json is enough, and so are texts without a
-            tokenizer.
 
     Returns:
         Lines that say what was checked and what could not be.
@@ -54,8 +45,11 @@ def check_before(
     Raises:
         UserError: for the first thing that would stop the run later.
     """
-    lines: list[str] = []
-    store, shared = store_of(recipe), shared or Shared()
+    return [*check_apart(recipe, steps), *check_model(recipe, steps, shared)]
+
+
+def check_apart(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list[str]:
+    """Checks what needs no model: the scheme beside the steps, the folders, whether the texts are there. See `check_before`."""
     device_of(recipe)
     solvers = [name for name, step in (steps or {}).items() if step.kind == SOLVER]
     if solvers and not _quantizes(recipe):
@@ -76,7 +70,28 @@ def check_before(
     check_source(recipe.data.evaluation, "data.evaluation")
     if not recipe.data.allow_overlap:
         check_disjoint(recipe.data)
-    lines.append("texts: found")
+    return ["texts: found"]
+
+
+def check_model(
+    recipe: Recipe,
+    steps: Mapping[str, Step] | None = None,
+    shared: Shared | None = None,
+    network: Network | None = None,
+    weights: bool = True,
+) -> list[str]:
+    """Checks a recipe against its model's shapes, and its texts and statistics as that model has them. See `check_before`.
+
+    Args:
+        recipe: what is to be run.
+        steps: its steps.
+        shared: keeps the tokenizer and the windows for the run that follows.
+        network: the model on the meta device; None to build it.
+        weights: whether the model's weights have to be there; without, a config.json is enough, and so are texts without a
+            tokenizer.
+    """
+    lines: list[str] = []
+    store, shared = store_of(recipe), shared or Shared()
     if locate(recipe.model).kind == "hub":
         lines.append(
             f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked"

@@ -29,7 +29,7 @@ from omegaconf.resolvers import oc
 from ptq.cli.catalog import config_folder, groups
 from ptq.cli.compose.interpolations import check_interpolations
 from ptq.cli.compose.override_words import MOST_CHARACTERS, quoted
-from ptq.cli.compose.recipe_files import RecipeFiles, check_trusted, environment, is_shipped, typed_values
+from ptq.cli.compose.recipe_files import RecipeFiles, check_trusted, environment, is_group, is_shipped, typed_values
 from ptq.cli.compose.recipe_paths import placed
 from ptq.config.building import recipe_from
 from ptq.config.checking import named
@@ -224,7 +224,7 @@ def _names(config: pathlib.Path, group: str) -> tuple[bool, bool]:
 
 
 def _is_group(key: str, folder: pathlib.Path) -> bool:
-    return "/" in key or any((root / key).is_dir() for root in (folder, config_folder()))
+    return "/" in key or (config_folder() / key).is_dir() or is_group(folder, key)
 
 
 def _points(overrides: list[Override], multirun: bool) -> Iterator[tuple[tuple[str, bool], ...]]:

@@ -7,6 +7,7 @@ line, and for the rest with ``--trust`` only.
 import functools
 import pathlib
 import re
+import typing
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -18,12 +19,15 @@ from omegaconf import OmegaConf
 from omegaconf.resolvers import oc
 
 from ptq.cli.catalog import config_folder
+from ptq.config.schema import Recipe
 from ptq.errors import UserError
 from ptq.files.bounded import read_yaml
 
 TARGET = "_target_"
 REMOTE = "trust_remote_code"
 TASKS = ("evaluation", "tasks")
+_TEXTS = tuple(name for name, hint in typing.get_type_hints(Recipe).items() if hint is str)
+"""Keys of a recipe that hold a text, and no part of a config."""
 _ENVIRONMENT = re.compile(r"oc\.env:\s*([A-Za-z_]\w*)")
 
 
@@ -35,12 +39,25 @@ class RecipeFiles(FileConfigSource):
         """The prefix of such folders in Hydra's search path."""
         return "recipe"
 
+    def is_group(self, config_path: str) -> bool:
+        """Whether a folder beside the recipe is one of configs."""
+        return super().is_group(config_path) and (not config_path or is_group(pathlib.Path(self.path), config_path))
+
     def load_config(self, config_path: str) -> ConfigResult:
         """Reads one file. Raises `UserError` for one that is too large to be a recipe, or that sets Hydra itself."""
         path = pathlib.Path(self.path) / self._normalize_file_name(config_path)
         if path.exists():
             check_file(path)
         return super().load_config(config_path)
+
+
+def is_group(folder: pathlib.Path, key: str) -> bool:
+    """Returns whether `key` chooses among the configs of a folder beside a recipe: not every folder there holds configs.
+
+    A recipe that is run from its own folder has its results beside it, in ``outputs``.
+    """
+    own = folder / key
+    return key not in _TEXTS and own.is_dir() and any(True for each in ("*.yaml", "*/*.yaml") for _ in own.glob(each))
 
 
 def check_file(path: pathlib.Path) -> None:

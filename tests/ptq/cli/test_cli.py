@@ -90,6 +90,26 @@ def test_a_file_outside_finds_the_shipped_groups_and_its_own(tmp_path, work):
     assert [call[1].scheme.weight.bits for call in work.calls[1:]] == [3, 4]
 
 
+def test_folders_of_results_beside_a_recipe_are_no_config_groups(tmp_path, work, monkeypatch):
+    recipe = tmp_path / "mine.yaml"
+    recipe.write_text(
+        "defaults: [{model: opt-125m}, {method: rtn}, _self_]\noutputs: outputs\nscheme: {weight: {bits: 8}}\n"
+    )
+    for place in ("outputs", "store", "name", "calibration", "data"):
+        (tmp_path / place / "mine" / "0123456789ab").mkdir(parents=True)
+        (tmp_path / place / "mine" / "recipe.yaml").write_text("name: mine\n")
+    monkeypatch.chdir(tmp_path)
+    typed = ["outputs=elsewhere", "store='my store'", "name=other", "+data=docs"]
+    assert main(["run", "--config", "mine.yaml", *typed]) == 0
+    made = work.calls[0][1]
+    assert (made.outputs, made.store, made.name, made.data.evaluation.split) == (
+        "elsewhere",
+        "my store",
+        "other",
+        "test",
+    )
+
+
 def test_multirun_is_the_product_of_its_values_the_last_varying_fastest(work, capsys):
     assert main(["stats", "-m", "scheme=w8a8,w4a4", "evaluation.windows=range(1,3)", "evaluation.seed=5"]) == 0
     got = [(r.scheme.weight.bits, r.evaluation.windows, r.evaluation.seed) for _, r, _ in work.calls]

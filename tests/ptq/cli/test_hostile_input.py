@@ -263,6 +263,16 @@ def test_an_odd_value_gets_one_line_before_the_work(desk, capsys, arguments, sai
     assert said in desk.refused(capsys, *arguments)
 
 
+def test_what_needs_no_model_is_refused_before_the_machine_is_measured(desk, capsys):
+    for word in (
+        "data.evaluation={source: file, path: nowhere.txt}",
+        "+data.evaluation.split=train",
+        "scheme={weight: null, input: null}",
+    ):
+        assert main(["run", "--config", str(desk.recipe), word, "--dry-run"]) == 2, word
+        assert capsys.readouterr().out == "", word
+
+
 def test_a_reader_who_leaves_does_not_stop_a_run(desk):
     command = [sys.executable, "-m", "ptq", "run", "--config", str(desk.recipe)]
     root = pathlib.Path(__file__).resolve().parents[3]

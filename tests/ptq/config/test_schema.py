@@ -50,6 +50,7 @@ def _with(**changes):
         (_with(evaluation={"confidence": 10**400}), ["evaluation.confidence", "floating point"]),
         (_with(data={"evaluation": {"source": "file", "path": "x.txt", "text_column": "body"}}), ["text_column"]),
         (_with(data={"evaluation": {"source": "docs", "mix": [{}]}}), ["data.evaluation.mix", "source=mix"]),
+        (_with(data={"evaluation": {"path": "x.txt"}}), ["data.evaluation.path: x.txt changes nothing", "source=file"]),
         (_with(scheme={"weight": {"percentile": 99.0}}), ["scheme.weight.percentile", "range minmax"]),
         (_with(name="../up"), ["name", "letters, digits", "such as up"]),
         (_with(name=".."), ["name"]),
@@ -67,6 +68,13 @@ def test_a_mistake_gets_one_line_with_the_field_the_value_and_the_nearest_choice
     assert "\n" not in line
     assert all(word in line for word in words), line
     assert len(line) < 600
+
+
+def test_what_a_part_leaves_out_is_as_it_is_where_the_whole_part_is_left_out():
+    assert recipe_from(_with()).data.evaluation.split == "test"
+    made = recipe_from(_with(data={"evaluation": {"source": "wikitext2"}})).data
+    assert (made.evaluation.split, made.calibration.split) == ("test", "train")
+    assert recipe_from(_with(data={"evaluation": {"split": "validation"}})).data.evaluation.split == "validation"
 
 
 def test_the_digest_depends_on_the_experiment_and_not_on_where_files_go():
