@@ -1,4 +1,4 @@
-"""How far a quantized tensor is from the original."""
+"""How far a quantized tensor is from the original, and predictions from those that they are to be."""
 
 import math
 
@@ -27,6 +27,20 @@ def relative_error(x: torch.Tensor, y: torch.Tensor) -> float:
     if noise == 0:
         return 0.0
     return 10 ** (FLOOR_DB / 20) if signal == 0 else math.sqrt(noise / signal)
+
+
+@torch.no_grad()
+def kl_divergence(logits: torch.Tensor, target: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns KL(target || predicted) of each token (...), float32, in nats, and its derivative by the logits, in their type.
+
+    Args:
+        logits: of what is tuned, (..., vocabulary).
+        target: logits of the network that it is to predict like, of the same shape.
+    """
+    predicted, wanted = logits.float().log_softmax(-1), target.float().log_softmax(-1)
+    probable = wanted.exp()
+    divergence = (probable * wanted.sub_(predicted)).sum(-1)
+    return divergence, predicted.exp_().sub_(probable).to(logits.dtype)
 
 
 def _energies(x: torch.Tensor, y: torch.Tensor) -> tuple[float, float]:

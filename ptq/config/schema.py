@@ -73,6 +73,8 @@ class CalibrationConfig:
 
     Attributes:
         samples: how many windows.
+        tuning_samples: windows of the same draw after those, for a step that learns on the finished network (tune), which then does
+            not learn from what its solver has seen; 0: it learns from the solver's.
         length: tokens of a window.
         sampling: ``contiguous``, one after another from the start of the text, or ``random``, from places drawn by `seed`.
         seed: of random sampling.
@@ -85,6 +87,7 @@ class CalibrationConfig:
     """
 
     samples: int = option(64, least=1)
+    tuning_samples: int = option(0, least=0)
     length: int = option(512, least=2)
     sampling: str = option("contiguous", choices=("contiguous", "random"))
     seed: int = seed_option()

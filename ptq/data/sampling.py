@@ -35,6 +35,11 @@ class Tokens:
     begin: tuple[str, ...] = ()
     documents: tuple[int, ...] | None = None
 
+    def since(self, first: int) -> "Tokens":
+        """Returns the windows from number `first` on."""
+        documents = None if self.documents is None else self.documents[first:]
+        return Tokens(self.ids[first:], fingerprint(self.ids[first:]), self.source, self.begin, documents)
+
     @property
     def text_ids(self) -> torch.Tensor:
         """The tokens of the text alone, int64 (samples, length without what begins a window)."""

@@ -209,6 +209,8 @@ class Facts:
         memory: the most memory that the process has held.
         kernels: who has multiplied.
         tasks: baseline and quantized model on each task; empty without tasks.
+        tuned: what the step that learned on the finished network says of that, such as the held out divergence before and after; null
+            without one. `layers.csv` describes the Linears before it.
     """
 
     size: Size
@@ -233,6 +235,7 @@ class Facts:
     memory: Memory
     kernels: Kernels
     tasks: list[TaskResult]
+    tuned: dict[str, float] | None = None
 
 
 @dataclass(frozen=True)

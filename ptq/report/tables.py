@@ -43,6 +43,11 @@ def result_table(recipe: Recipe, comparison: Comparison, facts: Facts) -> Table:
             f"{size.bits_per_weight:.3f}  ({size.quantized_parameters / size.parameters:.1%} of the parameters)",
         ),
         *_outliers(facts.outlier_share),
+        *(
+            []
+            if facts.tuned is None
+            else [("tuned", ", ".join(f"{name} {value:.4g}" for name, value in facts.tuned.items()))]
+        ),
         ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
         ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts.evaluation_source}, {_begun(facts.bos)}"),
         *_overlap(facts.overlap),

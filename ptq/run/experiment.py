@@ -45,6 +45,7 @@ from ptq.run.session import Session, device_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
 from ptq.run.task_results import baseline_answers, compared_answers
 from ptq.run.trackers.base import TrackedRun, flat, numbers, tracking
+from ptq.run.tuned.tuning import check_tuner, save_blocks, targets_of, tune, tuner_of
 from ptq.steps._registry import build_steps, with_defaults
 from ptq.steps._step import Context, Step
 from quantize.kernels.choice import describe
@@ -71,6 +72,7 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
     if not force and led(world, lambda: _shown_finished(recipe, shared)):
         return Result(run_folder(recipe), None, "the run was finished before")
     check_ranks(recipe, sources_of(steps), world)
+    check_tuner(recipe, steps, world)
     led(world, lambda: check_before(recipe, steps, shared))
     with places_of(recipe, steps, world) as places:
         return _run(recipe, steps, places, shared, force, world)
@@ -122,6 +124,7 @@ def checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
     recipe = resolved(adapted(recipe))
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
+    check_tuner(recipe, steps)
     return recipe, steps
 
 
@@ -154,9 +157,10 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
         tokens = session.evaluation_tokens()
-        check_tokens(recipe, session.loaded.tokenizer, session.calibration_tokens(), tokens, session.network.vocabulary)
+        check_tokens(recipe, session.loaded.tokenizer, session.seen_tokens(), tokens, session.network.vocabulary)
         context = open_context(session, steps)
         baseline = baseline_of(session, tokens)
+        targets = None if tuner_of(steps) is None else targets_of(session)
         answers = baseline_answers(session)
         taken = context.statistics
         identity = session.identity(sources_of(steps))
@@ -165,6 +169,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         if taken is not None and context.statistics is not None:
             save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
         visitor, flow = _quantize(session, steps, context, tokens, folder)
+        if targets is not None:
+            flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
         for name, proof in visitor.proofs.items():
             journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.heads() as heads:
@@ -173,7 +179,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
             return Result(places.kept, None, "rank 0 writes the results")
         session.stream.change_outside()
         results = compared_answers(session, visitor, answers, folder)
-        report(session, visitor, tokens, baseline, compared, folder, identity, results)
+        learned = None if (found := tuner_of(steps)) is None else context.plans[found[0]].figures
+        report(session, visitor, tokens, baseline, compared, folder, identity, results, learned)
         journal.figures(numbers(parse_json((folder / METRICS).read_text(encoding="utf-8"))))
         export_session(session, folder)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
@@ -202,7 +209,9 @@ def _quantize(
     """Quantizes block by block, from where an interrupted run has come to; returns the visitor and the evaluated flow."""
     recipe, stream, samples = session.recipe, session.stream, context.samples
     with session.journal.phase("quantize"):
-        flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
+        tuned, batch = tuner_of(steps) is not None, recipe.evaluation.batch_size
+        # What is tuned afterwards is evaluated afterwards: here a batch is enough to measure errors on.
+        flow = stream.open(tokens.ids[:batch] if tuned else tokens.ids, batch, exact=True, shared=not tuned)
         kernels = choice_of(session)
         visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
@@ -210,15 +219,39 @@ def _quantize(
         kept = context.keep("quantize", carried, visitor)
         with agreeing():
             stream.run(flows, visitor, "quantize", kept)
-        if (place := flow.first_nonfinite()) is not None:
-            raise UserError(
-                f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
-            )
+        _check_finite(flow)
         keep_timings(session, kernels)
         session.journal.note(describe(kernels.ran, kernels.refused))
-        if kept is not None and needs_saved_weights(recipe):
+        if kept is not None and needs_saved_weights(recipe) and not tuned:
             kept.hand_over(session.network.blocks, folder / "quantized")
     return visitor, flow
+
+
+def _tune(
+    session: Session,
+    steps: dict[str, Step],
+    context: Context,
+    targets: torch.Tensor,
+    tokens: Tokens,
+    identity: str,
+    visitor: QuantizeVisitor,
+    folder: pathlib.Path,
+) -> Flow:
+    """Tunes the quantized network; returns the flow that is evaluated."""
+    if visitor.unbuildable:
+        raise UserError(f"steps: {visitor.unbuildable}, so that an interrupted run cannot be tuned: add --force")
+    flow = tune(session, steps, context, targets, tokens, identity)
+    _check_finite(flow)
+    if needs_saved_weights(session.recipe):
+        save_blocks(context, folder / "quantized")
+    return flow
+
+
+def _check_finite(flow: Flow) -> None:
+    if (place := flow.first_nonfinite()) is not None:
+        raise UserError(
+            f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
+        )
 
 
 def _compared(

@@ -15,15 +15,16 @@ from ptq.config.shipped import scheme_named
 from ptq.errors import UserError
 from ptq.integrations.cache import use_packed_cache
 from ptq.models.weights import ResidentWeights
-from ptq.network.block_stream import BlockStream
+from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.network.outside import check_outside
 from ptq.report.results import LayerResult
 from ptq.run.planning import captures_of_steps, check_steps, context_of, open_samples, plan_all
 from ptq.run.quantize_visitor import QuantizeVisitor
+from ptq.run.tuned.tuning import put_into_blocks, tuner_of
 from ptq.steps._proof import Proof
 from ptq.steps._registry import build_steps
-from ptq.steps._step import STATISTICS, TRANSFORM
+from ptq.steps._step import STATISTICS, TRANSFORM, Tuning
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,8 @@ def quantize(
     built = build_steps({name: dict(options) for name, options in steps.items()})
     check_steps(scheme, built)
     wanted = captures_of_steps(scheme, built)
-    if ids is None and (wanted or any(step.kind == TRANSFORM for step in built.values())):
+    tuner = tuner_of(built)
+    if ids is None and (wanted or tuner or any(step.kind == TRANSFORM for step in built.values())):
         raise UserError("ids: null, but the steps look at activations: give token ids (samples, length)")
     tokens = _tiny(model) if ids is None else ids
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or not len(tokens):
@@ -76,6 +78,7 @@ def quantize(
     try:
         context = context_of(network, stream, scheme, built, notes.append)
         context.ids, context.batch_size = ids, batch_size
+        targets = None if tuner is None else _final_states(stream, tokens, batch_size)
         if STATISTICS in wanted:
             visitor = StatisticsVisitor()
             stream.run([stream.calibration(tokens, batch_size)], visitor, "calibration")
@@ -85,12 +88,22 @@ def quantize(
         flow = stream.open(tokens[:batch_size], batch_size)
         quantizer = QuantizeVisitor(context, built, flow)
         stream.run([flow] if context.samples is None else [flow, context.samples.flow], quantizer, "quantize")
+        if tuner is not None and targets is not None:
+            plan = tuner[1].tune(context, Tuning(stream.open(tokens, tuner[1].batch_size), targets))
+            put_into_blocks(tuner[1], plan, context)
         stream.change_outside()
         use_packed_cache(model)
     finally:
         model.config.use_cache = use_cache
         stream.close()
     return Quantized(model, tuple(quantizer.layers), quantizer.proofs, tuple(notes))
+
+
+def _final_states(stream: BlockStream, ids: torch.Tensor, batch_size: int) -> torch.Tensor:
+    """Returns what the last block gives for token ids (samples, length), (samples, length, channels)."""
+    flow = stream.open(ids, batch_size)
+    stream.run([flow], Nothing(), "baseline")
+    return flow.hidden
 
 
 def _tiny(model: Any) -> torch.Tensor:

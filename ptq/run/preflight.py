@@ -26,7 +26,7 @@ from ptq.run.exports import check_export
 from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import machine
 from ptq.run.kernel_choice import check_kernels
-from ptq.run.session import calibration_draw, check_experts, device_of, evaluation_draw
+from ptq.run.session import check_experts, device_of, evaluation_draw, seen_draw
 from ptq.run.trackers.base import check_trackers
 from ptq.steps._step import SOLVER, Step
 
@@ -113,10 +113,10 @@ def check_model(
     check_positions(recipe, network.max_positions)
     if weights or _has_tokenizer(recipe):
         tokenizer = shared.tokenizer(recipe.model, store)
-        calibration = shared.tokens(recipe.model, calibration_draw(recipe), store)
+        seen = shared.tokens(recipe.model, seen_draw(recipe), store)
         if steps is not None:
             evaluation = shared.tokens(recipe.model, evaluation_draw(recipe), store)
-            check_tokens(recipe, tokenizer, calibration, evaluation, network.vocabulary)
+            check_tokens(recipe, tokenizer, seen, evaluation, network.vocabulary)
     else:
         lines.append("texts: not tokenized, since the model's tokenizer is not here")
     notes = check_export(recipe, network)

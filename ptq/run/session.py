@@ -1,5 +1,6 @@
 """What every command needs before its work: the model as a network, its stream, its tokens, the store."""
 
+import dataclasses
 import pathlib
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -52,6 +53,15 @@ class Session:
         """Draws the calibration samples of the recipe, once."""
         return self._tokens(calibration_draw(self.recipe))
 
+    def tuning_tokens(self) -> Tokens:
+        """Draws what a step learns from on the finished network, once: the samples after the solver's, or these."""
+        c = self.recipe.calibration
+        return self.seen_tokens().since(c.samples) if c.tuning_samples else self.calibration_tokens()
+
+    def seen_tokens(self) -> Tokens:
+        """Draws all that the run learns from, once: calibration samples and what is tuned on."""
+        return self._tokens(seen_draw(self.recipe))
+
     def evaluation_tokens(self) -> Tokens:
         """Draws the evaluation windows of the recipe, once."""
         return self._tokens(evaluation_draw(self.recipe))
@@ -94,7 +104,7 @@ class Session:
 
     def identity(self, sources: Mapping[str, str]) -> str:
         """Returns `identity_of` this run; `sources` are digests of what comes from outside, by step's name."""
-        tokens = (self.calibration_tokens(), self.evaluation_tokens())
+        tokens = (self.seen_tokens(), self.evaluation_tokens())
         return identity_of(self.recipe, sources, self.loaded.fingerprint, tokens, self.stream.device)
 
     def key(self, tokens: Tokens) -> dict[str, object]:
@@ -120,6 +130,12 @@ def calibration_draw(recipe: Recipe) -> Draw:
     return Draw(recipe.data.calibration, c.samples, c.length, c.sampling, c.seed, c.bos, "data.calibration")
 
 
+def seen_draw(recipe: Recipe) -> Draw:
+    """Returns which windows a run learns from in any way: its calibration samples, and what is tuned on after them."""
+    c = recipe.calibration
+    return dataclasses.replace(calibration_draw(recipe), samples=c.samples + c.tuning_samples)
+
+
 def evaluation_draw(recipe: Recipe) -> Draw:
     """Returns which evaluation windows a recipe asks for."""
     e = recipe.evaluation
@@ -135,7 +151,7 @@ def identity_of(
         recipe: with its defaults filled in.
         sources: digests of the source of steps from outside, by name.
         weights: the model's fingerprint.
-        tokens: calibration samples and evaluation windows.
+        tokens: what the run learns from, and evaluation windows.
         device: where the arithmetic happens.
     """
     plain = {
@@ -155,7 +171,7 @@ def known_identity(recipe: Recipe, sources: Mapping[str, str], shared: Shared | 
         UserError: for a model or a text that cannot be had.
     """
     store, shared = store_of(recipe), shared or Shared()
-    tokens = [shared.tokens(recipe.model, draw(recipe), store) for draw in (calibration_draw, evaluation_draw)]
+    tokens = [shared.tokens(recipe.model, draw(recipe), store) for draw in (seen_draw, evaluation_draw)]
     return identity_of(recipe, sources, shared.fingerprint(recipe.model, store), tokens, device_of(recipe))
 
 

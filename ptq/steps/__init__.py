@@ -1,4 +1,5 @@
-"""Methods, one file each: `transforms` that keep a block's function and `solvers` that pick its quantized weights.
+"""Methods, one file each: `transforms` that keep a block's function, `solvers` that pick its quantized weights, and `tuners` that learn
+on the finished network.
 
 Modules that begin with an underscore are what methods share; what a method outside of this repository needs of them is
 imported from here. Arithmetic on tensors alone is in `quantize` and `group_methods`.
@@ -22,6 +23,8 @@ from ptq.steps._step import (
     Step,
     StepPlan,
     Transform,
+    Tuner,
+    Tuning,
 )
 
 __all__ = [
@@ -41,6 +44,8 @@ __all__ = [
     "Step",
     "StepPlan",
     "Transform",
+    "Tuner",
+    "Tuning",
     "captures_of",
     "option",
     "quantize_linear",

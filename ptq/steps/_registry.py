@@ -8,18 +8,22 @@ from typing import Any
 
 import ptq.steps.solvers
 import ptq.steps.transforms
+import ptq.steps.tuners
 from ptq.config.building import build
 from ptq.config.options import in_yaml
 from ptq.errors import UserError, nearest
-from ptq.steps._step import SOLVER, TRANSFORM, Step
+from ptq.steps._step import SOLVER, TRANSFORM, TUNER, Step
 
+KINDS = (TRANSFORM, SOLVER, TUNER)
 TARGET = "_target_"
 """The key of a step's import path, for one that does not come with this package."""
 
 
 def shipped() -> dict[str, str]:
     """Returns the steps that come with this package, one module each: by name, where that module is."""
-    folders = {m.__name__: list(m.__path__) for m in (ptq.steps, ptq.steps.transforms, ptq.steps.solvers)}
+    folders = {
+        m.__name__: list(m.__path__) for m in (ptq.steps, ptq.steps.transforms, ptq.steps.solvers, ptq.steps.tuners)
+    }
     found = [
         (m.name, f"{at}.{m.name}") for at, path in folders.items() for m in pkgutil.iter_modules(path) if not m.ispkg
     ]
@@ -55,14 +59,26 @@ def build_steps(steps: dict[str, dict[str, Any]]) -> dict[str, Step]:
 
 
 def _check_order(steps: dict[str, Step], given: dict[str, dict[str, Any]]) -> None:
-    """Transforms come first, then at most one solver: a quantized weight is neither scaled nor quantized again.
+    """Transforms come first, then at most one solver: a quantized weight is neither scaled nor quantized again; then at most one
+    tuner.
 
     Of the transforms one that goes by what the others leave comes last.
     """
-    solver = measured = ""
+    solver = measured = tuner = ""
     for name, step in steps.items():
-        if step.kind not in {TRANSFORM, SOLVER}:
-            raise UserError(f"steps.{name}: its kind is {step.kind!r}: expected {TRANSFORM!r} or {SOLVER!r}")
+        if step.kind not in KINDS:
+            raise UserError(f"steps.{name}: its kind is {step.kind!r}: expected {', '.join(map(repr, KINDS))}")
+        if tuner:
+            raise UserError(
+                f"steps.{name}: after steps.{tuner}, which learns on the finished network: put steps.{tuner} last, once"
+            )
+        if step.kind == TUNER:
+            if not solver:
+                raise UserError(
+                    f"steps.{name}: no solver before it has quantized anything: put it after one such as gptq"
+                )
+            tuner = name
+            continue
         if solver and step.kind == TRANSFORM:
             words = (f"~steps.{solver}", *(f"+steps.{key}={in_yaml(given[key] or {})}" for key in (name, solver)))
             raise UserError(
@@ -104,7 +120,9 @@ def _found(name: str, target: Any) -> tuple[type[Step], type]:
         raise UserError(f"{field}: {target!r} cannot be imported ({reason}): give module.Class") from None
     schema = getattr(module, "Options", None)
     if not (isinstance(step, type) and issubclass(step, Step)):
-        raise UserError(f"{field}: {target!r} is no step: a class of its own based on ptq.steps.Transform or Solver")
+        raise UserError(
+            f"{field}: {target!r} is no step: a class of its own based on ptq.steps.Transform, Solver or Tuner"
+        )
     if not (isinstance(schema, type) and dataclasses.is_dataclass(schema)):
         raise UserError(f"{field}: {module_name} has no dataclass Options beside {class_name}: add one")
     return step, schema

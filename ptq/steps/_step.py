@@ -29,6 +29,8 @@ TRANSFORM = "transform"
 """A step that rewrites a block without changing its function: smooth, cluster, ..."""
 SOLVER = "solver"
 """A step that picks the quantized weights: rtn, gptq, ..."""
+TUNER = "tuner"
+"""A step that learns, on the finished network as a whole, what codes that a solver has picked are multiplied by: tune."""
 
 STATISTICS = "statistics"
 """Capture: per-channel statistics of every Linear, taken on the calibration samples before the first block."""
@@ -314,3 +316,35 @@ class Solver(Step):
             formats: by a name; each with scales of rows, or of the whole weight.
         """
         raise TypeError(f"{type(self).__name__} does not weigh errors")
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a tuner learns from.
+
+    Attributes:
+        flow: samples as they reach the first block of the quantized network, and how it calls its blocks for each batch.
+        target: the unquantized network's final hidden states of the same samples, (samples, length, channels).
+        started: what an interrupted run kept last, or None.
+        keep: told what to go on from; called at moments between which little work is lost.
+    """
+
+    flow: Flow
+    target: torch.Tensor
+    started: Mapping[str, torch.Tensor] | None = None
+    keep: Callable[[Mapping[str, torch.Tensor]], None] = lambda state: None
+
+
+class Tuner(Step):
+    """A step that changes the finished quantized network as a whole. Its `apply` puts what was learned into a block's modules."""
+
+    kind: ClassVar[str] = TUNER
+
+    @property
+    def batch_size(self) -> int:
+        """Samples that pass together."""
+        return 1
+
+    def tune(self, context: Context, tuning: Tuning) -> StepPlan:
+        """Learns on all blocks together, whose weights are in memory and are the quantized ones; leaves them as they are."""
+        raise TypeError(f"{type(self).__name__} does not say what it learns")

@@ -1,10 +1,17 @@
-"""A Linear whose quantized weight is being learned: gradients pass through the rounding of weight and input."""
+"""Linears whose quantized weight is being learned: gradients pass through the rounding of weight and input (`LearnedLinear`), or
+its codes stand still and its scales are tuned (`TunedLinear`; EfficientQAT, Chen et al. 2024, section 3.3).
+"""
+
+from typing import Any
 
 import torch
 from torch import nn
 from torch.nn import functional
 
-from quantize.modules.simulated import InputQuantizer
+from quantize.grid.affine import Grid, grouped
+from quantize.grid.scales import rounded_scales
+from quantize.kernels.matmul import linear, product
+from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.rounding import LearnedWeight, valued
 
 
@@ -40,3 +47,103 @@ class LearnedLinear(nn.Module):
             x = valued(x, self.inputs(x.detach()))
         bias = None if self.bias is None else self.bias.to(x.dtype)
         return functional.linear(x, self.learned().to(x.dtype), bias)
+
+
+class TunedLinear(nn.Module):
+    """Computes what a `QuantLinear` does with each scale times exp of a parameter, straight through the rounding of its input.
+
+    Steps of an optimizer are relative to a scale's own size that way, and no scale changes its sign.
+
+    Args:
+        quantized: its weight has an integer format; it is left as it is.
+        dtype: type of the products, forward and backward.
+
+    Raises:
+        ValueError: for a weight of another format, or one that a product of low rank is added to.
+    """
+
+    bias: torch.Tensor | None
+    labels: torch.Tensor | None
+    steps: torch.Tensor
+    start: torch.Tensor
+
+    def __init__(self, quantized: QuantLinear, dtype: torch.dtype = torch.float32):
+        super().__init__()
+        spec = quantized.weight_spec
+        if spec is None or not spec.affine:
+            raise ValueError(f"format: {spec.format if spec else 'floating point'} has no scales to tune: use int")
+        if quantized.corrected:
+            raise ValueError("a product of low rank is added to the weight, which was fitted to its scales")
+        self.spec, self.shape, self.dtype, self.inputs = spec, quantized.codes.shape, dtype, quantized.inputs
+        codes, zero = grouped(quantized.codes, spec).to(torch.int16), quantized.zero_point
+        self.register_buffer("labels", quantized.labels)
+        if zero is not None:
+            codes -= (zero if self.labels is None else zero[..., self.labels]).to(torch.int16)
+        # Whole numbers up to 255 are exact in 16 bits of either kind.
+        self.register_buffer("steps", codes.to(torch.bfloat16))
+        self.register_buffer("start", quantized.scale.detach().clone())
+        self.register_buffer("bias", quantized.bias)
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
+
+    def scale(self) -> torch.Tensor:
+        """Returns the scales in the shape of the `QuantLinear`'s, as they would be stored, differentiable."""
+        exact = self.start * torch.exp(self.log_ratio)
+        now = exact.detach()
+        return valued(exact, rounded_scales(Grid(now, None, 0, 2**self.spec.bits - 1), now, self.spec.scales).scale)
+
+    def weight(self) -> torch.Tensor:
+        """Returns the weight (out, in), float32, differentiable."""
+        scale = self.scale()
+        return (self.steps * (scale if self.labels is None else scale[..., self.labels])).reshape(self.shape)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
+        if self.inputs is not None:
+            x = valued(x, self.inputs(x.detach()))
+        return product_in(self.dtype, x, self.weight(), self.bias)
+
+
+class TunedGain(nn.Module):
+    """Gives a norm's weight with its gain times exp of a parameter.
+
+    Args:
+        weight: of the norm, (channels,).
+        offset: what the norm adds to it to get its gain: 0 or 1.
+    """
+
+    def __init__(self, weight: torch.Tensor, offset: float):
+        super().__init__()
+        self.offset = offset
+        self.log_ratio = nn.Parameter(torch.zeros_like(weight))
+
+    def forward(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight (channels,), differentiable."""
+        return weight + (weight + self.offset) * torch.expm1(self.log_ratio)
+
+
+def product_in(
+    dtype: torch.dtype, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None
+) -> torch.Tensor:
+    """Returns x W^T + b (..., out) in the type of `x`, multiplied in `dtype`, and so are its derivatives by `x` and `weight`."""
+    y: torch.Tensor = _Product.apply(x, weight, dtype)
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        narrow, matrix = x.to(dtype), weight.to(dtype)
+        ctx.save_for_backward(narrow, matrix)
+        ctx.types = x.dtype, weight.dtype
+        return linear(narrow, matrix).to(x.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        by_output = gradients[0].to(weight.dtype).reshape(-1, len(weight)).contiguous()
+        by_x = by_weight = None
+        if ctx.needs_input_grad[0]:
+            by_x = product(by_output, weight).to(ctx.types[0]).reshape(x.shape)
+        if ctx.needs_input_grad[1]:
+            by_weight = product(by_output.t().contiguous(), x.reshape(-1, x.shape[-1])).to(ctx.types[1])
+        return by_x, by_weight, None

@@ -280,6 +280,21 @@ class QuantLinear(nn.Module):
         self.register_buffer("right", right.to(self.weight.device))
         self.weight = self._decoded(self.weight.dtype)
 
+    def rescale(self, scale: torch.Tensor) -> None:
+        """Gives the codes another scale, of the shape of the old one.
+
+        Raises:
+            ValueError: for another shape, NaN or inf, or a weight whose format has no integer codes.
+        """
+        if self.weight_spec is None or not self.weight_spec.affine or scale.shape != self.scale.shape:
+            raise ValueError(f"scale: {tuple(scale.shape)} is not the shape of the scale of integer codes here")
+        if not all_finite(scale):
+            raise ValueError("scale: holds NaN or inf")
+        self.scale = scale.to(self.scale)
+        self.weight = self._decoded(self.weight.dtype)
+        if self._multiplier is not None:
+            self._multiplier.forget()
+
     @property
     def corrected(self) -> bool:
         """Whether a product of low rank is added to the weight."""

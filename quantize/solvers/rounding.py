@@ -2,6 +2,7 @@
 et al. 2023). Parameters give the weight with straight-through gradients, and in the end codes and a grid.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -16,6 +17,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 LEAST = 0.05
 """Least share of a range that is left to it: with none a weight would have no steps."""
+WARM_SHARE = 8
+"""One step in so many is spent on raising the rate to its greatest, where it is warmed up."""
 OPEN = 4.0
 """Where OmniQuant's clipping starts: sigmoid(4) = 0.982 of the range."""
 
@@ -200,6 +203,11 @@ def linear_decay(step: int, steps: int, rate: float | None = None) -> float:
     With the default, V can just cross its whole range of 1 / 2 in the course of training.
     """
     return (1 / steps if rate is None else rate) * (1 - step / steps)
+
+
+def warmed_cosine(step: int, steps: int, rate: float) -> float:
+    """Returns the rate of step `step` (from 0) of `steps`: it rises to `rate` over the first steps, and falls to 0 by half a cosine."""
+    return rate * min(1.0, WARM_SHARE * (step + 1) / steps) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
 class _Valued(torch.autograd.Function):

@@ -1,6 +1,7 @@
 """The end of a run: its figures put together, written into its folder, and shown."""
 
 import pathlib
+from collections.abc import Mapping
 
 import torch
 
@@ -42,6 +43,7 @@ def report(
     folder: pathlib.Path,
     identity: str,
     tasks: list[TaskResult],
+    tuned: Mapping[str, float] | None = None,
 ) -> None:
     """Writes the run's files and shows its tables.
 
@@ -54,6 +56,7 @@ def report(
         folder: the run's.
         identity: digest of everything that the results depend on.
         tasks: both models' answers to tasks.
+        tuned: figures of the step that learned on the finished network.
 
     Raises:
         UserError: when the quantized model's losses are NaN or inf although its hidden states are not.
@@ -65,7 +68,7 @@ def report(
     recipe, journal, e = session.recipe, session.journal, session.recipe.evaluation
     comparison = compare(baseline.losses, compared, tokens.ids.shape[1], e.resamples, e.confidence, e.seed)
     loaded, device = session.loaded, session.stream.device
-    calibrated = session.calibration_tokens()
+    calibrated = session.seen_tokens()
     o = overlap_of(loaded.tokenizer, calibrated, tokens)
     bytes_before = 4 if loaded.baseline_dtype == "fp32" else 2
     size = size_of(session.network, visitor, bytes_before)
@@ -94,6 +97,7 @@ def report(
         memory=journal.memory.memory(),
         kernels=kernels,
         tasks=tasks,
+        tuned=None if tuned is None else dict(tuned),
     )
     write_results(folder, recipe, comparison, visitor.layers, facts, environment(recipe, device, session.world.size))
     journal.show(tensor_table(facts.tensors))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from quantize.grid.affine import dequantize, fake_quantize, grouped
 from quantize.grid.ranges import weight_grid
 from quantize.modules.simulated import QuantLinear
-from quantize.solvers.rounding import LEAST, LearnedClipping, LearnedRounding, linear_decay, sign_step
+from quantize.solvers.rounding import LEAST, LearnedClipping, LearnedRounding, linear_decay, sign_step, warmed_cosine
 from quantize.spec.quant_spec import QuantSpec, spec_of
 from tests.quantize.solvers.problems import best_of_all, losses, problem
 
@@ -225,3 +225,12 @@ def test_a_learned_scale_multiplies_the_columns_before_they_are_rounded(spec):
     assert bool(learned.log_scale.grad.abs().sum() > 0)
     with pytest.raises(ValueError, match="log_scale, start"):
         LearnedClipping(weight, spec, None, plain.grid(), learned.log_scale)
+
+
+@pytest.mark.parametrize("steps", [1, 7, 128])
+def test_the_rate_rises_over_the_first_eighth_and_falls_after_that(steps):
+    rates = [warmed_cosine(step, steps, 0.5) for step in range(steps)]
+    top = rates.index(max(rates))
+    assert min(rates) > 0 and max(rates) <= 0.5 and top <= steps / 8 + 1
+    assert rates[: top + 1] == sorted(rates[: top + 1]) and rates[top:] == sorted(rates[top:], reverse=True)
+    assert rates[-1] < 0.1 * max(rates) or steps < 10
