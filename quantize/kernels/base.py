@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import Protocol
 
 import torch
@@ -155,14 +156,20 @@ def _absmax_rows(rows: torch.Tensor, bits: int) -> IntegerRows:
     At one row each of them costs as much as some ten thousand products. Where a row's greatest magnitude is float32's own
     limit, its scale may be one unit in the last place above that of `grid_from_range`.
     """
-    rows = rows.detach()
+    rows = rows.detach() if rows.requires_grad else rows
     magnitudes = rows.abs()
-    scale = magnitudes.amax(1, keepdim=True).float().div_(2 ** (bits - 1) - 1)
+    scale = magnitudes.amax(1, keepdim=True).float().div_(_greatest(bits))
     # Scales below the least normal number become 1; NaN stays.
     torch.threshold_(scale, _BELOW_TINY, 1.0)
     # Magnitudes have been read: the quotients take their place, where the type is the same.
     quotients = torch.div(rows, scale, out=magnitudes) if rows.dtype == torch.float32 else rows / scale
     return IntegerRows(quotients.round_().to(torch.int8), scale, None)
+
+
+@cache
+def _greatest(bits: int) -> torch.Tensor:
+    """Returns the greatest code as a tensor: a Python number would be converted at each call."""
+    return torch.tensor(float(2 ** (bits - 1) - 1))
 
 
 _BELOW_TINY = torch.finfo(torch.float32).tiny * (1 - 2**-23)

@@ -68,9 +68,9 @@ def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     count = len(a)
     if not count:
         return a.new_zeros(0, b.shape[1], dtype=torch.int32)
-    if a.device.type == "cuda" and count < CUDA_ROWS:
-        a = torch.nn.functional.pad(a, (0, 0, 0, CUDA_ROWS - count))
-    return torch._int_mm(a.contiguous(), b)[:count]
+    if count < CUDA_ROWS and a.device.type == "cuda":
+        return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, CUDA_ROWS - count)), b)[:count]
+    return torch._int_mm(a.contiguous(), b)
 
 
 register(IntMm())

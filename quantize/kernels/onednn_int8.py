@@ -30,8 +30,7 @@ class OnednnInt8:
         """Packs the weight; the codes stay where they are too."""
         packed = torch.ops.onednn.qlinear_prepack(weight.codes.contiguous(), None)
         out = len(weight.codes)
-        ones, zeros = torch.ones(out), torch.zeros(out, dtype=torch.int64)
-        scale = weight.scale[:, 0]
+        scale, zeros = weight.scale[:, 0].contiguous(), torch.zeros(out, dtype=torch.int64)
 
         def multiply(rows: IntegerRows) -> torch.Tensor:
             if not len(rows.codes):
@@ -39,9 +38,9 @@ class OnednnInt8:
             unsigned = (rows.codes.view(torch.uint8) ^ SHIFT).contiguous()
             zero = SHIFT if rows.zero is None else SHIFT + int(rows.zero)
             sums: torch.Tensor = torch.ops.onednn.qlinear_pointwise(
-                unsigned, 1.0, zero, packed, ones, zeros, None, 1.0, 0, torch.float32, "none", [], ""
+                unsigned, 1.0, zero, packed, scale, zeros, None, 1.0, 0, torch.float32, "none", [], ""
             )
-            return sums.mul_(scale)
+            return sums
 
         return multiply
 
