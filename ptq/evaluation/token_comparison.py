@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch.nn.functional import log_softmax
 
+from quantize.kernels.matmul import fast_linears
+
+TOGETHER = 1 << 19
+"""Values of logits that are looked at together on a CPU: 2 MiB."""
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 
@@ -51,7 +55,10 @@ def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: in
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
             # Scores without a name are gone before the next chunk has logits: they are as large as these.
-            total += float(_losses(log_softmax(head(hidden[w : w + 1, span])[0].float(), dim=-1), targets).sum())
+            scores = _logits(head, hidden[w : w + 1, span])
+            parts = [_losses(log_softmax(scores[r], dim=-1), targets[r]) for r in _pieces(scores)]
+            total += float(torch.cat(parts).sum())
+            del scores
         losses[w] = total / (ids.shape[1] - 1)
     return losses
 
@@ -72,17 +79,34 @@ def compare_tokens(
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            p = log_softmax(heads[0](baseline[w : w + 1, span])[0].float(), dim=-1)
-            q = log_softmax(heads[1](quantized[w : w + 1, span])[0].float(), dim=-1)
-            before.append(_losses(p, targets).cpu())
-            after.append(_losses(q, targets).cpu())
-            total += float(after[-1].sum())
-            agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
-            divergences.append(_divergence(p, q).cpu())
-            del p, q  # as large as the logits of the chunk to come
+            first, second = _logits(heads[0], baseline[w : w + 1, span]), _logits(heads[1], quantized[w : w + 1, span])
+            start = len(after)
+            for r in _pieces(first):
+                p, q = log_softmax(first[r], dim=-1), log_softmax(second[r], dim=-1)
+                before.append(_losses(p, targets[r]).cpu())
+                after.append(_losses(q, targets[r]).cpu())
+                agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
+                divergences.append(_divergence(p, q).cpu())
+            total += float(torch.cat(after[start:]).sum())
+            del first, second, p, q  # as large as the logits of the chunk to come
         losses[w] = total / (ids.shape[1] - 1)
     kl = torch.cat(divergences).clamp_min_(0)
     return TokenComparison(losses, torch.cat(before), torch.cat(after), kl, torch.cat(agreed))
+
+
+def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the logits (tokens, vocabulary) of final hidden states (1, tokens, channels), float32.
+
+    Nothing is rounded to codes after them, so that the fastest product will do.
+    """
+    with fast_linears():
+        return head(hidden)[0].float()
+
+
+def _pieces(logits: torch.Tensor) -> list[slice]:
+    """Returns the tokens that are looked at together: on a CPU few, whose probabilities stay in its caches from pass to pass."""
+    count = max(1, TOGETHER // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
+    return [slice(i, i + count) for i in range(0, len(logits), count)]
 
 
 def _losses(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:

@@ -128,9 +128,7 @@ class Fastest(Generic[Given]):
         return {**self.__dict__, "_prepared": {}, "_by_size": {}}
 
 
-def _least_milliseconds(
-    multiply: Callable[[Given], torch.Tensor], given: Given, device: torch.device
-) -> float:
+def _least_milliseconds(multiply: Callable[[Given], torch.Tensor], given: Given, device: torch.device) -> float:
     times: list[float] = []
     while len(times) < ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ENOUGH):
         times.append(_milliseconds(multiply, given, device))
