@@ -3,21 +3,23 @@
 import pathlib
 import tempfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
 
+from ptq.bench.decode_step import step_times
 from ptq.bench.loading import loading
 from ptq.bench.report import write
 from ptq.bench.roofline import measured
-from ptq.bench.side import Side
+from ptq.bench.side import DYNAMIC, Side
 from ptq.bench.sides import BFLOAT16, FLOAT32, KERNELS, check_competitors, folder_of, sides_of
 from ptq.bench.timing import Figure, in_turn
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 from ptq.files.kernel_timings import timings_key
 from quantize.modules.packed import PackedLinear
+from quantize.spec.quant_spec import QuantSpec, SpecError
 
 PROMPT = 16
 """Tokens before what is decoded."""
@@ -34,6 +36,8 @@ class Tasks:
         rounds: turns that count.
         loading: whether time to load and peak memory are measured.
         against: names of other runtimes.
+        cache: what transformers generates with.
+        head_bits: of embedding and head, rounded beside what the recipe's scheme says; None leaves that to the scheme.
     """
 
     prefill: tuple[int, ...] = (128, 512, 2048)
@@ -42,12 +46,25 @@ class Tasks:
     rounds: int = 5
     loading: bool = True
     against: tuple[str, ...] = field(default=())
+    cache: str = DYNAMIC
+    head_bits: int | None = None
 
 
 def bench(
-    recipe: Recipe, tasks: Tasks, output: pathlib.Path | None = None, say: Callable[[str], None] = print
+    recipe: Recipe,
+    tasks: Tasks,
+    output: pathlib.Path | None = None,
+    say: Callable[[str], None] = print,
+    run: pathlib.Path | None = None,
 ) -> pathlib.Path:
     """Measures the recipe's model and returns the folder of ``bench.json``, ``bench.md`` and ``bench.png``.
+
+    Args:
+        recipe: of the model and its formats.
+        tasks: what is measured.
+        output: where to; None for ``outputs/bench/<recipe>``.
+        say: told what is done.
+        run: the folder of a finished run of the recipe that has saved its codes; None rounds weights to nearest.
 
     Raises:
         UserError: for tasks that make no sense, a runtime that is not installed, and what a run would refuse.
@@ -55,7 +72,8 @@ def bench(
     if tasks.rounds < 1 or tasks.decode < 0 or min((*tasks.prefill, *tasks.batches), default=1) < 1:
         raise UserError("bench: --rounds, --prefill and --batches are at least 1, --decode at least 0")
     check_competitors(list(tasks.against))
-    made = list(sides_of(recipe, list(tasks.against), torch.get_num_threads()))
+    recipe = _with_head(recipe, tasks.head_bits)
+    made = list(sides_of(recipe, list(tasks.against), torch.get_num_threads(), tasks.cache, run))
     sides = [side for side, _ in made]
     longest = max([PROMPT + tasks.decode, *tasks.prefill])
     limit = getattr(made[0][1].config, "max_position_embeddings", longest)
@@ -89,10 +107,28 @@ def bench(
         "loading": _loading(made) if tasks.loading else {},
         "roofline": asdict(roofline := measured()),
         "linears": _linears(made, roofline),
+        "decode_step": _steps(made, ids, tasks),
     }
     folder = folder_of(recipe.name, output)
     write(folder, report)
     return folder
+
+
+def _with_head(recipe: Recipe, bits: int | None) -> Recipe:
+    """Returns the recipe with embedding and head in integers of so many bits, one scale a row."""
+    if bits is None:
+        return recipe
+    try:
+        spec = QuantSpec(bits=bits)
+    except SpecError as error:
+        raise UserError(f"--head: {bits} is not valid: expected {error.expected}") from None
+    return replace(recipe, scheme=replace(recipe.scheme, embedding=spec, head=spec))
+
+
+def _steps(made: list[tuple[Side, Any]], ids: torch.Tensor, tasks: Tasks) -> dict[str, dict[str, float]]:
+    """Returns milliseconds a token by part, of the baseline and of the kernels' side."""
+    wanted = [(side, model) for side, model in made if side.name in {FLOAT32, KERNELS}] if tasks.decode else []
+    return {side.name: step_times(side, model, ids[:, :PROMPT], tasks.decode) for side, model in wanted}
 
 
 def _call(work: Callable[[torch.Tensor], object], ids: torch.Tensor) -> Callable[[], object]:

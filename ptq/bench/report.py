@@ -53,6 +53,7 @@ def tables(report: dict[str, Any]) -> str:
     roof = report["roofline"]
     limits = ", ".join(f"{kind} {value / 1e9:.0f}" for kind, value in roof["operations"].items())
     lines += ["", f"This machine at best: 10^9 operations a second: {limits}; {roof['bandwidth'] / 1e9:.1f} GB/s read."]
+    lines += _step_table(report["decode_step"])
     if report["linears"]:
         lines += [
             "",
@@ -67,6 +68,16 @@ def tables(report: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _step_table(steps: dict[str, dict[str, float]]) -> list[str]:
+    """Returns where a decoded token's time goes, in Markdown."""
+    if not steps:
+        return []
+    parts = list(next(iter(steps.values())))
+    lines = ["", "Where a token's time goes at batch 1, ms (measured with hooks, which add some):", ""]
+    lines += [f"| side | {' | '.join(parts)} |", "|---|" + "---|" * len(parts)]
+    return lines + [f"| {side} | {' | '.join(f'{ms[part]:.2f}' for part in parts)} |" for side, ms in steps.items()]
+
+
 def _mega(value: float | None) -> str:
     return "" if value is None else f"{value / 1e6:.0f}"
 
@@ -77,8 +88,13 @@ def _draw(path: pathlib.Path, report: dict[str, Any]) -> None:
 
     tasks = list(dict.fromkeys(f["task"] for f in report["figures"]))
     sides = list(dict.fromkeys(f["side"] for f in report["figures"]))
-    figure = Figure(figsize=(1.6 * len(tasks) + 3, 4), layout="constrained")
-    axes = figure.subplots()
+    steps = report["decode_step"]
+    figure = Figure(figsize=(1.6 * len(tasks) + (7 if steps else 3), 4), layout="constrained")
+    axes, *others = figure.subplots(
+        1, 2 if steps else 1, squeeze=False, width_ratios=[1.6 * len(tasks) + 1, 4] if steps else None
+    )[0]
+    if others:
+        _draw_steps(others[0], steps)
     width = 0.8 / max(1, len(sides))
     for number, side in enumerate(sides):
         mine = {f["task"]: f for f in report["figures"] if f["side"] == side}
@@ -92,3 +108,14 @@ def _draw(path: pathlib.Path, report: dict[str, Any]) -> None:
     axes.set_title(report["recipe"])
     axes.legend(frameon=False)
     figure.savefig(path, dpi=120, format="png")
+
+
+def _draw_steps(axes: Any, steps: dict[str, dict[str, float]]) -> None:
+    """Draws where a token's time goes, a bar a side."""
+    for part in next(iter(steps.values())):
+        mine = [ms[part] for ms in steps.values()]
+        below = [sum(list(ms.values())[: list(ms).index(part)]) for ms in steps.values()]
+        axes.bar(list(steps), mine, 0.6, bottom=below, label=part)
+    axes.set_ylabel("ms a token")
+    axes.set_title("decoding one sequence")
+    axes.legend(frameon=False)

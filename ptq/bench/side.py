@@ -9,6 +9,9 @@ import torch
 from quantize.modules.packed import PackedLinear
 from quantize.modules.simulated import QuantLinear
 
+DYNAMIC = "dynamic"
+"""The cache that transformers generates with unless it is told of another one: it grows with the tokens."""
+
 
 @dataclass(frozen=True)
 class Side:
@@ -35,8 +38,9 @@ class Side:
     note: str = ""
 
 
-def side_of(name: str, model: Any, note: str = "") -> Side:
-    """Returns the side of a transformers model."""
+def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC) -> Side:
+    """Returns the side of a transformers model; `cache`: a name of transformers for the cache that it generates with."""
+    chosen = {} if cache == DYNAMIC else {"cache_implementation": cache}
 
     @torch.no_grad()
     def prefill(ids: torch.Tensor) -> object:
@@ -46,7 +50,7 @@ def side_of(name: str, model: Any, note: str = "") -> Side:
     def decode(ids: torch.Tensor, tokens: int) -> object:
         return model.generate(
             ids, attention_mask=torch.ones_like(ids), max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False,
-            pad_token_id=0,
+            pad_token_id=0, **chosen,
         )  # fmt: skip
 
     linears = list(_linears(model))

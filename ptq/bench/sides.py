@@ -9,15 +9,21 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 import ptq.bench.against
-from ptq.bench.side import Side, side_of
+from ptq.bench.side import DYNAMIC, Side, side_of
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.integrations.kernels import use_kernels_
-from ptq.integrations.replace import pack_
+from ptq.integrations.outside import choose_outside, quantize_outside_
+from ptq.integrations.replace import pack_, remember, tied_of
 from ptq.models.loading import load
+from ptq.network.network import build_network
+from ptq.network.outside import RoundedOutside
+from ptq.run.exports import QUANTIZED
 from ptq.run.in_memory import quantize
+from ptq.run.kept.block_file import rebuild
 from quantize.kernels.choice import Choice
 from quantize.modules.simulated import QuantLinear
 
@@ -43,8 +49,17 @@ def check_competitors(names: list[str]) -> None:
                 raise UserError(f"--against: {name} is not installed: {module.INSTALL}")
 
 
-def sides_of(recipe: Recipe, against: list[str], threads: int) -> Iterator[tuple[Side, Any]]:
+def sides_of(
+    recipe: Recipe, against: list[str], threads: int, cache: str = DYNAMIC, run: pathlib.Path | None = None
+) -> Iterator[tuple[Side, Any]]:
     """Yields each side and its transformers model, None for another runtime's.
+
+    Args:
+        recipe: of the model and its formats.
+        against: names of other runtimes.
+        threads: of torch.
+        cache: what transformers generates with, ``dynamic`` or ``static``.
+        run: a finished run of the recipe whose codes are taken; None rounds to nearest.
 
     Raises:
         UserError: for what a run would refuse.
@@ -53,21 +68,49 @@ def sides_of(recipe: Recipe, against: list[str], threads: int) -> Iterator[tuple
     loaded = load(recipe.model, recipe.execution)
     model = loaded.model.float().eval().requires_grad_(False)
     model.config.use_cache = True
-    yield side_of(FLOAT32, model), model
-    yield side_of(BFLOAT16, half := copy.deepcopy(model).bfloat16()), half
-    ids = torch.arange(CALIBRATION[0] * CALIBRATION[1]).view(CALIBRATION) % (model.config.vocab_size - 1)
-    simulated = quantize(copy.deepcopy(model), recipe.scheme, {"rtn": {}}, ids).model
-    yield side_of(SIMULATED, simulated), simulated
+    yield side_of(FLOAT32, model, cache=cache), model
+    yield side_of(BFLOAT16, half := copy.deepcopy(model).bfloat16(), cache=cache), half
+    if run is None:
+        ids = torch.arange(CALIBRATION[0] * CALIBRATION[1]).view(CALIBRATION) % (model.config.vocab_size - 1)
+        simulated = quantize(copy.deepcopy(model), recipe.scheme, {"rtn": {}}, ids).model
+    else:
+        simulated = saved_model(copy.deepcopy(model), recipe.scheme, run)
+    yield side_of(SIMULATED, simulated, "" if run is None else "the run's own codes", cache), simulated
     made = copy.deepcopy(simulated)
     note = by_kernels(made, recipe.scheme)
-    yield side_of(KERNELS, made, note), made
+    yield side_of(KERNELS, made, note, cache), made
     for name in against:
         yield _module(name).side(model, loaded.tokenizer), None
 
 
+def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
+    """Returns `model` with the blocks that a finished run has saved in its folder, in place; embedding and head are rounded anew.
+
+    What transforms have done to embedding, final norm and head is not among what a run saves: it changes no product's speed.
+
+    Raises:
+        UserError: for a file that is missing, damaged, or of modules that are not known.
+    """
+    network = build_network(model)
+    for block in network.blocks:
+        path = run / QUANTIZED / f"block-{block.index:05d}.safetensors"
+        try:
+            rebuild(block, path, network, torch.device("cpu"))
+        except (OSError, ValueError, SafetensorError) as error:
+            raise UserError(f"--run: {path} cannot be used ({str(error).splitlines()[0]}): run it again") from None
+    RoundedOutside(scheme, network)()
+    return model
+
+
 def by_kernels(model: Any, scheme: SchemeConfig) -> str:
-    """Packs the simulated Linears of `model` where that can be, and lets kernels multiply in all; returns who does."""
+    """Packs the simulated Linears of `model`, its embedding and its head where that can be, and lets kernels multiply in all;
+    returns who does.
+    """
     pack_(model, scheme)
+    outside = choose_outside(model, scheme, tied_of(model))
+    quantize_outside_(model, outside)
+    if outside and getattr(model.config, "quantization_config", None) is not None:
+        remember(model, scheme, model.config.quantization_config["skip_modules"])
     use = use_kernels_(model)
     choice = Choice()
     for module in model.modules():

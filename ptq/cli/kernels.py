@@ -49,7 +49,9 @@ def bench_command(arguments: list[str], program: str) -> int:
     parser.add_argument(
         "--config", metavar="RECIPE", help=f"a recipe's name, or a path to a .yaml file ({catalog.DEMO})"
     )
-    parser.add_argument("--run", metavar="FOLDER", help="a finished run: its recipe's model and formats")
+    parser.add_argument(
+        "--run", metavar="FOLDER", help="a finished run (execution.save=true): its recipe's model, its own codes"
+    )
     parser.add_argument(
         "--against", nargs="+", default=[], metavar="NAME", help="llama.cpp, torchao, bitsandbytes, torch-qint8"
     )
@@ -60,6 +62,10 @@ def bench_command(arguments: list[str], program: str) -> int:
     parser.add_argument(
         "--batches", nargs="+", type=int, default=[1, 8], metavar="N", help="sequences decoded together (1 8)"
     )
+    parser.add_argument(
+        "--cache", choices=["dynamic", "static"], default="dynamic", help="what transformers generates with (dynamic)"
+    )
+    parser.add_argument("--head", type=int, metavar="BITS", help="embedding and head in so many bits too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that count (5)")
     parser.add_argument("--no-loading", action="store_true", help="leave out time to load and peak memory")
     parser.add_argument("--output", metavar="FOLDER", help="where to (outputs/bench/<recipe>)")
@@ -79,9 +85,12 @@ def bench_command(arguments: list[str], program: str) -> int:
         given.rounds,
         not given.no_loading,
         tuple(given.against),
+        given.cache,
+        given.head,
     )
     output = pathlib.Path(given.output).expanduser() if given.output else None
-    folder = bench(_recipe(given.run, given.config, given.overrides, given.trust), tasks, output)
+    run = None if given.run is None else pathlib.Path(given.run).expanduser()
+    folder = bench(_recipe(run, given.config, given.overrides, given.trust), tasks, output, run=run)
     print((folder / "bench.md").read_text(encoding="utf-8"), end="")
     print(f"\n{folder}: bench.json, bench.md, bench.png")
     return 0
@@ -92,12 +101,12 @@ COMMANDS: dict[str, tuple[str, Callable[[list[str], str], int]]] = {
 }
 
 
-def _recipe(run: str | None, config: str | None, overrides: list[str], trust: bool) -> Recipe:
+def _recipe(run: pathlib.Path | None, config: str | None, overrides: list[str], trust: bool) -> Recipe:
     """Returns the recipe of a finished run, or the composed one."""
     if run is not None:
-        from ptq.run.exports import finished_recipe
+        from ptq.run.exports import saved_run
 
-        return finished_recipe(pathlib.Path(run).expanduser())
+        return saved_run(run)[0]
     from ptq.cli.compose.hydra_edge import compose_jobs
 
     job = compose_jobs(catalog.locate(config or catalog.DEMO), overrides, trust=trust)[0]

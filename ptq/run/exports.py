@@ -27,6 +27,9 @@ from ptq.run.session import Session, open_session
 from ptq.steps._step import WEIGHT_INPUT, WEIGHT_OUTPUT, Step
 from quantize.codecs.registry import codec_of
 
+QUANTIZED = "quantized"
+"""The folder in a run's that holds its finished blocks."""
+
 
 def adapted(recipe: Recipe) -> Recipe:
     """Returns `recipe` with what its export fixes filled into the scheme, so that what is evaluated is what is exported."""
@@ -70,7 +73,7 @@ def export_session(session: Session, folder: pathlib.Path) -> Exported | None:
     exporter = build_exporter(recipe.export)
     source: QuantizedTensors = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, _origin(session))
     if not loaded.weights.resident:
-        source = SavedSource(session, folder / "quantized")
+        source = SavedSource(session, folder / QUANTIZED)
     with session.journal.phase("export"):
         return _write(exporter, source, _default_path(folder, recipe.export, exporter), session.journal)
 
@@ -91,7 +94,7 @@ def export_run(
         UserError: for a folder that holds no finished run with saved codes, another model than the run's, a scheme that
             the format cannot express, or an output that exists.
     """
-    recipe, fingerprint = _finished(folder)
+    recipe, fingerprint = saved_run(folder)
     if recipe.model.trust_remote_code and not trust:
         raise UserError(
             f"--run: model.trust_remote_code is true in {folder}, so that the model's own code would run: "
@@ -116,17 +119,7 @@ def export_run(
             raise UserError(f"{error}{again}") from None
         for note in notes:
             journal.say(f"export: {note}")
-        return _write(exporter, SavedSource(session, folder / "quantized"), path, journal)
-
-
-def finished_recipe(folder: pathlib.Path) -> Recipe:
-    """Returns the recipe of a finished run. Raises `UserError` for a folder that holds none."""
-    if not (folder / "recipe.yaml").is_file():
-        raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
-    try:
-        return recipe_from(load_yaml(folder / "recipe.yaml"))
-    except (ValueError, KeyError, TypeError, RecursionError, yaml.YAMLError) as error:
-        raise UserError(f"--run: {folder} is damaged ({str(error).splitlines()[0]}): run it again") from None
+        return _write(exporter, SavedSource(session, folder / QUANTIZED), path, journal)
 
 
 def check_imatrix(recipe: Recipe) -> Any:
@@ -179,8 +172,12 @@ def _write(exporter: Exporter, source: QuantizedTensors, path: pathlib.Path, jou
     return exported
 
 
-def _finished(folder: pathlib.Path) -> tuple[Recipe, str]:
-    """Returns the recipe and the weights' fingerprint of a finished run."""
+def saved_run(folder: pathlib.Path) -> tuple[Recipe, str]:
+    """Returns the recipe and the weights' fingerprint of a finished run whose codes were saved.
+
+    Raises:
+        UserError: for a folder that holds none.
+    """
     if not (folder / "recipe.yaml").is_file() or not (folder / "metrics.json").is_file():
         raise UserError(f"--run: {folder} holds no finished run: give a folder with recipe.yaml and metrics.json")
     try:
@@ -190,7 +187,7 @@ def _finished(folder: pathlib.Path) -> tuple[Recipe, str]:
         raise UserError(
             f"--run: the files in {folder} are damaged ({str(error).splitlines()[0]}): run it again"
         ) from None
-    if not any((folder / "quantized").glob("block-*.safetensors")):
+    if not any((folder / QUANTIZED).glob("block-*.safetensors")):
         raise UserError(f"--run: {folder} kept no quantized weights: run it again with execution.save=true")
     return recipe, str(fingerprint)
 

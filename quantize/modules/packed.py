@@ -203,6 +203,11 @@ class PackedLinear(nn.Linear):
         return round(held * self.in_features * self.out_features / 8)
 
     @property
+    def quantizes(self) -> bool:
+        """Whether it rounds its input to codes at each call: of those that are multiplied as one the first does it for all."""
+        return isinstance(self._kernel, Multiplier) and (self.place is None or self.place[1] == 0)
+
+    @property
     def _codes_as_stored(self) -> bool:
         """Whether integer kernels read what is stored, and no copy."""
         return self.weight_spec.bits == 8 and self.weight_spec.symmetric

@@ -38,10 +38,10 @@ class SharedInput:
             # Tensors of inference mode count no versions: a change in place could not be told from the same values.
             return make(x, spec)
         last = self._last
-        if last is not None and last[0]() is x and last[1] == x._version and last[2] is make:
-            # Most often one object: to compare all fields costs as much as an operation.
-            if last[3] is spec or last[3] == spec:
-                return last[4]
+        # The formats are most often one object: to compare all fields costs as much as an operation.
+        same = last is not None and last[0]() is x and last[1] == x._version and last[2] is make
+        if last is not None and same and (last[3] is spec or last[3] == spec):
+            return last[4]
         made = make(x, spec)
         self._last = (weakref.ref(x, self._forget), x._version, make, spec, made)
         return made

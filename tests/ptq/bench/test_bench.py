@@ -1,20 +1,28 @@
 """The benchmark: sides in turn, a report with every figure, refusals before the work."""
 
+import copy
+import dataclasses
 import json
 
 import pytest
+import torch
 import transformers
+from safetensors import safe_open
 
 from ptq.bench.against import torch_qint8
 from ptq.bench.benchmark import Tasks, bench
 from ptq.bench.loading import loading
 from ptq.bench.roofline import Roofline
-from ptq.bench.sides import competitors
+from ptq.bench.sides import competitors, saved_model
 from ptq.bench.timing import in_turn
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.integrations.transformers import PtqConfig
+from ptq.models.loading import load
+from ptq.run.experiment import run
+from ptq.run.in_memory import quantize
+from quantize.modules.simulated import QuantLinear
 
 QUICK = Tasks(prefill=(8,), decode=2, batches=(1, 2), rounds=1, loading=False)
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
@@ -68,6 +76,57 @@ def test_schemes_with_static_inputs_are_measured_too(tiny_llama, tmp_path):
     report = json.loads((bench(recipe, tasks, tmp_path, say=lambda line: None) / "bench.json").read_text())
     assert "28 Linears: integer (not packed)" in report["sides"]["kernels"]["note"]
     assert {f["side"] for f in report["figures"]} == {"fp32", "bf16", "simulated", "kernels", "torch-qint8"}
+
+
+@pytest.fixture
+def run_of_ones_own(tiny_llama, tmp_path):
+    """A finished run that has saved its codes: GPTQ's, which differ from those that are nearest."""
+    recipe = recipe_from(
+        {
+            "name": "own", "model": {"path": str(tiny_llama)}, "scheme": {"weight": {"bits": 4}, "input": TOKEN},
+            "steps": {"gptq": {}}, "execution": {"save": True}, "outputs": str(tmp_path / "out"), "store": str(tmp_path / "store"),
+            "calibration": {"samples": 8, "length": 32}, "evaluation": {"windows": 2, "length": 32},
+        }
+    )  # fmt: skip
+    return recipe, run(recipe)
+
+
+def test_a_finished_run_is_measured_with_its_own_codes(run_of_ones_own, tmp_path):
+    recipe, folder = run_of_ones_own
+    model = load(recipe.model, recipe.execution).model
+    own, nearest = copy.deepcopy(model), copy.deepcopy(model)
+    saved_model(own, recipe.scheme, folder)
+    quantize(nearest, recipe.scheme, {"rtn": {}}, None)
+    mine, theirs = (
+        {name: m for name, m in found.named_modules() if isinstance(m, QuantLinear)} for found in (own, nearest)
+    )
+    with safe_open(folder / "quantized" / "block-00000.safetensors", framework="pt") as file:
+        first = next(name for name in mine if f"{name}.codes" in file.keys())  # noqa: SIM118
+        assert torch.equal(file.get_tensor(f"{first}.codes"), mine[first].codes)
+    assert any(not torch.equal(m.codes, theirs[name].codes) for name, m in mine.items())
+    assert main(["bench", "--run", str(folder), "--prefill", "8", "--decode", "2", "--batches", "1", "--rounds", "1",
+                 "--no-loading", "--output", str(tmp_path / "bench")]) == 0  # fmt: skip
+    report = json.loads((tmp_path / "bench" / "bench.json").read_text())
+    assert report["sides"]["simulated"]["note"] == "the run's own codes"
+    (folder / "quantized" / "block-00001.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match="--run: .*block-00001.safetensors cannot be used .*: run it again"):
+        saved_model(model, recipe.scheme, folder)
+
+
+def test_head_and_embedding_are_packed_where_asked_for_and_the_step_is_divided(tiny_llama, tmp_path):
+    recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": TOKEN})
+    tasks = dataclasses.replace(QUICK, prefill=(), batches=(1,), head_bits=8, cache="static")
+    folder = bench(recipe, tasks, tmp_path, say=lambda line: None)
+    report = json.loads((folder / "bench.json").read_text())
+    assert 3.5 < report["sides"]["fp32"]["head_bytes"] / report["sides"]["kernels"]["head_bytes"] <= 4
+    assert report["decode_step"].keys() == {"fp32", "kernels"}
+    assert (
+        report["decode_step"]["fp32"]["quantizing inputs"] == 0 < report["decode_step"]["kernels"]["quantizing inputs"]
+    )
+    assert all(ms >= 0 for parts in report["decode_step"].values() for ms in parts.values())
+    assert "| kernels | " in (folder / "bench.md").read_text().partition("Where a token's time goes")[2]
+    with pytest.raises(UserError, match="--head: 17 is not valid"):
+        bench(recipe, dataclasses.replace(tasks, head_bits=17), tmp_path)
 
 
 def test_sides_take_turns_and_ratios_are_over_the_first():
