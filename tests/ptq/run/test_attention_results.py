@@ -1,31 +1,19 @@
 """What a result says of attention tensors is what ran: with a solver from outside, with none, and with layers left out."""
 
-import json
 import pathlib
 import re
 
 import pytest
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
-from ptq.run.experiment import run
+from tests.tools.tiny_runs import tiny_run
 
 PAGE = pathlib.Path(__file__).parents[3] / "docs" / "writing-a-method.md"
 QUERY = {"bits": 2, "granularity": "token", "symmetric": False, "dynamic": True}
 
 
 def metrics(tmp_path, model, steps, **scheme):
-    recipe = {
-        "name": "attention",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 4, "length": 64},
-        "evaluation": {"windows": 4, "length": 64},
-        "scheme": {"weight": {"bits": 8}, **scheme},
-        "steps": steps,
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
-    return json.loads((run(recipe_from(recipe)) / "metrics.json").read_text())
+    return tiny_run(tmp_path, model, {"weight": {"bits": 8}, **scheme}, steps).metrics
 
 
 def row(figures, tensor):

@@ -15,6 +15,7 @@ from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import collect_statistics, dry_run, output_folder, run
+from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 W8A8 = {"weight": {"bits": 8}, "input": TOKEN}
@@ -27,22 +28,8 @@ STATIC = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "
 
 def make(tmp_path, model, scheme=None, **changes):
     """A recipe on a local model with its outputs and store under `tmp_path`."""
-    base = {
-        "name": "tiny",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 8, "length": 128},
-        "evaluation": {"windows": 12, "length": 128},
-        "scheme": W8A8 if scheme is None else scheme,
-        "steps": {"rtn": {}},
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
-    return recipe_from({**base, **changes})
-
-
-def metrics(folder):
-    """The figures of a finished run."""
-    return json.loads((folder / "metrics.json").read_text())
+    changes = {"steps": {"rtn": {}}, "samples": 8, "windows": 12, "length": 128, **changes}
+    return tiny_recipe(tmp_path, model, W8A8 if scheme is None else scheme, changes.pop("steps"), **changes)
 
 
 def test_a_run_leaves_all_its_files_and_they_agree(tmp_path, tiny_llama):
@@ -50,7 +37,7 @@ def test_a_run_leaves_all_its_files_and_they_agree(tmp_path, tiny_llama):
     folder = run(recipe)
     assert folder == output_folder(recipe) and folder.parent == tmp_path / "outputs" / "tiny"
     assert output_folder(recipe_from(yaml.safe_load((folder / "recipe.yaml").read_text()))) == folder
-    m = metrics(folder)
+    m = metrics_of(folder)
     assert m["difference_low"] <= m["difference"] <= m["difference_high"]
     assert 0 <= m["kl_mean"] < 0.1 and 0.9 < m["top1_agreement"] <= 1
     assert 0.99 < m["ratio"] < 1.02 and m["simulated"] is True
@@ -65,7 +52,7 @@ def test_a_run_leaves_all_its_files_and_they_agree(tmp_path, tiny_llama):
 
 def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path, tiny_opt, monkeypatch):
     recipe = make(tmp_path, tiny_opt, STATIC)
-    first = metrics(run(recipe))
+    first = metrics_of(run(recipe))
     passes = []
     original = BlockStream.run
     monkeypatch.setattr(
@@ -76,7 +63,7 @@ def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path
             original(self, flows, visitor, what, kept),
         )[1],
     )
-    second = metrics(run(recipe, force=True))
+    second = metrics_of(run(recipe, force=True))
     assert passes == ["quantize"]
     assert "baseline" in first["seconds"] and "baseline" not in second["seconds"]
     same = ("baseline_perplexity", "quantized_perplexity", "kl_mean", "window_losses")
@@ -108,20 +95,20 @@ def test_a_finished_run_of_other_weights_or_tokens_is_another_run(tmp_path, tiny
     text.write_text("the first text, " * 400)
     data = {"evaluation": {"source": "file", "path": str(text)}}
     recipe = make(tmp_path, model, data=data)
-    first = metrics(run(recipe))
+    first = metrics_of(run(recipe))
     text.write_text("another text it is, " * 400)
-    second = metrics(run(recipe))
+    second = metrics_of(run(recipe))
     assert second["identity"] != first["identity"] and second["baseline_perplexity"] != first["baseline_perplexity"]
     model.unlink()
     model.symlink_to(tiny_llama)
-    assert metrics(run(recipe))["weight_fingerprint"] != first["weight_fingerprint"]
+    assert metrics_of(run(recipe))["weight_fingerprint"] != first["weight_fingerprint"]
 
 
 def test_offloaded_and_resident_runs_give_the_same_figures(tmp_path, tiny_opt):
-    resident = metrics(run(make(tmp_path / "a", tiny_opt, STATIC)))
+    resident = metrics_of(run(make(tmp_path / "a", tiny_opt, STATIC)))
     settings = {"weights": "offloaded", "hidden_states": "disk", "save": True}
     folder = run(make(tmp_path / "b", tiny_opt, STATIC, execution=settings))
-    assert metrics(folder)["window_losses"] == resident["window_losses"]
+    assert metrics_of(folder)["window_losses"] == resident["window_losses"]
     saved = load_file(folder / "quantized" / "block-00000.safetensors")
     codes = saved["model.decoder.layers.0.fc1.codes"]
     assert codes.dtype == torch.int8 and codes.abs().max() == 127
@@ -132,9 +119,9 @@ def test_outlier_channels_make_per_tensor_quantization_collapse(tmp_path, kind, 
     plain = request.getfixturevalue(kind)
     injected = request.getfixturevalue(f"{kind}_outliers")
     tensor, channel = PER_TENSOR, {"weight": {"bits": 8}}
-    before = metrics(run(make(tmp_path, plain, tensor)))
+    before = metrics_of(run(make(tmp_path, plain, tensor)))
     after = {
-        name: metrics(run(make(tmp_path, injected, scheme)))
+        name: metrics_of(run(make(tmp_path, injected, scheme)))
         for name, scheme in (("tensor", tensor), ("token", W8A8), ("weights", channel))
     }
     assert abs(after["tensor"]["baseline_perplexity"] / before["baseline_perplexity"] - 1) < 1e-3
@@ -147,13 +134,13 @@ def test_outlier_channels_make_per_tensor_quantization_collapse(tmp_path, kind, 
 
 
 def test_four_bit_inputs_cost_more_than_eight(tmp_path, tiny_llama):
-    eight = metrics(run(make(tmp_path, tiny_llama)))
-    four = metrics(run(make(tmp_path, tiny_llama, {"weight": {"bits": 4}, "input": {**TOKEN, "bits": 4}})))
+    eight = metrics_of(run(make(tmp_path, tiny_llama)))
+    four = metrics_of(run(make(tmp_path, tiny_llama, {"weight": {"bits": 4}, "input": {**TOKEN, "bits": 4}})))
     assert four["ratio"] > eight["ratio"] and four["kl_mean"] > 10 * eight["kl_mean"]
 
 
 def test_a_scheme_of_nothing_changes_nothing(tmp_path, tiny_opt):
-    m = metrics(run(make(tmp_path, tiny_opt, {}, steps={})))
+    m = metrics_of(run(make(tmp_path, tiny_opt, {}, steps={})))
     assert m["kl_mean"] == 0 and m["top1_agreement"] == 1 and m["difference_low"] <= 0 <= m["difference_high"]
 
 
@@ -171,7 +158,7 @@ def test_overrides_apply_in_order_and_the_last_match_wins(tmp_path, tiny_opt):
 
 def test_the_key_value_cache_is_quantized_where_the_scheme_names_it(tmp_path, tiny_llama):
     scheme = {"key": {**TOKEN, "bits": 2}, "value": {**TOKEN, "bits": 2}}
-    m = metrics(run(make(tmp_path, tiny_llama, scheme)))
+    m = metrics_of(run(make(tmp_path, tiny_llama, scheme)))
     assert m["kl_mean"] > 0.01
 
 
@@ -190,8 +177,8 @@ def test_given_statistics_are_used_and_those_of_another_model_refused(
 ):
     path = collect_statistics(make(tmp_path, tiny_opt), tmp_path / "s.safetensors")
     calibration = {"samples": 8, "length": 128, "statistics": str(path)}
-    used = metrics(run(make(tmp_path, tiny_opt, STATIC, calibration=calibration)))
-    own = metrics(run(make(tmp_path, tiny_opt, STATIC)))
+    used = metrics_of(run(make(tmp_path, tiny_opt, STATIC, calibration=calibration)))
+    own = metrics_of(run(make(tmp_path, tiny_opt, STATIC)))
     assert used["window_losses"] == own["window_losses"]
     for other, reason in ((tiny_llama, "has no model.layers.0"), (tiny_opt_outliers, "other weights")):
         with pytest.raises(UserError, match=reason):
@@ -246,7 +233,7 @@ def test_a_stopped_run_keeps_its_finished_parts(tmp_path, tiny_opt, monkeypatch)
         run(recipe)
     monkeypatch.undo()
     assert not list((tmp_path / "outputs").rglob("metrics.json"))
-    resumed = metrics(run(recipe))
+    resumed = metrics_of(run(recipe))
     assert "baseline" not in resumed["seconds"] and "calibration" not in resumed["seconds"]
-    fresh = metrics(run(make(tmp_path / "fresh", tiny_opt, STATIC)))
+    fresh = metrics_of(run(make(tmp_path / "fresh", tiny_opt, STATIC)))
     assert resumed["window_losses"] == fresh["window_losses"]

@@ -1,13 +1,11 @@
 """Runs that evaluate by integer kernels: the simulation's figures to rounding, taken up with the same bits, refused by name before the work."""
 
-import json
-
 import pytest
 import yaml
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import dry_run, run
+from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 SCHEMES = {
@@ -20,25 +18,17 @@ SCHEMES = {
 @pytest.fixture
 def made(tmp_path, tiny_llama):
     def recipe(scheme, kernels="auto", steps=None, **execution):
-        return recipe_from(
-            {
-                "name": "kernels",
-                "model": {"path": str(tiny_llama)},
-                "calibration": {"samples": 4, "length": 64},
-                "evaluation": {"windows": 4, "length": 64, "resamples": 100},
-                "scheme": scheme,
-                "steps": steps or {"rtn": {}},
-                "execution": {"kernels": kernels, **execution},
-                "outputs": str(tmp_path / "outputs"),
-                "store": str(tmp_path / "store"),
-            }
+        evaluation = {"windows": 4, "length": 64, "resamples": 100}
+        execution = {"kernels": kernels, **execution}
+        return tiny_recipe(
+            tmp_path, tiny_llama, scheme, steps or {"rtn": {}}, evaluation=evaluation, execution=execution
         )
 
     return recipe
 
 
 def metrics(recipe):
-    return json.loads((run(recipe) / "metrics.json").read_text())
+    return metrics_of(run(recipe))
 
 
 @pytest.mark.parametrize("scheme", SCHEMES.values(), ids=SCHEMES)

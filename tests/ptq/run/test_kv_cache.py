@@ -1,12 +1,10 @@
 """Runs with a cache: what the result says, the model that generates with it, long windows, a block that is built again."""
 
-import json
 import pathlib
 
 import pytest
 import torch
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.integrations.cache import PackedLayer, cache_size
 from ptq.network import attention
@@ -15,6 +13,7 @@ from ptq.run.experiment import dry_run, run_recipe
 from ptq.run.in_memory import quantize
 from ptq.run.kept.block_file import rebuild, write_block
 from ptq.testing import random_tiny
+from tests.tools.tiny_runs import tiny_recipe
 
 KEY = {"bits": 2, "granularity": "channel", "symmetric": False, "dynamic": True}
 VALUE = {"bits": 2, "granularity": "group", "group_size": 16, "symmetric": False, "dynamic": True, "range": "mse"}
@@ -22,22 +21,11 @@ CACHE = {"window": 16, "first": 4, "tokens": 8}
 
 
 def recipe(tmp_path, model, length=96, **scheme):
-    return recipe_from(
-        {
-            "name": "kv",
-            "model": {"path": str(model)},
-            "calibration": {"samples": 4, "length": 64},
-            "evaluation": {"windows": 4, "length": length},
-            "scheme": scheme,
-            "steps": {"rtn": {}},
-            "outputs": str(tmp_path / "outputs"),
-            "store": str(tmp_path / "store"),
-        }
-    )
+    return tiny_recipe(tmp_path, model, scheme, {"rtn": {}}, evaluation={"windows": 4, "length": length})
 
 
 def metrics(tmp_path, model, **scheme):
-    return json.loads((run_recipe(recipe(tmp_path, model, **scheme)).folder / "metrics.json").read_text())
+    return run_recipe(recipe(tmp_path, model, **scheme)).metrics
 
 
 def test_a_run_says_how_the_cache_holds_what_and_its_model_generates_with_it(tmp_path, tiny_llama):

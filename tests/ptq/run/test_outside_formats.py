@@ -9,13 +9,13 @@ import torch
 import transformers
 
 import ptq
-from ptq.config.building import recipe_from
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.footprint.footprint import footprint
 from ptq.run.experiment import check_recipe, run, run_recipe
 from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import QuantSpec
+from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
 INT8 = {"bits": 8, "granularity": "group", "group_size": 32}
 INT4 = {"bits": 4, "granularity": "group", "group_size": 32}
@@ -23,17 +23,8 @@ INT4 = {"bits": 4, "granularity": "group", "group_size": 32}
 
 def make(tmp_path, model, scheme, **changes):
     """A recipe with that scheme on a local model."""
-    base = {
-        "name": "tiny",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 4, "length": 64},
-        "evaluation": {"windows": 4, "length": 64},
-        "scheme": scheme,
-        "steps": {"rtn": {}} if scheme.get("weight") else {},
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
-    return recipe_from({**base, **changes})
+    changes = {"steps": {"rtn": {}} if scheme.get("weight") else {}, **changes}
+    return tiny_recipe(tmp_path, model, scheme, changes.pop("steps"), **changes)
 
 
 @pytest.fixture(scope="module")
@@ -48,15 +39,10 @@ def untied(tiny_llama, tmp_path_factory):
     return folder
 
 
-def metrics(folder):
-    """The figures of a finished run."""
-    return json.loads((folder / "metrics.json").read_text())
-
-
 @pytest.mark.parametrize("execution", [{}, {"weights": "offloaded", "hidden_states": "disk"}])
 def test_what_is_evaluated_is_the_model_with_those_two_weights_rounded(tmp_path, untied, execution):
     formats = {"embedding": INT4, "head": {"bits": 3}}
-    found = metrics(run(make(tmp_path, untied, formats, execution=execution)))
+    found = metrics_of(run(make(tmp_path, untied, formats, execution=execution)))
     model = transformers.AutoModelForCausalLM.from_pretrained(untied, dtype=torch.float16).float().eval()
     ids = _evaluated(tmp_path, untied)
     with torch.no_grad():
@@ -83,7 +69,7 @@ def _evaluated(tmp_path, model):
 def test_tied_weights_are_rounded_and_counted_together(tmp_path, tiny_llama):
     recipe = make(tmp_path, tiny_llama, {"weight": INT4, "embedding": INT8, "head": INT8})
     folder = run(recipe)
-    size = metrics(folder)["size"]
+    size = metrics_of(folder)["size"]
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama)
     rows, columns = model.model.embed_tokens.weight.shape
     linears = sum(

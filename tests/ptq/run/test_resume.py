@@ -1,5 +1,6 @@
 """A run that is killed goes on after its last finished block, and ends with the bits of one that was not."""
 
+import functools
 import json
 import os
 import signal
@@ -13,13 +14,13 @@ import torch
 import yaml
 
 from ptq.cli.app import main
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
 from ptq.run.experiment import output_folder, run
 from ptq.run.kept.kept_pass import RESUME, KeptPass
 from ptq.run.kept.state import alone
 from tests.tools.same_bits import results, same
+from tests.tools.tiny_runs import tiny_recipe
 
 STATIC4 = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "symmetric": False}}
 CLUSTERED = {
@@ -48,19 +49,7 @@ class Killed(BaseException):
     """Stands for a signal that nothing can catch."""
 
 
-def make(tmp_path, model, scheme, steps, **changes):
-    base = {
-        "name": "kept",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 8, "length": 64},
-        "evaluation": {"windows": 8, "length": 64},
-        "scheme": scheme,
-        "steps": steps,
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-        "execution": {"save": True},
-    }
-    return recipe_from({**base, **changes})
+make = functools.partial(tiny_recipe, name="kept", samples=8, windows=8, execution={"save": True})
 
 
 def kill_at(monkeypatch, count, before, what="quantize"):

@@ -1,15 +1,14 @@
 """A Linear that no token reaches: named, rounded to nearest, and in the way of nothing."""
 
 import csv
-import json
 
 import pytest
 import torch
 from torch import nn
 
 import ptq.models.shared
-from ptq.config.building import recipe_from
 from ptq.run.experiment import run
+from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 TENSOR = {"bits": 8, "granularity": "tensor", "symmetric": False}
@@ -45,19 +44,10 @@ def spare(monkeypatch):
 @pytest.mark.parametrize("case", CASES)
 def test_a_linear_that_no_token_reaches_is_named_and_the_run_goes_on(tmp_path, tiny_llama, case):
     scheme, steps = CASES[case]
-    recipe = {
-        "name": "unreached",
-        "model": {"path": str(tiny_llama)},
-        "calibration": {"samples": 4, "length": 64},
-        "evaluation": {"windows": 4, "length": 64},
-        "scheme": scheme,
-        "steps": steps,
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
+    recipe = tiny_recipe(tmp_path, tiny_llama, scheme, steps)
     for _ in range(2):  # the second time out of the store
-        folder = run(recipe_from(recipe))
-        assert json.loads((folder / "metrics.json").read_text())["kl_mean"] < 1
+        folder = run(recipe)
+        assert metrics_of(folder)["kl_mean"] < 1
         rows = {row["name"]: row for row in csv.DictReader((folder / "layers.csv").open())}
         assert rows[NAME]["output_error"] == "" and float(rows[NAME]["weight_sqnr_db"]) > 10
         if case != "rtn":  # which needs no token

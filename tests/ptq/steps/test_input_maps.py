@@ -1,35 +1,23 @@
 """wush and affine: nothing but rounding changes on every architecture, four bits lose less, and the maps are counted and kept."""
 
-import json
 import re
 
 import pytest
 from safetensors.torch import load_file
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
-from ptq.run.experiment import run
-from ptq.testing import ARCHITECTURES, byte_tokenizer, random_tiny
+from ptq.testing import ARCHITECTURES, random_tiny
+from tests.tools.tiny_runs import saved, tiny_run
 
 TOKEN4 = {"bits": 4, "granularity": "token", "dynamic": True}
 W4A4 = {"weight": {"bits": 4}, "input": TOKEN4}
 STEPS = {"wush": {}, "affine": {"steps": 8}}
 
 
-def figures(tmp_path, model, scheme, steps, **changes):
+def figures(*args, **changes):
     """The metrics of a run, its folder and its log."""
-    base = {
-        "name": "mapped",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 4, "length": 32},
-        "evaluation": {"windows": 8, "length": 32},
-        "scheme": scheme,
-        "steps": steps,
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
-    folder = run(recipe_from({**base, **changes}))
-    return json.loads((folder / "metrics.json").read_text()), folder, (folder / "run.log").read_text()
+    ran = tiny_run(*args, **{"windows": 8, "length": 32, **changes})
+    return ran.metrics, ran.folder, ran.log
 
 
 @pytest.mark.parametrize("architecture", ARCHITECTURES)
@@ -37,9 +25,7 @@ def figures(tmp_path, model, scheme, steps, **changes):
 def test_a_mapped_network_computes_what_it_did_on_every_architecture(tmp_path, architecture, name):
     model = random_tiny(architecture)
     model.resize_token_embeddings(258)
-    folder = tmp_path / architecture
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
+    folder = saved(model, tmp_path / architecture)
     # With no solver nothing is rounded: what is compared is the map and its inverse.
     metrics, _, log = figures(tmp_path, folder, {"input": TOKEN4}, {name: STEPS[name]})
     assert metrics["kl_mean"] < 1e-6

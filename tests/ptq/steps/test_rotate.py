@@ -1,18 +1,18 @@
 """rotate: nothing but rounding changes on every architecture it can turn, and 4-bit inputs lose much less."""
 
 import dataclasses
-import json
+import functools
 import re
 
 import pytest
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.steps._registry import build_steps
 from ptq.steps._step import STATISTICS
 from ptq.steps.transforms.rotate import Options, Step
-from ptq.testing import ARCHITECTURES, byte_tokenizer, random_tiny
+from ptq.testing import ARCHITECTURES, random_tiny
+from tests.tools.tiny_runs import metrics_of, saved, tiny_recipe
 
 TOKEN4 = {"bits": 4, "granularity": "token", "dynamic": True}
 W4A4 = {"weight": {"bits": 4}, "input": TOKEN4}
@@ -20,48 +20,30 @@ W4A4 = {"weight": {"bits": 4}, "input": TOKEN4}
 TURNED = sorted(set(ARCHITECTURES) - {"bloom", "mixtral"})
 
 
-def make(tmp_path, model, scheme, steps, **changes):
-    base = {
-        "name": "turned",
-        "model": {"path": str(model)},
-        "calibration": {"samples": 4, "length": 32},
-        "evaluation": {"windows": 8, "length": 32},
-        "scheme": scheme,
-        "steps": steps,
-        "outputs": str(tmp_path / "outputs"),
-        "store": str(tmp_path / "store"),
-    }
-    return recipe_from({**base, **changes})
+make = functools.partial(tiny_recipe, windows=8, length=32)
 
 
-def metrics(folder):
-    return json.loads((folder / "metrics.json").read_text())
-
-
-def saved(tmp_path, architecture):
+def tiny(tmp_path, architecture):
     """A random tiny model of the architecture in a folder, with a byte tokenizer."""
-    folder = tmp_path / architecture
     model = random_tiny(architecture)
     model.resize_token_embeddings(258)
-    model.save_pretrained(folder)
-    byte_tokenizer().save_pretrained(folder)
-    return folder
+    return saved(model, tmp_path / architecture)
 
 
 @pytest.mark.parametrize("architecture", TURNED)
 @pytest.mark.parametrize("options", [{"online": []}, {"online": ["down", "out"], "block": 8}])
 def test_a_turned_network_computes_what_it_did_on_every_architecture(tmp_path, architecture, options):
-    m = metrics(run(make(tmp_path, saved(tmp_path, architecture), {}, {"rotate": options})))
+    m = metrics_of(run(make(tmp_path, tiny(tmp_path, architecture), {}, {"rotate": options})))
     assert m["kl_mean"] < 1e-6 and m["top1_agreement"] == 1
 
 
 @pytest.mark.parametrize("architecture", ["llama", "opt", "qwen3"])
 def test_query_and_key_turned_after_rotary_embeddings_meet_in_the_same_scores(tmp_path, architecture):
-    m = metrics(
+    m = metrics_of(
         run(
             make(
                 tmp_path,
-                saved(tmp_path, architecture),
+                tiny(tmp_path, architecture),
                 {},
                 {"rotate": {"residual": False, "values": False, "online": ["heads"]}},
             )
@@ -72,9 +54,9 @@ def test_query_and_key_turned_after_rotary_embeddings_meet_in_the_same_scores(tm
 
 def test_outliers_are_spread_so_that_four_bits_lose_a_fraction_of_what_they_did(tmp_path, tiny_llama_outliers):
     shape = {"calibration": {"samples": 16, "length": 128}, "evaluation": {"windows": 8, "length": 128}}
-    plain = metrics(run(make(tmp_path, tiny_llama_outliers, W4A4, {"gptq": {}}, **shape)))
-    turned = metrics(run(make(tmp_path, tiny_llama_outliers, W4A4, {"rotate": {}, "gptq": {}}, **shape)))
-    across = metrics(
+    plain = metrics_of(run(make(tmp_path, tiny_llama_outliers, W4A4, {"gptq": {}}, **shape)))
+    turned = metrics_of(run(make(tmp_path, tiny_llama_outliers, W4A4, {"rotate": {}, "gptq": {}}, **shape)))
+    across = metrics_of(
         run(make(tmp_path, tiny_llama_outliers, W4A4, {"rotate": {"online": ["down", "out"]}, "gptq": {}}, **shape))
     )
     assert turned["difference"] < 0.1 * plain["difference"]
@@ -83,21 +65,21 @@ def test_outliers_are_spread_so_that_four_bits_lose_a_fraction_of_what_they_did(
 
 def test_four_bit_keys_lose_less_when_they_are_turned(tmp_path, tiny_llama_outliers):
     scheme = {"query": TOKEN4, "key": {**TOKEN4, "bits": 3}}
-    plain = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"rtn": {}})))
-    turned = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": {"online": ["heads"]}, "rtn": {}})))
+    plain = metrics_of(run(make(tmp_path, tiny_llama_outliers, scheme, {"rtn": {}})))
+    turned = metrics_of(run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": {"online": ["heads"]}, "rtn": {}})))
     assert turned["kl_mean"] < plain["kl_mean"]
     assert any(row["tensor"] == "key" and "int3" in row["format"] for row in turned["tensors"])
 
 
 def test_a_turned_model_in_half_precision_is_proved_too(tmp_path, tiny_opt):
     recipe = make(tmp_path, tiny_opt, {}, {"rotate": {}})
-    m = metrics(run(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))))
+    m = metrics_of(run(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype="bfloat16"))))
     assert m["kl_mean"] < 0.01
 
 
 def test_a_network_whose_norms_do_not_show_who_reads_the_stream_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"steps.rotate.residual: .*use residual=false"):
-        run(make(tmp_path, saved(tmp_path, "bloom"), {}, {"rotate": {}}))
+        run(make(tmp_path, tiny(tmp_path, "bloom"), {}, {"rotate": {}}))
 
 
 @pytest.mark.parametrize("options", [{"learn": "cayley"}, {"learn": "qr", "loss": "whip", "block": 32}, {"seeds": 3}])
@@ -119,16 +101,16 @@ def test_blocks_of_the_formats_groups_serve_it_and_a_size_that_does_not_divide_i
 ):
     block = {"bits": 4, "granularity": "group", "group_size": 32}
     scheme = {"weight": block, "input": {**block, "dynamic": True}}
-    plain = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"gptq": {}})))
+    plain = metrics_of(run(make(tmp_path, tiny_llama_outliers, scheme, {"gptq": {}})))
     rotate = {"block": 32, "online": ["down", "out"]}
-    turned = metrics(run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": rotate, "gptq": {}})))
+    turned = metrics_of(run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": rotate, "gptq": {}})))
     assert turned["difference"] < plain["difference"]
     with pytest.raises(UserError, match=r"steps.rotate.block: 48 does not divide the \d+ channels of .*: use \d+"):
         run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": {"block": 48}, "gptq": {}}))
 
 
 def test_a_width_without_a_hadamard_matrix_says_what_is_used(tmp_path):
-    folder = run(make(tmp_path, saved(tmp_path, "llama"), {}, {"rotate": {"block": 16, "online": ["down"]}}))
+    folder = run(make(tmp_path, tiny(tmp_path, "llama"), {}, {"rotate": {"block": 16, "online": ["down"]}}))
     assert "3 blocks: width 16 = 2^4: a Hadamard matrix" in (folder / "run.log").read_text()
 
 

@@ -1,34 +1,18 @@
 """Solvers on tiny trained models, as whole runs."""
 
-import json
-
 import pytest
 
-from ptq.config.building import recipe_from
 from ptq.errors import UserError
-from ptq.run.experiment import run
+from tests.tools.tiny_runs import tiny_run
 
 MANY = {"samples": 64, "length": 128}
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 
 
-def figures(tmp_path, model, scheme, steps, **changes):
+def figures(*args, **changes):
     """The metrics of a run, and its log."""
-    recipe = recipe_from(
-        {
-            "name": "tiny",
-            "model": {"path": str(model)},
-            "calibration": {"samples": 16, "length": 128},
-            "evaluation": {"windows": 8, "length": 128},
-            "scheme": scheme,
-            "steps": steps,
-            "outputs": str(tmp_path / "outputs"),
-            "store": str(tmp_path / "store"),
-            **changes,
-        }
-    )
-    folder = run(recipe)
-    return json.loads((folder / "metrics.json").read_text()), (folder / "run.log").read_text()
+    ran = tiny_run(*args, **{"samples": 16, "windows": 8, "length": 128, **changes})
+    return ran.metrics, ran.log
 
 
 def ratio(*args, **changes):
