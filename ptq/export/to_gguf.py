@@ -1,11 +1,14 @@
-"""GGUF for llama.cpp: LLaMA, Mistral, Qwen2 and Gemma3 (text) with Q8_0, Q4_0, Q4_1, K-quants and 16-bit weights, side by side.
+"""GGUF for llama.cpp: LLaMA, Mistral, Qwen2, Gemma3 (text), and the mixtures Mixtral, Qwen2-MoE, Qwen3-MoE and OLMoE, with Q8_0,
+Q4_0, Q4_1, K-quants and 16-bit weights, side by side.
 
 Expresses: weights q4_k, q5_k and q6_k, with rows of whole superblocks of 256; weights int, symmetric up to 4 bits (Q4_0) or 8 (Q8_0), or with zero points up to 4 bits (Q4_1), in groups of
 32 or of whole multiples of it, per channel or per tensor (a block of 32 repeats the scale that it shares); inputs and
 attention unquantized, because the file does not say how a runtime rounds them. Embedding and head have
-such a format too where the scheme gives them one; they and Linears left alone are stored in 16 bits where that loses nothing, norms and biases in fp32.
+such a format too where the scheme gives them one; they and Linears left alone are stored in 16 bits where that loses nothing, norms,
+biases and routers in fp32. The experts of a block are one tensor for each of their matrices, (experts, out, in), of one format.
 """
 
+import math
 import pathlib
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -36,11 +39,16 @@ FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16,
 class Architecture:
     """How llama.cpp computes one: its number in `gguf`, whether q and k rows are in the order of interleaved rotary pairs,
     and what its norms add to their stored gain (Gemma's are stored with the 1 that transformers adds when it computes).
+    Of a mixture `fixed` has what a config must say, for llama.cpp computes that and has no field for it, and `alike` fields that must
+    be equal.
     """
 
     number: gguf.MODEL_ARCH
     interleaved: bool = False
     norm_offset: float = 0.0
+    mixture: bool = False
+    fixed: tuple[tuple[str, Any], ...] = ()
+    alike: tuple[tuple[str, str], ...] = ()
 
 
 ARCHITECTURES = {
@@ -48,7 +56,17 @@ ARCHITECTURES = {
     "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
     "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2),
     "gemma3_text": Architecture(gguf.MODEL_ARCH.GEMMA3, norm_offset=1.0),
-}
+    "mixtral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, mixture=True),
+    "qwen2_moe": Architecture(
+        gguf.MODEL_ARCH.QWEN2MOE, mixture=True,
+        fixed=(("norm_topk_prob", False), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
+    "qwen3_moe": Architecture(
+        gguf.MODEL_ARCH.QWEN3MOE, mixture=True,
+        fixed=(("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
+    ),
+    "olmoe": Architecture(gguf.MODEL_ARCH.OLMOE, mixture=True, fixed=(("norm_topk_prob", False), ("clip_qkv", None)), alike=(("num_key_value_heads", "num_attention_heads"),)),
+}  # fmt: skip
 GEMMA_PERIOD, GEMMA_LOCAL_BASE = 6, 1e4
 """llama.cpp fixes Gemma3's pattern, every sixth layer full attention, and the rotary base of the others."""
 
@@ -96,6 +114,7 @@ class Exporter:
                 raise UserError(f"scheme.input: quantized for {name}, but gguf holds weights only: use {nearest}")
             if specs.weight is not None:
                 _check_weight(specs.weight, name, network.shapes[name][1], nearest)
+        _check_experts(scheme, network)
         for weight in outside_weights(scheme, network):
             if weight.spec is not None:
                 _check_weight(weight.spec, weight.name, weight.shape[1], nearest, f"scheme.{weight.tensor}")
@@ -172,6 +191,30 @@ def _check_weight(spec: QuantSpec, name: str, columns: int, nearest: str, path: 
         )
 
 
+def _check_experts(scheme: SchemeConfig, network: Network) -> None:
+    """Refuses experts that llama.cpp holds in one tensor, and that the scheme gives several formats."""
+    specs = specs_by_linear(scheme, network)
+    first: dict[str, str] = {}
+    for name, whole in _stacked(network).items():
+        other = first.setdefault(whole, name)
+        if (a := specs[name].weight) != (b := specs[other].weight):
+            kinds = " and ".join("16 bits" if spec is None else type_of(spec) for spec in (b, a))
+            raise UserError(
+                f"scheme.overrides: {other} and {name} have other formats ({kinds}), and gguf holds all experts of a block in one "
+                f"tensor of one format: use a pattern such as {whole.rpartition('.')[0]}.*"
+            )
+
+
+def _stacked(network: Network) -> dict[str, str]:
+    """Returns, by the full name of an expert's Linear, that of the tensor which holds all experts' (no number in it)."""
+    return {
+        name: f"{expert.rpartition('.')[0]}{name.removeprefix(expert)}"
+        for block in network.blocks
+        for expert, names in block.experts.items()
+        for name in names
+    }
+
+
 def _check_model(network: Network) -> None:
     config = network.model.config
     if config.model_type not in ARCHITECTURES:
@@ -179,10 +222,6 @@ def _check_model(network: Network) -> None:
             f"export: gguf is written for {', '.join(ARCHITECTURES)}, and the model's model_type is {config.model_type!r}: "
             "use another format"
         )
-    names = _names(network)
-    unknown = next((n for n, _ in network.model.named_parameters() if names(n) is None), None)
-    if unknown is not None:
-        raise UserError(f"export: llama.cpp's {config.model_type} has no tensor for {unknown}: use another format")
     rope = config.rope_parameters or {}
     expected: list[tuple[str, Any, Any]] = []
     for part in (rope.get("full_attention", rope), rope.get("sliding_attention", {})):
@@ -201,22 +240,33 @@ def _check_model(network: Network) -> None:
         ]  # fmt: skip
     else:
         window = getattr(config, "sliding_window", None)
-        sliding = "sliding_attention" in layers or (config.model_type == "mistral" and window is not None)
+        sliding = "sliding_attention" in layers or (config.model_type in {"mistral", "mixtral"} and window is not None)
         expected += [("hidden_act", act, "silu"), ("sliding_window", window if sliding else None, None)]
+    expected += [
+        (field, getattr(config, field, None), wanted) for field, wanted in ARCHITECTURES[config.model_type].fixed
+    ]
+    expected += [(a, getattr(config, a), getattr(config, b)) for a, b in ARCHITECTURES[config.model_type].alike]
     for field, value, wanted in expected:
         if value != wanted:
             raise UserError(
                 f"export: gguf has no place for {field} {value!r}: llama.cpp computes this architecture with {wanted!r}: "
                 "use another format"
             )
+    names = _names(network)
+    unknown = next((n for n, _ in network.model.named_parameters() if names(n) is None), None)
+    if unknown is not None:
+        raise UserError(f"export: llama.cpp's {config.model_type} has no tensor for {unknown}: use another format")
 
 
 def _names(network: Network) -> Callable[[str], str | None]:
-    """Returns the function from transformers' name of a parameter to GGUF's, None where there is none."""
+    """Returns the function from transformers' name of a parameter to GGUF's, None where there is none; experts have one together."""
+    stacked = _stacked(network)
     architecture = ARCHITECTURES[network.model.config.model_type]
     table = gguf.get_tensor_name_map(architecture.number, len(network.blocks))
 
     def name_of(name: str) -> str | None:
+        owner, _, last = name.rpartition(".")
+        name = f"{stacked[owner]}.{last}" if owner in stacked else name
         return table.get_name(name, try_suffixes=(".weight", ".bias"))
 
     return name_of
@@ -242,11 +292,19 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
     tied = set(getattr(model, "all_tied_weights_keys", None) or {})
     specs = {name: s.weight for name, s in specs_by_linear(source.scheme, source.network).items()}
     outside = {w.name: w for w in outside_weights(source.scheme, source.network) if w.spec is not None}
+    stacked, gates = _stacked(source.network), {name for block in source.network.blocks for name in block.gates}
+    together: dict[str, list[str]] = {}
+    for linear, whole in stacked.items():
+        together.setdefault(whole, []).append(linear)
     for name in _parameters(source):
         owner, _, last = name.rpartition(".")
         turned = heads.get(owner.rpartition(".")[2]) if architecture.interleaved and owner in specs else None
         stored = names(name)
         if name in tied or stored is None:
+            continue
+        if owner in stacked:
+            if together[stacked[owner]][0] == owner:
+                yield _experts(source, stored, together[stacked[owner]], specs[owner], moved)
             continue
         spec = specs.get(owner) if last == "weight" else None
         if last == "weight" and owner in outside:
@@ -267,7 +325,31 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
             yield _Tensor(stored, (rows, size), np.dtype(np.uint8), rows * size, kind, read)
         else:
             norm = 0.0 if owner in specs or last != "weight" else architecture.norm_offset
-            yield _plain(stored, _reader(source, owner, last, owner in specs, norm, turned))
+            # In 16 bits a router would have its input rounded too, and choose other experts.
+            yield _plain(stored, _reader(source, owner, last, owner in specs, norm, turned), owner in gates)
+
+
+def _experts(
+    source: QuantizedTensors, stored: str, names: list[str], spec: QuantSpec | None, moved: list[float]
+) -> _Tensor:
+    """Returns one matrix of all experts of a block, whose Linears are `names`, as one tensor (experts, out, in)."""
+    if spec is None:
+        return _plain(
+            stored, lambda: torch.stack([torch.as_tensor(source.linear(n).weight).detach().cpu() for n in names])
+        )
+    rows, columns = source.network.shapes[names[0]]
+    kind = gguf.GGMLQuantizationType[type_of(spec)]
+    values, held = gguf.GGML_QUANT_SIZES[kind]
+    shape = (len(names), rows, held * columns // values)
+
+    def read() -> np.ndarray:
+        whole = np.empty(shape, np.uint8)
+        for place, name in zip(whole, names, strict=True):
+            place[...], change = blocks_of(source.linear(name))
+            moved.append(change)
+        return whole
+
+    return _Tensor(stored, shape, np.dtype(np.uint8), math.prod(shape), kind, read)
 
 
 def _parameters(source: QuantizedTensors) -> Iterator[str]:
@@ -300,12 +382,12 @@ def _reader(
     return read
 
 
-def _plain(name: str, read: Callable[[], torch.Tensor]) -> _Tensor:
-    """Returns an unquantized tensor: fp32 with one dimension, else 16 bits where that loses nothing."""
+def _plain(name: str, read: Callable[[], torch.Tensor], wide: bool = False) -> _Tensor:
+    """Returns an unquantized tensor: fp32 with one dimension or where it is to be `wide`, else 16 bits where that loses nothing."""
     value = read()
     kinds = gguf.GGMLQuantizationType
     kind = kinds.F32
-    if value.dim() > 1:
+    if value.dim() > 1 and not wide:
         exact = (
             k
             for k, t in ((kinds.F16, torch.float16), (kinds.BF16, torch.bfloat16))

@@ -13,6 +13,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+import transformers
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import ModelConfig, TextConfig
@@ -23,7 +24,7 @@ from ptq.models.gguf_tokenizer import PATTERNS
 from ptq.models.loading import load_tokenizer
 from ptq.models.locations import locate
 from ptq.run.experiment import run
-from ptq.testing import byte_tokenizer
+from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 LIBRARIES = os.environ.get("PTQ_LLAMA_CPP", "")
 SCRIPT = pathlib.Path(__file__).resolve().parents[2] / "experiments" / "bench" / "llama_cpp.py"
@@ -116,3 +117,48 @@ def with_pre_tokenizer(origin: pathlib.Path, pre: str, path: pathlib.Path) -> pa
     writer.write_tensors_to_file()
     writer.close()
     return path
+
+
+MIXTURES = {
+    "mixtral": {"num_local_experts": 4, "num_experts_per_tok": 2},
+    "qwen2_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "shared_expert_intermediate_size": 96},
+    "qwen3_moe": {"num_experts": 6, "num_experts_per_tok": 2, "moe_intermediate_size": 64, "head_dim": 32, "norm_topk_prob": True},
+    "olmoe": {"num_experts": 4, "num_experts_per_tok": 2, "num_key_value_heads": 4},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("architecture", MIXTURES)
+def test_llama_cpp_computes_our_mixtures(tmp_path, architecture, capsys):
+    config = transformers.AutoConfig.for_model(
+        architecture, vocab_size=BYTE_VOCABULARY, hidden_size=128, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4,
+        max_position_embeddings=256, bos_token_id=BOS, eos_token_id=EOS, pad_token_id=None,
+        **{"num_key_value_heads": 2, **MIXTURES[architecture]},
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.AutoModelForCausalLM.from_config(config).requires_grad_(False)
+    for parameter in model.parameters():
+        # Large enough that which experts are chosen, and how they are weighed, shows in the logits.
+        parameter.add_(0.2 * torch.randn_like(parameter)) if parameter.dim() == 1 else parameter.mul_(4)
+    model.save_pretrained(tmp_path / "model")
+    byte_tokenizer().save_pretrained(tmp_path / "model")
+    recipe = recipe_from(
+        {
+            "name": "client", "model": {"path": str(tmp_path / "model")}, "evaluation": {"windows": 2, "length": 128},
+            "calibration": {"samples": 1, "length": 64}, "steps": {"rtn": {}},
+            "scheme": {"weight": {"bits": 8, "granularity": "group", "group_size": 32}}, "export": {"format": "gguf"},
+            "outputs": str(tmp_path / "outputs"), "store": str(tmp_path / "store"),
+        }
+    )  # fmt: skip
+    folder = run(recipe)
+    ids = Draw(TextConfig(split="test"), 2, 128).tokens(byte_tokenizer()).ids
+    request = {"model": str(folder / "export" / "gguf" / "model.gguf"), "windows": ids.tolist(), "text": TEXT}
+    command = [sys.executable, SCRIPT, LIBRARIES]
+    done = subprocess.run(command, input=json.dumps(request), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    theirs = json.loads(done.stdout.splitlines()[-1])["losses"]
+    found = json.loads((folder / "metrics.json").read_text())["window_losses"]
+    ours, plain = torch.tensor(found["quantized"]), torch.tensor(found["baseline"])
+    with capsys.disabled():
+        print(f"\n{architecture}: losses {ours.tolist()}, llama.cpp {theirs}, fp16 {plain.tolist()}")
+    # llama.cpp rounds inputs to 8 bits beside, and those of random experts matter: a wrong router would be off by a whole nat.
+    assert (ours - torch.tensor(theirs)).abs().max() < 0.05

@@ -21,7 +21,10 @@ PRE_TOKENIZERS = (
 
 
 def add_sizes(writer: gguf.GGUFWriter, config: Any, name: str, embedding_rows: int) -> None:
-    """Adds what llama.cpp builds the graph from. Gemma's two rotary bases: that of the full layers is stored."""
+    """Adds what llama.cpp builds the graph from. Gemma's two rotary bases: that of the full layers is stored.
+
+    Sizes of a mixture are added where the config has them, under whichever of transformers' names.
+    """
     heads = config.num_attention_heads
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // heads
     rope = config.rope_parameters
@@ -31,6 +34,15 @@ def add_sizes(writer: gguf.GGUFWriter, config: Any, name: str, embedding_rows: i
     writer.add_embedding_length(config.hidden_size)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_feed_forward_length(config.intermediate_size)
+    for field, add in (
+        ("num_experts", writer.add_expert_count),
+        ("num_local_experts", writer.add_expert_count),
+        ("num_experts_per_tok", writer.add_expert_used_count),
+        ("moe_intermediate_size", writer.add_expert_feed_forward_length),
+        ("shared_expert_intermediate_size", writer.add_expert_shared_feed_forward_length),
+    ):
+        if isinstance(size := config.__dict__.get(field), int):
+            add(size)
     writer.add_head_count(heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(head_dim)
