@@ -19,6 +19,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ptq.config.building import build
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
+from ptq.integrations.experts import TakenApart, take_apart
 from ptq.integrations.kernels import say_what_is_decoded, use_kernels_
 from ptq.integrations.outside import choose_outside, emptied_outside, tie_names_
 from ptq.integrations.replace import (
@@ -163,6 +164,8 @@ class PtqQuantizer(HfQuantizer):
         super().__init__(quantization_config, **kwargs)
         self.transposed: set[str] = set()
         """Names of the Linears whose checkpoint holds the weight as (in, out)."""
+        self.experts = TakenApart()
+        """Which fused experts are Linears while the model is loaded, and from then on."""
         self.refused: list[str] = []
         """Weights that could not be encoded, and why."""
 
@@ -170,7 +173,11 @@ class PtqQuantizer(HfQuantizer):
         if getattr(model.config, "distributed_config", None) is not None:
             raise UserError("tp_plan, distributed_config: packed Linears are not split over processes: use device_map")
         config = self.quantization_config
-        chosen = choose(model, config.scheme, (), config.skip_modules, known=config.given and not self.pre_quantized)
+        self.experts = take_apart(model)
+        chosen = choose(
+            model, config.scheme, (), config.skip_modules, lambda module, name: name not in self.experts.gates,
+            config.given and not self.pre_quantized,
+        )  # fmt: skip
         for name, specs in chosen.items():
             old = model.get_submodule(name)
             new = emptied(old, specs)
@@ -218,6 +225,11 @@ class PtqQuantizer(HfQuantizer):
         if self.param_needs_quantization(model, param_name):
             return 0
         return param.element_size()
+
+    def update_weight_conversions(self, weight_conversions: Any, model: Any) -> Any:
+        """What transformers does to the checkpoint's names and tensors: experts that are Linears here are not stacked."""
+        usual = super().update_weight_conversions(weight_conversions, model)
+        return self.experts.conversions(usual) if self.experts.fused else usual
 
     def get_quantize_ops(self) -> ConversionOps:
         """What transformers calls for each weight that is to be encoded."""

@@ -145,11 +145,8 @@ class Network:
         return f"not covered: {', '.join(kinds)} ({share:.1%} of the parameters) hold no Linear and stay as they are"
 
 
-def build_network(model: nn.Module) -> Network:
-    """Finds the blocks of `model`: the ModuleList that holds the most parameters. Needs no weights (meta works).
-
-    The model's `nn.Linear` become `quantize.kernels.matmul.Linear`, which differ from them only inside `fast_linears`. Experts
-    that are held in one tensor become Linears (`ptq.network.experts`), for good.
+def blocks_of(model: nn.Module) -> dict[str, nn.Module]:
+    """Returns the blocks of `model` by full name: the ModuleList that holds the most parameters.
 
     Raises:
         UserError: when no list of blocks is found.
@@ -161,15 +158,28 @@ def build_network(model: nn.Module) -> Network:
             f"model.path: {type(model).__name__} holds no list of blocks with Linears: not a decoder-only Transformer"
         )
     name, modules = max(lists, key=lambda item: sum(p.numel() for p in item[1].parameters()))
-    _take_experts_apart(model, {f"{name}.{i}": module for i, module in enumerate(modules)})
-    pieces = {name: piece for module in modules for name, piece in pieces_of(module).items()}
-    blocks = [_block(i, f"{name}.{i}", module) for i, module in enumerate(modules)]
+    return {f"{name}.{i}": module for i, module in enumerate(modules)}
+
+
+def build_network(model: nn.Module) -> Network:
+    """Finds the blocks of `model`: the ModuleList that holds the most parameters. Needs no weights (meta works).
+
+    The model's `nn.Linear` become `quantize.kernels.matmul.Linear`, which differ from them only inside `fast_linears`. Experts
+    that are held in one tensor become Linears (`ptq.network.experts`), for good.
+
+    Raises:
+        UserError: when no list of blocks is found.
+    """
+    modules = blocks_of(model)
+    take_experts_apart(model, modules)
+    pieces = {name: piece for module in modules.values() for name, piece in pieces_of(module).items()}
+    blocks = [_block(i, name, module) for i, (name, module) in enumerate(modules.items())]
     uncovered = [u for block in blocks for u in _uncovered(block)]
     use_fast_linears(model)
     return Network(model, blocks, sum(p.numel() for p in model.parameters()), uncovered, pieces=pieces)
 
 
-def _take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> None:
+def take_experts_apart(model: Any, blocks: dict[str, nn.Module]) -> None:
     """Makes Linears of all experts. Blocks that hold the same modules and shapes are looked at once."""
     known: dict[tuple[object, ...], list[Mixture]] = {}
     for name, block in blocks.items():

@@ -22,7 +22,7 @@ def published_names(network: Network) -> dict[str, str]:
 
     def numbered(names: list[str]) -> torch.Tensor:
         numbers.extend(names)
-        return torch.arange(len(numbers) - len(names), len(numbers), dtype=torch.float64)
+        return torch.arange(len(numbers) - len(names), len(numbers), dtype=torch.float64, device="cpu")
 
     for name in plain:
         state[name] = numbered([name])
