@@ -133,7 +133,9 @@ class Samples:
 
         def keep(place: int, name: str, x: torch.Tensor, tokens: slice) -> None:
             shape = (reference.ids.numel(), x.shape[-1])
-            if self._kept.get(place) is None or self._kept[place].shape != shape:
+            held = self._kept.get(place)
+            moved = held is not None and self.stream.hidden_states == "memory" and held.device != x.device
+            if held is None or held.shape != shape or moved:
                 self._kept[place] = self.stream.allocate(shape, x)
             kept[name] = self._kept[place]
             kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))

@@ -183,6 +183,8 @@ class ExecutionConfig:
         save: write the quantized weights (codes and scales) into the run's folder.
         kernels: who multiplies in quantized Linears: ``simulated`` (floating point, the reference), ``auto`` (integer kernels where
             a Linear's formats have one, whichever is fastest here; all of them give the same bits), or a kernel by name.
+        devices: several, such as ``[cuda:0,cuda:1]``: blocks are computed on them in turn, and the next block's weights are read
+            into its device while this one computes. For offloaded weights; the first of them is the `device`.
     """
 
     device: str = "auto"
@@ -191,6 +193,7 @@ class ExecutionConfig:
     hidden_states: str = option("memory", choices=("memory", "disk"))
     save: bool = False
     kernels: str = "simulated"
+    devices: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)

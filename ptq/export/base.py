@@ -1,15 +1,17 @@
 """What an exporter is: it says what its format can express before the work, and writes the quantized model after it."""
 
 import pathlib
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
+
+import torch
 
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import LinearSpecs, attention_tensors, linear_specs
 from ptq.errors import UserError
 from ptq.export.quantized_tensors import QuantizedTensors
-from ptq.network.network import Network
+from ptq.network.network import Block, Network
 from quantize.spec.formats import INTEGER
 from quantize.spec.quant_spec import QuantSpec
 from quantize.spec.rules import OUTSIDE
@@ -43,6 +45,27 @@ class Exporter(Protocol):
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the model to `path`, whole or not at all; what was there is replaced."""
+
+
+@dataclass(frozen=True)
+class BlockShards:
+    """Writes a folder of shards a finished block at a time: what a run keeps of a block is a shard of its export.
+
+    Attributes:
+        tensors: gives names and values of what the format holds of a block, which is in memory as it is quantized.
+        finish: writes the folder from the blocks' files, in order, which are linked into it, and all that lies outside them.
+    """
+
+    tensors: Callable[[Block], Iterator[tuple[str, torch.Tensor]]]
+    finish: Callable[[pathlib.Path, Sequence[pathlib.Path]], Exported]
+
+
+@runtime_checkable
+class ShardedExporter(Protocol):
+    """An exporter whose folder can be written a block at a time."""
+
+    def block_shards(self, source: QuantizedTensors) -> BlockShards:
+        """Returns what writes it. Of `source` each block is read when its turn comes, what lies outside them at the end."""
 
 
 def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:

@@ -1,6 +1,7 @@
 """What exporters read from: the quantized model's tensors, one at a time, from memory or from a finished run's folder."""
 
 import pathlib
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -10,7 +11,7 @@ from torch import nn
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.experts.linears import Expert
-from ptq.network.network import Network, weight_of
+from ptq.network.network import Block, Network, weight_of
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, grouped, integer_range
@@ -93,19 +94,59 @@ class QuantizedTensors(Protocol):
         """Returns the parameter or buffer `name` of the model, in floating point."""
 
 
+def refuse_foreign(block: Block) -> None:
+    """Raises `UserError` where a step has put a module into the block that no format has a place for."""
+    for name, module in block.module.named_modules():
+        ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
+        if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
+            raise UserError(
+                f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
+                "which no format can hold: leave the step out"
+            )
+
+
+def walked(
+    source: QuantizedTensors, within: Sequence[str] = ("",), without: Sequence[str] = ()
+) -> Iterator[tuple[str, bool]]:
+    """Yields, in the order of the model, (full name, True) of every Linear of the blocks and (full name, False) of every parameter
+    and stored buffer beside them; tied ones once.
+
+    Args:
+        source: the model.
+        within: names of the modules that are walked; "" is the model.
+        without: names of those that are left out.
+    """
+    model, linears = source.network.model, source.network.linears.keys()
+    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    for owner, module in model.named_modules():
+        if not _inside(owner, within) or _inside(owner, without):
+            continue
+        if owner in linears:
+            yield owner, True
+            continue
+        parts = owner.split(".")
+        if any(".".join(parts[:i]) in linears for i in range(1, len(parts))):
+            continue
+        own = [name for name, _ in module.named_parameters(recurse=False)]
+        own += [
+            name for name, _ in module.named_buffers(recurse=False) if name not in module._non_persistent_buffers_set
+        ]
+        for name in (f"{owner}.{n}" if owner else n for n in own):
+            if name not in tied:
+                yield name, False
+
+
+def _inside(owner: str, names: Sequence[str]) -> bool:
+    return any(not name or owner == name or owner.startswith(f"{name}.") for name in names)
+
+
 class ResidentSource:
     """A quantized model that is in memory."""
 
     def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig, origin: pathlib.Path | None = None):
         self.network, self.tokenizer, self.scheme, self.origin = network, tokenizer, scheme, origin
         for block in network.blocks:
-            for name, module in block.module.named_modules():
-                ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
-                if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
-                    raise UserError(
-                        f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
-                        "which no format can hold: leave the step out"
-                    )
+            refuse_foreign(block)
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`: the module's own, no copies."""

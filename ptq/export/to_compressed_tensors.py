@@ -6,21 +6,20 @@ mixture by overrides; the head as a Linear, where it is not tied to the embeddin
 packed into int32), floats have names of their own.
 """
 
-import json
 import pathlib
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import nn
 
 from ptq.config.schema import Override, SchemeConfig
 from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
 from ptq.export.base import (
+    BlockShards,
     Exported,
     advice,
     most_weight_bits,
@@ -31,8 +30,9 @@ from ptq.export.base import (
     specs_by_linear,
 )
 from ptq.export.packing import compressed_floats as floating
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
-from ptq.files.atomic import write_folder_atomic, write_text
+from ptq.export.packing.shards import lossless, write_shards
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded, walked
+from ptq.files.atomic import write_folder_atomic
 from ptq.network.experts.published_names import published_names
 from ptq.network.network import Network
 from ptq.network.outside import OutsideWeight, outside_weights
@@ -40,10 +40,6 @@ from ptq.network.skeleton import NotTraceable, flat_inputs
 from quantize.kernels.matmul import is_plain
 from quantize.spec.quant_spec import QuantSpec
 
-SHARD_BYTES = 25_000_000
-"""What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
-PIECE = 1 << 20
-"""Values that are tried in 16 bits at once."""
 NAME = "compressed-tensors"
 
 
@@ -111,29 +107,46 @@ class Exporter:
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
         self.check(source.scheme, source.network)
+        return _written(source, _groups(source), path, ())
+
+    def block_shards(self, source: QuantizedTensors) -> BlockShards:
+        """Returns what writes the folder a finished block at a time."""
+        self.check(source.scheme, source.network)
         groups = _groups(source)
-        notes = []
-        if not groups.exact:
-            notes.append(
-                "transformers rounds symmetric inputs to -2^(bits-1) .. 2^(bits-1) - 1, and the run did not: its logits "
-                "differ slightly; a run with export=compressed-tensors rounds them so too"
-            )
-        if any(s.input_activations is None and not s.weights.symmetric for s in groups.schemes.values()):
-            notes.append(
-                "packed zero points: transformers loads them with quantization_config=CompressedTensorsConfig(dequantize=True)"
-            )
-        if any(s.format in floating.DECODED_TO_BFLOAT16 for s in groups.schemes.values()):
-            notes.append("transformers decodes these floats to bfloat16: load the folder with dtype=torch.bfloat16")
 
-        def fill(folder: pathlib.Path) -> None:
-            write_shards(folder, _tensors(source, groups))
-            _write_config(folder, source, groups)
-            if source.tokenizer is not None:
-                source.tokenizer.save_pretrained(folder)
+        def finish(path: pathlib.Path, files: Sequence[pathlib.Path]) -> Exported:
+            return _written(source, groups, path, files)
 
-        write_folder_atomic(path, fill)
-        size = sum(file.stat().st_size for file in path.iterdir())
-        return Exported(path, size, tuple(notes))
+        return BlockShards(lambda block: _tensors(source, groups, [block.name]), finish)
+
+
+def _written(
+    source: QuantizedTensors, groups: "_Groups", path: pathlib.Path, files: Sequence[pathlib.Path]
+) -> Exported:
+    """Writes the folder; the tensors of the blocks lie in `files`, one a block, or are written too where there are none."""
+    notes = []
+    if not groups.exact:
+        notes.append(
+            "transformers rounds symmetric inputs to -2^(bits-1) .. 2^(bits-1) - 1, and the run did not: its logits "
+            "differ slightly; a run with export=compressed-tensors rounds them so too"
+        )
+    if any(s.input_activations is None and not s.weights.symmetric for s in groups.schemes.values()):
+        notes.append(
+            "packed zero points: transformers loads them with quantization_config=CompressedTensorsConfig(dequantize=True)"
+        )
+    if any(s.format in floating.DECODED_TO_BFLOAT16 for s in groups.schemes.values()):
+        notes.append("transformers decodes these floats to bfloat16: load the folder with dtype=torch.bfloat16")
+    without = [block.name for block in source.network.blocks] if files else []
+
+    def fill(folder: pathlib.Path) -> None:
+        write_shards(folder, _tensors(source, groups, without=without), files)
+        _write_config(folder, source, groups)
+        if source.tokenizer is not None:
+            source.tokenizer.save_pretrained(folder)
+
+    write_folder_atomic(path, fill)
+    size = sum(file.stat().st_size for file in path.iterdir())
+    return Exported(path, size, tuple(notes))
 
 
 def _check_weight(specs: LinearSpecs, name: str, nearest: str, path: str = "scheme.weight") -> None:
@@ -294,24 +307,22 @@ def _is_linear(module: nn.Module) -> bool:
     return isinstance(module, nn.Linear) or type(module).__name__ == "QuantLinear"
 
 
-def _tensors(source: QuantizedTensors, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor of the checkpoint in the order of the model; tied ones once."""
+def _tensors(
+    source: QuantizedTensors, groups: _Groups, within: Sequence[str] = ("",), without: Sequence[str] = ()
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of the checkpoint as `walked` does."""
     model = source.network.model
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    linears = set(source.network.linears)
     head = _head(source.scheme, source.network)
-    for owner, module in model.named_modules():
-        if head is not None and head.spec is not None and owner == head.name:
-            tensors = rounded(owner, source.tensor(f"{owner}.weight"), head.spec)
-            yield from _linear(replace(tensors, bias=getattr(module, "bias", None)), groups)
-        elif owner in linears:
-            yield from _linear(source.linear(owner), groups)
-        elif not any(owner.startswith(f"{name}.") for name in linears):
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            own += [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
-            for name in (f"{owner}.{n}" if owner else n for n in own):
-                if name not in tied:
-                    yield groups.published.get(name, name), lossless(source.tensor(name))
+    for name, is_linear in walked(source, within, without):
+        owner, _, last = name.rpartition(".")
+        if is_linear:
+            yield from _linear(source.linear(name), groups)
+        elif head is None or head.spec is None or owner != head.name:
+            yield groups.published.get(name, name), lossless(source.tensor(name))
+        elif last == "weight":
+            tensors = rounded(owner, source.tensor(name), head.spec)
+            bias = getattr(model.get_submodule(owner), "bias", None)
+            yield from _linear(replace(tensors, bias=None if bias is None else source.tensor(f"{owner}.bias")), groups)
 
 
 def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torch.Tensor]]:
@@ -350,51 +361,6 @@ def _one(tensors: LinearTensors) -> bool:
 def _shifted(zero_point: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
     """Returns zero points for signed codes -2^(bits-1) .. 2^(bits-1) - 1, as int8."""
     return (zero_point - 2 ** (spec.bits - 1)).to(torch.int8)
-
-
-def lossless(tensor: torch.Tensor) -> torch.Tensor:
-    """Returns a float tensor in 16 bits where that loses nothing, else as it is; weights were rounded to 16 bits before."""
-    tensor = tensor.detach()
-    if tensor.dtype == torch.float32:
-        # Piece by piece: an embedding in three types at once would be most of an export's memory.
-        pieces = tensor.reshape(-1).split(PIECE)
-        for dtype in (torch.float16, torch.bfloat16):
-            if all(torch.equal(piece.to(dtype).float(), piece) for piece in pieces):
-                return tensor.to(dtype).contiguous()
-    return tensor.contiguous()
-
-
-def write_shards(folder: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Writes ``model.safetensors``, or shards with an index where there is more than one shard's worth."""
-    shard: dict[str, torch.Tensor] = {}
-    names: list[list[str]] = []
-
-    def flush() -> None:
-        if shard:
-            save_file(shard, folder / f"part-{len(names)}", metadata={"format": "pt"})
-            names.append(list(shard))
-            shard.clear()
-
-    total, held = 0, 0
-    for name, tensor in tensors:
-        size = tensor.numel() * tensor.element_size()
-        if held + size > SHARD_BYTES:
-            flush()
-            held = 0
-        # On the CPU already, or copied there: a shard at a time.
-        shard[name] = tensor.cpu()
-        held, total = held + size, total + size
-    flush()
-    if len(names) == 1:
-        (folder / "part-0").rename(folder / "model.safetensors")
-        return
-    weight_map: dict[str, str] = {}
-    for number, part in enumerate(names):
-        file = f"model-{number + 1:05d}-of-{len(names):05d}.safetensors"
-        (folder / f"part-{number}").rename(folder / file)
-        weight_map |= dict.fromkeys(part, file)
-    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
-    write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
 def _write_config(folder: pathlib.Path, source: QuantizedTensors, groups: _Groups) -> None:

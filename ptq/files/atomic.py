@@ -5,6 +5,7 @@ import errno
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 from collections.abc import Callable
 
@@ -69,6 +70,15 @@ def write_folder_atomic(path: pathlib.Path, fill: Callable[[pathlib.Path], None]
     finally:
         if temporary is not None:
             remove(temporary)
+
+
+def linked(source: pathlib.Path, path: pathlib.Path) -> None:
+    """Gives a file another name as well; copies it where the file system has no links."""
+    try:
+        path.unlink(missing_ok=True)
+        os.link(source, path)
+    except OSError:
+        shutil.copyfile(source, path)
 
 
 def put_in_place(new: pathlib.Path, path: pathlib.Path) -> None:

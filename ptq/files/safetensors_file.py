@@ -1,5 +1,6 @@
 """What a safetensors file holds, read with bounds, and one tensor of it, read piece by piece."""
 
+import hashlib
 import json
 import math
 import pathlib
@@ -31,11 +32,13 @@ class StoredTensor:
     dtype: torch.dtype
     shape: tuple[int, ...]
 
-    def pieces(self) -> Iterator[torch.Tensor]:
+    def pieces(self, digests: "TensorDigests | None" = None) -> Iterator[torch.Tensor]:
         """Yields the tensor's values in order, flat, at most 1 MiB at a time; a piece is valid until the next one.
 
-        Plain reads, not a memory map: pages of a map count as the process's memory for as long as it lives.
+        Plain reads, not a memory map: pages of a map count as the process's memory for as long as it lives. `digests` notes
+        the digest of what was read, once all of it has been.
         """
+        digest = None if digests is None or digests.knows(self) else hashlib.sha256()
         buffer = bytearray(min(PIECE, self.end - self.start))
         with self.file.open("rb", buffering=0) as file:
             file.seek(self.start)
@@ -48,17 +51,27 @@ class StoredTensor:
                     if not count:
                         raise ValueError(f"{self.file} became shorter while it was read")
                     filled += count
+                if digest is not None:
+                    digest.update(view)
                 yield torch.frombuffer(view, dtype=self.dtype)
                 left -= len(view)
+        if digest is not None and digests is not None:
+            digests.note(self, digest.hexdigest())
 
-    def read(self, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> torch.Tensor:
+    def read(
+        self,
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
+        device: torch.device,
+        digests: "TensorDigests | None" = None,
+    ) -> torch.Tensor:
         """Returns the tensor on `device`; floating point is rounded to `rounding`, then held as `arithmetic`."""
         floating = self.dtype.is_floating_point
         value = torch.empty(self.shape, dtype=arithmetic if floating else self.dtype, device=device)
         # Through the arithmetic type first, as a resident model is: two roundings may differ from one.
         exact = not floating or self.dtype == rounding
         flat, position = value.view(-1), 0
-        for piece in self.pieces():
+        for piece in self.pieces(digests):
             # On the device the copy must be complete before the buffer is filled again: copy_ from pageable memory is.
             flat[position : position + len(piece)].copy_(piece if exact else piece.to(arithmetic).to(rounding))
             position += len(piece)
@@ -82,6 +95,41 @@ class StoredTensor:
         size = (self.end - self.start) // shape[0]
         start = self.start + index * size
         return StoredTensor(self.file, start, start + size, self.dtype, shape[1:])
+
+
+class TensorDigests:
+    """SHA-256 of the bytes of stored tensors, noted while they are read for another purpose."""
+
+    def __init__(self) -> None:
+        self.found: dict[tuple[str, int, int], str] = {}
+        """Digest by name of the file, first byte and end."""
+
+    def knows(self, tensor: StoredTensor) -> bool:
+        """Whether the tensor's digest has been noted."""
+        return _place(tensor) in self.found
+
+    def note(self, tensor: StoredTensor, digest: str) -> None:
+        """Notes the digest of a tensor's bytes."""
+        self.found[_place(tensor)] = digest
+
+    def of(self, tensor: StoredTensor) -> str:
+        """Returns the tensor's digest; it is read unless it has been."""
+        if not self.knows(tensor):
+            for _ in tensor.pieces(self):
+                pass
+        return self.found[_place(tensor)]
+
+
+def _place(tensor: StoredTensor) -> tuple[str, int, int]:
+    return tensor.file.name, tensor.start, tensor.end
+
+
+def header_bytes(path: pathlib.Path) -> bytes:
+    """Returns the bytes before the tensors of a safetensors file that `read_header` has found whole."""
+    with path.open("rb") as file:
+        head = file.read(8)
+        (length,) = struct.unpack("<Q", head)
+        return head + file.read(length)
 
 
 def read_header(path: pathlib.Path) -> dict[str, StoredTensor]:

@@ -13,13 +13,14 @@ from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.integrations.accelerate import accelerate_disk_offload
 
 from ptq.errors import UserError
-from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
 from ptq.files.scratch import ScratchFolder
 from ptq.models.locations import ModelSource, quiet
 from ptq.models.resident_memory import return_freed_memory
 from ptq.models.rounding import beyond, round_in_place
-from ptq.models.stacked_tensors import StackedTensor, only_stacks, stacked_tensors
-from ptq.models.weights import OffloadedWeights, ResidentWeights, Weights, shards_of
+from ptq.models.stored.mxfp4 import mxfp4_tensors, published_in_mxfp4
+from ptq.models.stored.stacked import only_stacks, stacked_tensors
+from ptq.models.weights import OffloadedWeights, OnDisk, ResidentWeights, Weights, refuse_not_finite, shards_of
 
 TRIM_EVERY = 1 << 25
 """Bytes of weights read after which the pieces that they came in are given back to the system."""
@@ -44,24 +45,33 @@ def _pretrained(source: ModelSource, options: dict[str, Any]) -> Any:
 
 
 def read_resident(
-    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device
+    source: ModelSource,
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+    digests: TensorDigests | None = None,
 ) -> tuple[Any, Weights] | None:
     """Returns the model in memory, or None when a weight is beyond the range of `rounding`.
 
     Parameters are read one by one where each of them lies in the checkpoint, so that the model is all that is in memory; experts
-    too, which the model stacks. What transformers changes otherwise while it reads is read by it, and rounded after.
+    too, which the model stacks. What transformers changes otherwise while it reads is read by it, and rounded after. `digests`
+    notes the digests of what is read one by one.
     """
     try:
-        if source.location.kind != "gguf" and (filled := _filled(source, rounding, arithmetic, device)) is not None:
+        if (
+            source.location.kind != "gguf"
+            and (filled := _filled(source, rounding, arithmetic, device, digests)) is not None
+        ):
             return filled, ResidentWeights()
     except OverflowError:
         return None
     model = _pretrained(source, {"dtype": arithmetic})
     model.requires_grad_(False)
-    for parameter in model.parameters():
+    for name, parameter in model.named_parameters():
         if rounding == torch.float16 and beyond(parameter, rounding):
             return None
         round_in_place(parameter, rounding)
+        refuse_not_finite(name, parameter, source.config.path)
     if source.location.kind == "gguf":  # its weights are plain tensors now: nothing shall treat the model as quantized
         for owner, name in (
             (model.config, "quantization_config"),
@@ -73,7 +83,13 @@ def read_resident(
     return model.to(device), ResidentWeights()
 
 
-def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> Any | None:
+def _filled(
+    source: ModelSource,
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+    digests: TensorDigests | None,
+) -> Any | None:
     """Returns the model, each parameter read by itself; None for one that transformers has to read.
 
     Raises:
@@ -98,12 +114,13 @@ def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype,
         outer, _, inner = name.rpartition(".")
         module = model.get_submodule(outer)
         if name not in parameters:
-            module._buffers[inner] = stored[name].read(arithmetic, arithmetic, device)
+            module._buffers[inner] = stored[name].read(arithmetic, arithmetic, device, digests)
             continue
         if rounding == torch.float16 and stored[name].overflows(rounding):
             raise OverflowError(name)
-        value = stored[name].read(rounding, arithmetic, device)
+        value = stored[name].read(rounding, arithmetic, device, digests)
         module._parameters[inner] = torch.nn.Parameter(value, requires_grad=False)
+        refuse_not_finite(name, value, str(stored[name].file))
         since += value.nbytes
         if since > TRIM_EVERY:
             return_freed_memory()
@@ -118,10 +135,10 @@ def _filled(source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype,
     return model.to(device)
 
 
-def _stored(index: dict[str, Any]) -> dict[str, StoredTensor | StackedTensor]:
+def _stored(index: dict[str, Any]) -> dict[str, OnDisk]:
     """Returns the place of each weight by accelerate's index."""
     headers: dict[str, dict[str, StoredTensor]] = {}
-    stored: dict[str, StoredTensor | StackedTensor] = {}
+    stored: dict[str, OnDisk] = {}
     for name, entry in index.items():
         file = entry["safetensors_file"]
         if file not in headers:
@@ -131,11 +148,16 @@ def _stored(index: dict[str, Any]) -> dict[str, StoredTensor | StackedTensor]:
 
 
 def read_offloaded(
-    source: ModelSource, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device, ahead: bool = True
+    source: ModelSource,
+    rounding: torch.dtype,
+    arithmetic: torch.dtype,
+    device: torch.device,
+    ahead: bool = True,
+    digests: TensorDigests | None = None,
 ) -> tuple[Any, Weights] | None:
     """Returns the model on meta with the place of each weight on disk, or None when one is beyond the range of `rounding`.
 
-    transformers, through accelerate, says which stored tensor is which parameter. `ahead`: see `OffloadedWeights`.
+    transformers, through accelerate, says which stored tensor is which parameter. `ahead` and `digests`: see `OffloadedWeights`.
     """
     folder: Any = None
     if (found := _mapped(source, arithmetic)) is not None:
@@ -157,10 +179,10 @@ def read_offloaded(
         for name, buffer in buffers.items():
             if buffer is not None and buffer.device.type != "meta":
                 buffers[name] = buffer.to(device)
-    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder, ahead)
+    return model, OffloadedWeights(model, stored, rounding, arithmetic, device, folder, ahead, digests)
 
 
-def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, StoredTensor | StackedTensor]] | None:
+def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, OnDisk]] | None:
     """Returns the model on meta and the place of each weight, none read; None where weights must be converted."""
     location, arguments = source.location, source.arguments
     folder = pathlib.Path(location.base)
@@ -171,6 +193,8 @@ def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str
         }
         folder = pathlib.Path(source.guarded(lambda: snapshot_download(location.base, allow_patterns=files, **options)))
     found = source.guarded(lambda: AutoConfig.from_pretrained(location.base, **arguments))
+    if packed := published_in_mxfp4(found):
+        del found.quantization_config  # what is read is what its codes stand for
     # Only parameters go to meta: buffers such as rotary frequencies are computed by the model, not stored.
     with init_empty_weights(include_buffers=False):
         trust = source.config.trust_remote_code
@@ -186,8 +210,15 @@ def _mapped(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str
     index = accelerate_disk_offload(model, None, [str(s) for s in shards], {"": "disk"}, {"weight_map": names}, mapping)
     missing = [name for name, _ in model.named_parameters() if name not in index]
     there = {name: tensor for header in headers.values() for name, tensor in header.items()}
+    experts = mxfp4_tensors(model, missing, there) if packed else {}
+    if packed and (absent := next((name for name in missing if name not in experts), None)) is not None:
+        raise UserError(
+            f"model.path: {source.config.path} says that its experts are in MXFP4, but holds no codes and scales of {absent} that fit its config.json: "
+            "download the model again"
+        )
+    missing = [name for name in missing if name not in experts]
     stacked = stacked_tensors(model, missing, there) if missing else {}
-    return None if stacked is None else (model, {**_stored(index), **stacked})
+    return None if stacked is None else (model, {**_stored(index), **experts, **stacked})
 
 
 def _converted(source: ModelSource, arithmetic: torch.dtype) -> tuple[Any, dict[str, Any], Any]:

@@ -17,12 +17,15 @@ import transformers
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
 from ptq.files.gguf_header import check_gguf
+from ptq.files.safetensors_file import TensorDigests
 from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
 from ptq.models.gguf_tokenizer import as_llama_cpp
 from ptq.models.locations import Location, ModelSource, locate, quiet, source_of
 from ptq.models.resident_memory import return_freed_memory
-from ptq.models.weights import Weights, check_config, check_directory, digest_files, shards_of
+from ptq.models.stored.mxfp4 import published_in_mxfp4
+from ptq.models.weights import Weights, check_config, check_directory, shards_of
+from ptq.models.weights_digest import ModelDigest, digest_files
 
 _CONVERTERS = ("ptq.models", "ptq.files")
 """The code that makes folders out of GGUF files: of other code they are made again, not of any change in the framework."""
@@ -43,7 +46,7 @@ class LoadedModel:
         weights: how its parameters come into memory.
         baseline_dtype: what the weights were rounded to: fp32, fp16 or bf16.
         arithmetic_dtype: what is computed in.
-        fingerprint: SHA-256 over the weights' files and the config.
+        digest: gives the `fingerprint`; of offloaded weights it is not known before they have been read once.
         location: where it was found.
         revision: the hub's commit, or None.
         notes: what a run has to say of the tokenizer.
@@ -54,10 +57,15 @@ class LoadedModel:
     weights: Weights
     baseline_dtype: str
     arithmetic_dtype: str
-    fingerprint: str
+    digest: ModelDigest
     location: Location
     revision: str | None
     notes: tuple[str, ...] = ()
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over the weights' files and the config; what of them has not been read yet is read for it."""
+        return self.digest.value()
 
 
 def check(config: ModelConfig, store: Store | None = None, weights: bool = True) -> Any:
@@ -77,8 +85,12 @@ def check(config: ModelConfig, store: Store | None = None, weights: bool = True)
 def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> Any:
     config = source.config
     found = _config(source, store, weights)
-    if source.location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
-        raise UserError(f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights")
+    if source.location.kind != "gguf" and published_in_mxfp4(found):
+        del found.quantization_config  # dequantized while it is read
+    elif source.location.kind != "gguf" and getattr(found, "quantization_config", None) is not None:
+        raise UserError(
+            f"model.path: {config.path} is already quantized: expected the original 16 or 32-bit weights, or experts in MXFP4"
+        )
     _check_sizes(config, found)
     # Encoders have a "causal" class too, for use as a decoder: it is what they were made for that counts.
     encoder = type(found) in transformers.MODEL_FOR_MASKED_LM_MAPPING and not getattr(found, "is_decoder", False)
@@ -236,21 +248,27 @@ def load(config: ModelConfig, execution: ExecutionConfig, store: Store | None = 
     )
     tokenizer, notes = _tokenizer(config, store) if config.tokenizer else _tokenizer_of(source, found, store)
     rounding, arithmetic = _dtypes(config, found, device)
-    loaded = _read(source, execution, rounding, arithmetic, device, store)
+    # On the hub the weights are not here before they are read.
+    digest = None if source.location.kind == "hub" else _digest(source.location, None, store)
+    digests = TensorDigests()
+    loaded = _read(source, execution, rounding, arithmetic, device, store, digests)
     if loaded is None:
         if config.dtype != "auto":
             raise UserError(
                 f"model.dtype: 'float16' cannot hold the weights of {config.path}, some are over 65504: use bfloat16"
             )
         rounding, arithmetic = torch.bfloat16, torch.float32 if arithmetic == torch.float32 else torch.bfloat16
-        loaded = _read(source, execution, rounding, arithmetic, device, store)
+        loaded = _read(source, execution, rounding, arithmetic, device, store, digests)
     model, weights = loaded  # type: ignore[misc]  # bf16 has the range of fp32, so the second reading is never None
     model.eval().requires_grad_(False)
     model.config.use_cache = False
     revision = getattr(model.config, "_commit_hash", None)
-    fingerprint = _fingerprint(source.location, revision or config.revision, store)
+    digest = digest or _digest(source.location, revision or config.revision, store)
+    digest.read = digests
+    if weights.resident:
+        digest.value()  # what was loaded counts, whatever the files become
     return LoadedModel(
-        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], fingerprint, source.location, revision, notes
+        model, tokenizer, weights, NAMES[rounding], NAMES[arithmetic], digest, source.location, revision, notes
     )
 
 
@@ -270,6 +288,7 @@ def _read(
     arithmetic: torch.dtype,
     device: torch.device,
     store: Store | None,
+    digests: TensorDigests,
 ) -> tuple[Any, Weights] | None:
     """Returns the model and its weights, or None when a weight is beyond the range of `rounding`."""
     from ptq.models.checkpoint import (
@@ -284,8 +303,8 @@ def _read(
             return None
         return_freed_memory()
     if execution.weights == "offloaded":
-        return read_offloaded(source, rounding, arithmetic, device, execution.prefetch)
-    return read_resident(source, rounding, arithmetic, device)
+        return read_offloaded(source, rounding, arithmetic, device, execution.prefetch, digests)
+    return read_resident(source, rounding, arithmetic, device, digests)
 
 
 def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> ModelSource:
@@ -309,7 +328,7 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
 
     key = {
         "source": package_digest(*_CONVERTERS),
-        "file": _fingerprint(source.location, None, store),
+        "file": _digest(source.location, None, store).value(),
         "rounding": NAMES[rounding],
         "torch": torch.__version__,
         "transformers": transformers.__version__,
@@ -325,11 +344,11 @@ def fingerprint_of(config: ModelConfig, store: Store | None = None) -> str:
     if source.location.kind == "directory":
         check_directory(pathlib.Path(source.location.base))
     revision = getattr(_config(source, store), "_commit_hash", None) if source.location.kind == "hub" else None
-    return _fingerprint(source.location, revision or config.revision, store)
+    return _digest(source.location, revision or config.revision, store).value()
 
 
-def _fingerprint(location: Location, revision: str | None, store: Store | None = None) -> str:
-    """Returns the SHA-256 over the weights' bytes, config.json and code of the model's own; where they are makes no difference.
+def _digest(location: Location, revision: str | None, store: Store | None = None) -> ModelDigest:
+    """Returns the digest over the weights' bytes, config.json and code of the model's own; where they are makes no difference.
 
     With a `store`, files that have not changed since are not read again.
     """
@@ -337,10 +356,10 @@ def _fingerprint(location: Location, revision: str | None, store: Store | None =
     if location.kind == "hub":
         cached = huggingface_hub.try_to_load_from_cache(location.base, "config.json", revision=revision)
         if not isinstance(cached, str):  # not in the cache, which can be switched off: the commit names the bytes
-            return hashlib.sha256(f"{location.base}@{revision}".encode()).hexdigest()
+            return ModelDigest.named(hashlib.sha256(f"{location.base}@{revision}".encode()).hexdigest())
         folder = pathlib.Path(cached).parent
     if location.gguf:
-        return digest_files([folder / location.gguf], store)
+        return ModelDigest([folder / location.gguf], (), store)
     config = folder / "config.json"
     code = sorted(folder.glob("*.py")) if b'"auto_map"' in config.read_bytes() else []
-    return digest_files([config, *shards_of(folder), *code], store)
+    return ModelDigest([config, *code], shards_of(folder), store)

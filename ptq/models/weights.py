@@ -1,10 +1,6 @@
 """Where the parameters are: the files that hold them, and how they come into memory, all of them or one module's worth."""
 
-import hashlib
-import json
-import os
 import pathlib
-import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from typing import Any, Protocol
@@ -13,16 +9,18 @@ import torch
 from torch import nn
 
 from ptq.errors import UserError
-from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
-from ptq.files.safetensors_file import PIECE, StoredTensor, read_header
-from ptq.files.store import Store
+from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
 from ptq.models.read_ahead import ReadAhead
 from ptq.models.resident_memory import return_freed_memory
-from ptq.models.stacked_tensors import JoinedTensor, StackedTensor
+from ptq.models.stored.mxfp4 import Mxfp4Matrix, Mxfp4Tensor
+from ptq.models.stored.stacked import JoinedTensor, StackedTensor
+from quantize.checks import all_finite
 
-Stored = StoredTensor | JoinedTensor | StackedTensor
-"""What is read at once: a tensor of a file, the parts of an expert's matrix, or a whole stack of them."""
+OnDisk = StoredTensor | StackedTensor | Mxfp4Tensor
+"""Where a parameter of the model lies."""
+Stored = OnDisk | JoinedTensor | Mxfp4Matrix
+"""What is read at once: a tensor of a file, an expert's matrix out of its parts, or a whole stack of them."""
 
 
 class Weights(Protocol):
@@ -34,6 +32,9 @@ class Weights(Protocol):
 
     def take_apart(self, pieces: Mapping[str, "Piece"]) -> None:
         """Notes that parameters of these full names are pieces of tensors that the model held before."""
+
+    def spread(self, devices: Mapping[str, torch.device]) -> None:
+        """Notes which device the parameters inside each of these modules are read into, where they are not in memory."""
 
     def hold(self, names: Iterable[str]) -> AbstractContextManager[None]:
         """Inside the context, the parameters of the submodules `names` are in memory."""
@@ -69,6 +70,10 @@ class ResidentWeights:
     def take_apart(self, pieces: Mapping[str, Piece]) -> None:
         """Does nothing."""
 
+    def spread(self, devices: Mapping[str, torch.device]) -> None:
+        """Raises ValueError: what is in memory stays where it is."""
+        raise ValueError("weights in memory are on one device")
+
     @contextmanager
     def hold(self, names: Iterable[str]) -> Iterator[None]:
         """Does nothing."""
@@ -89,6 +94,7 @@ class OffloadedWeights:
         device: where the arithmetic happens.
         keep: anything that must live as long as the weights, such as the temporary folder of converted ones.
         ahead: whether `prefetch` reads.
+        digests: notes the digests of what is read; None to note none.
     """
 
     resident = False
@@ -96,18 +102,29 @@ class OffloadedWeights:
     def __init__(
         self,
         model: nn.Module,
-        stored: Mapping[str, StoredTensor | StackedTensor],
+        stored: Mapping[str, OnDisk],
         rounding: torch.dtype,
         arithmetic: torch.dtype,
         device: torch.device,
         keep: Any = None,
         ahead: bool = True,
+        digests: TensorDigests | None = None,
     ):
         self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
         self._rounding, self._arithmetic = rounding, arithmetic
         self._pieces: dict[str, Piece] = {}
-        self._ahead = ahead
+        self._ahead, self._digests = ahead, digests
         self._reading: ReadAhead | None = None
+        self._devices: dict[str, torch.device] = {}
+
+    def spread(self, devices: Mapping[str, torch.device]) -> None:
+        """Notes the device of each of these modules; buffers that are in memory already go there now."""
+        self._devices = dict(devices)
+        for outer, device in devices.items():
+            for module in self._model.get_submodule(outer).modules():
+                for name, buffer in module._buffers.items():
+                    if buffer is not None and not buffer.is_meta:
+                        module._buffers[name] = buffer.to(device)
 
     def take_apart(self, pieces: Mapping[str, Piece]) -> None:
         """Notes that parameters of these full names are pieces of tensors that are stored."""
@@ -123,7 +140,7 @@ class OffloadedWeights:
         try:
             for owner, name, full in missing:
                 held.append((owner, name, owner[name]))
-                value = ready.pop(full) if full in ready else self._read(full, read, self._device)
+                value = ready.pop(full) if full in ready else self._read(full, read, self._device_of(full))
                 owner[name] = _in_place_of(owner[name], value)
                 del value
             # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
@@ -141,7 +158,14 @@ class OffloadedWeights:
         self._reading = None
         if wanted:
             read: dict[Stored, torch.Tensor] = {}
-            self._reading = ReadAhead(wanted, lambda full, device: self._read(full, read, device), self._device)
+            self._reading = ReadAhead(
+                wanted, lambda full, device: self._read(full, read, device), self._device_of(wanted[0])
+            )
+
+    def _device_of(self, full: str) -> torch.device:
+        parts = full.split(".")
+        inside = (".".join(parts[:count]) for count in range(len(parts), 0, -1)) if self._devices else ()
+        return next((self._devices[name] for name in inside if name in self._devices), self._device)
 
     def _taken(self, wanted: Sequence[str]) -> dict[str, torch.Tensor]:
         """Returns what lies ready of these parameters, when they are what was read ahead."""
@@ -157,12 +181,13 @@ class OffloadedWeights:
             stored = self._stored[piece.source].row(piece.shape, piece.expert)
         if stored not in read:
             try:
-                read[stored] = stored.read(self._rounding, self._arithmetic, device)
+                read[stored] = stored.read(self._rounding, self._arithmetic, device, self._digests)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"model.path: {stored.file}, which holds {full}, cannot be read any more ({' '.join(str(error).split())}): "
                     "mend the file; what was finished is kept, and the same command takes it up"
                 ) from None
+            refuse_not_finite(full, read[stored], str(stored.file))
         if piece is None:
             return read[stored]
         value = piece.of(read[stored])
@@ -182,6 +207,12 @@ class OffloadedWeights:
                     for name, tensor in list(owner.items()):
                         if tensor is not None and tensor.device.type == "meta":
                             yield owner, name, f"{prefix}.{name}" if prefix else name
+
+
+def refuse_not_finite(name: str, value: torch.Tensor, place: str) -> None:
+    """Raises `UserError` where a weight that was read from the file `place` holds NaN or inf: nothing can be made of it."""
+    if value.is_floating_point() and not all_finite(value):
+        raise UserError(f"model.path: {name} in {place} holds NaN or inf: mend the file, or download the model again")
 
 
 def _in_place_of(before: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
@@ -272,59 +303,3 @@ def shards_of(folder: pathlib.Path) -> list[pathlib.Path]:
         if not shard.is_file():
             raise UserError(f"model.path: {folder} lacks {shard.name}, which its index names: download the model again")
     return shards
-
-
-def digest_files(files: Iterable[pathlib.Path], store: Store | None = None) -> str:
-    """Returns the SHA-256 over the names, sizes and bytes of `files`.
-
-    With a `store` they are read once: files with the path, size, times and inode that they had then have the digest that
-    they had then.
-    """
-    paths = list(files)
-    if store is None:
-        return _digest(paths)
-    states, digests = _states(paths), []
-
-    def fill(folder: pathlib.Path) -> None:
-        digests.append(_digest(paths))
-        # Files written while, or just before, they were read may change again within one tick of their file system's clock.
-        newest = max(max(int(str(s["mtime_ns"])), int(str(s["ctime_ns"]))) for s in states)
-        if _states(paths) != states or time.time_ns() - newest < SETTLED_NS:
-            raise _Unsettled
-        write_text(folder / "digest.json", json.dumps({"sha256": digests[0]}))
-
-    try:
-        folder = store.keep("weights-digest", {"files": states}, fill, str(paths[0].parent))
-    except _Unsettled:
-        return digests[0]
-    return str(_read_json(folder / "digest.json")["sha256"])
-
-
-SETTLED_NS = 2_000_000_000
-"""Age of a file's last change from which on a later change shows in its times; FAT counts in steps of two seconds."""
-
-
-class _Unsettled(Exception):
-    """Raised to keep no digest of files that may still be changing."""
-
-
-def _states(paths: list[pathlib.Path]) -> list[dict[str, object]]:
-    """Returns what tells whether a file is the one that it was, for each file. Links count as what they point to."""
-    found = []
-    for path in paths:
-        state = path.stat()
-        times = {"mtime_ns": state.st_mtime_ns, "ctime_ns": state.st_ctime_ns}
-        place = {"name": path.name, "path": os.path.realpath(path), "inode": state.st_ino, "size": state.st_size}
-        found.append({**place, **times})
-    return found
-
-
-def _digest(paths: list[pathlib.Path]) -> str:
-    digest = hashlib.sha256()
-    buffer = bytearray(PIECE)
-    for path in paths:
-        digest.update(f"{path.name}:{path.stat().st_size}".encode())
-        with path.open("rb", buffering=0) as file:
-            while count := file.readinto(buffer):
-                digest.update(memoryview(buffer)[:count])
-    return digest.hexdigest()

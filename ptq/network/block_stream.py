@@ -15,6 +15,8 @@ from ptq.models.weights import Weights
 from ptq.network.experts.routing import ROUTED, ExpertTokens, routed_by
 from ptq.network.network import Block, Network, first_tensor, replaced_forward
 from ptq.network.outside import OutsideState
+from ptq.network.stream.calls import Call, Moved
+from ptq.network.stream.calls import shared as shared_calls
 from ptq.ranks.sample_sum import leaf_of, shares
 from ptq.ranks.world import ALONE, Message, World
 from quantize.kernels.matmul import fast_linears
@@ -66,14 +68,6 @@ class Kept(Protocol):
 
 
 @dataclass
-class Call:
-    """How the model called one block for one batch: everything but the hidden states."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-@dataclass
 class Flow:
     """The samples under way: `hidden` (samples, length, channels) and, for each batch, the recorded call of every block.
 
@@ -96,6 +90,7 @@ class Flow:
     """Numbers of the batches of each rank; None where every rank carries all of them."""
     passed: Callable[[Block], None] = lambda block: None
     """Called, on every rank, when its samples have passed a block."""
+    moved: Moved = field(default_factory=dict)
 
     @property
     def leaf(self) -> int:
@@ -115,9 +110,9 @@ class Flow:
         """
         if not self.finite:
             return None
-        bad = ~torch.stack(list(self.finite.values()))
-        names = [name or "embedding" for name, found in zip(self.finite, bad.tolist(), strict=True) if found]
-        return names[0] if names else None
+        first, *others = self.finite.values()
+        bad = ~torch.stack([first, *(found.to(first.device) for found in others)])
+        return next((name or "embedding" for name, found in zip(self.finite, bad.tolist(), strict=True) if found), None)
 
     def slices(self) -> Iterator[tuple[int, slice]]:
         """Yields (index of the batch, its rows) of all batches."""
@@ -164,6 +159,7 @@ class BlockStream:
         network: the model as blocks.
         weights: resident or offloaded parameters.
         device: where the arithmetic happens.
+        devices: those that blocks are computed on in turn, `device` first, where weights are not resident; none for that alone.
         hidden_states: ``memory``, or ``disk`` for a memory-mapped file.
         progress: called after every block of every flow.
         world: the ranks that share the samples.
@@ -177,9 +173,13 @@ class BlockStream:
         hidden_states: str = "memory",
         progress: Progress | None = None,
         world: World = ALONE,
+        devices: Sequence[torch.device] = (),
     ):
-        self.network, self.weights, self.device, self.hidden_states = network, weights, device, hidden_states
+        self.network, self.weights, self.hidden_states = network, weights, hidden_states
+        self.device, self.devices = device, tuple(devices) or (device,)
         weights.take_apart(network.pieces)
+        if len(self.devices) > 1:
+            weights.spread({block.name: self.device_of(block) for block in network.blocks})
         self.progress = progress or (lambda what, done, total: None)
         self.world = world
         self.experts = ROUTED
@@ -193,6 +193,20 @@ class BlockStream:
         for folder in self._scratch:
             folder.cleanup()
         self._scratch.clear()
+
+    def device_of(self, block: Block) -> torch.device:
+        """Returns where a block is computed."""
+        return self.devices[block.index % len(self.devices)]
+
+    @contextmanager
+    def at(self, block: Block) -> Iterator[None]:
+        """Inside the context the block's weights are in memory, and `device` is where it is computed."""
+        with self.weights.hold([block.name]):
+            before, self.device = self.device, self.device_of(block)
+            try:
+                yield
+            finally:
+                self.device = before
 
     @contextmanager
     def hold_outside(self, changed: bool = True) -> Iterator[None]:
@@ -238,7 +252,7 @@ class BlockStream:
                     flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
                 flow.hidden[start : start + batch_size].copy_(first)
                 flow.note_finite("", first)
-                flow.calls.append(_share(flow.calls[-1] if flow.calls else None, calls))
+                flow.calls.append(shared_calls(flow.calls[-1] if flow.calls else None, calls))
         if flow is None:
             raise ValueError("no samples to carry through the network")
         if shared:
@@ -290,7 +304,7 @@ class BlockStream:
         total = len(self.network.blocks)
         done = 0 if kept is None else kept.take_up(self.network.blocks)
         for block in self.network.blocks[done:]:
-            with self.weights.hold([block.name]):
+            with self.at(block):
                 self.weights.prefetch([b.name for b in self.network.blocks[block.index + 1 : block.index + 2]])
                 with fast_linears():
                     visitor.enter(block)
@@ -319,11 +333,16 @@ class BlockStream:
 
     def call(self, flow: Flow, block: Block, batch: int, hidden: torch.Tensor) -> torch.Tensor:
         """Returns the block's output for `hidden`, called as the model called it for batch number `batch`."""
-        call = flow.calls[batch][block.index]
+        call = self.recorded(flow, block, batch)
         choice = flow.experts.choice(block.name, batch) if flow.experts is not None and block.mixtures else None
         rows = slice(batch * flow.batch_size, min((batch + 1) * flow.batch_size, len(flow.ids)))
         with _passing(flow, rows), routed_by(choice) if choice is not None else nullcontext():
             return first_tensor(block.module(hidden, *call.args, **call.kwargs))
+
+    def recorded(self, flow: Flow, block: Block, batch: int) -> Call:
+        """Returns how the model called the block for batch number `batch`, on the block's device."""
+        call = flow.calls[batch][block.index]
+        return call if len(self.devices) == 1 else call.on(self.device_of(block), flow.moved)
 
     @contextmanager
     def head(self, changed: bool = True) -> Iterator[Head]:
@@ -427,22 +446,3 @@ class BlockStream:
         size, path = math.prod(shape), folder.path / "hidden.bin"
         reserve(path, size * like.element_size())
         return torch.from_file(str(path), shared=True, size=size, dtype=like.dtype).view(shape)
-
-
-def _share(earlier: list[Call] | None, calls: list[Call]) -> list[Call]:
-    """Lets `calls` hold the tensors of `earlier` where they are equal: masks and rotary embeddings repeat in every batch."""
-    if earlier is None:
-        return calls
-    return [
-        Call(_same(old.args, new.args), {key: _same(old.kwargs.get(key), value) for key, value in new.kwargs.items()})
-        for old, new in zip(earlier, calls, strict=True)
-    ]
-
-
-def _same(old: Any, new: Any) -> Any:
-    if isinstance(new, tuple) and isinstance(old, tuple) and len(old) == len(new):
-        return tuple(_same(a, b) for a, b in zip(old, new, strict=True))
-    if isinstance(new, torch.Tensor) and isinstance(old, torch.Tensor):
-        alike = old.shape == new.shape and old.dtype == new.dtype and torch.equal(old, new)
-        return old if alike else new
-    return new

@@ -87,19 +87,19 @@ def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> di
         stream: carries the tiny input through it.
         sums: whether to look for the sums too: some more passes through each block, which few steps need.
     """
-    vocabulary = network.model.get_input_embeddings().num_embeddings
-    length = min(8, network.max_positions or 8)
-    flow = stream.open((torch.arange(1, length + 1) * 7 % vocabulary)[None], 1)
-    tracer = _Tracer(network, stream, flow, sums)
-    stream.run([flow], tracer, "links")
+    tracer = Tracer(network, stream, sums)
+    stream.run([tracer.flow], tracer, "links")
     return tracer.traces
 
 
-class _Tracer:
-    """The visitor that traces a block before the tiny flow passes through it."""
+class Tracer:
+    """The visitor that traces a block before its `flow`, of one tiny input, passes through it. Arguments: `trace_links`."""
 
-    def __init__(self, network: Network, stream: BlockStream, flow: Flow, sums: bool):
-        self.network, self.stream, self.flow, self.sums = network, stream, flow, sums
+    def __init__(self, network: Network, stream: BlockStream, sums: bool):
+        vocabulary = network.model.get_input_embeddings().num_embeddings
+        length = min(8, network.max_positions or 8)
+        self.network, self.stream, self.sums = network, stream, sums
+        self.flow: Flow = stream.open((torch.arange(1, length + 1) * 7 % vocabulary)[None], 1)
         self.traces: dict[int, Trace] = {}
 
     def enter(self, block: Block) -> None:
@@ -284,12 +284,13 @@ def load_traces(path: pathlib.Path) -> dict[int, Trace]:
     try:
         with safe_open(path, framework="pt") as file:
             plain = parse_json((file.metadata() or {})["traces"])
-        return {int(index): _trace(facts) for index, facts in plain.items()}
+        return {int(index): trace_of(facts) for index, facts in plain.items()}
     except (SafetensorError, OSError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"it holds no links ({' '.join(str(error).split())})") from None
 
 
-def _trace(facts: dict[str, Any]) -> Trace:
+def trace_of(facts: Mapping[str, Any]) -> Trace:
+    """Returns the trace whose fields, as JSON holds them, these are."""
     links = [Link(**{**link, "readers": tuple(link["readers"])}) for link in facts["links"]]
     return Trace(
         links,

@@ -52,7 +52,7 @@ def precise_block(
     Raises:
         OverflowError: with `keep`, naming the first tensor that is finite in `dtype` and not in its own type.
     """
-    recorded = flow.calls[batch][block.index]
+    recorded = stream.recorded(flow, block, batch)
 
     def call(hidden: torch.Tensor) -> torch.Tensor:
         args, kwargs = (_widened(part, dtype) for part in (recorded.args, recorded.kwargs))

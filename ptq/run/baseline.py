@@ -11,7 +11,7 @@ from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.token_comparison import window_losses
 from ptq.files.safetensors_file import write_tensors
-from ptq.network.block_stream import Nothing
+from ptq.network.block_stream import Flow, Nothing
 from ptq.ranks.reduction import in_shares
 from ptq.run.session import Session
 
@@ -30,8 +30,7 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
     Raises:
         UserError: when the model itself gives NaN or inf.
     """
-    evaluation = session.recipe.evaluation
-    key = {**session.key(tokens), "batch_size": evaluation.batch_size, "chunk": evaluation.chunk}
+    key = _key(session, tokens)
     with session.store.found_or_mine("baseline", key, lambda line: session.journal.say(f"baseline: {line}")) as found:
         if found is not None:
             try:
@@ -44,29 +43,61 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
         return _evaluated(session, tokens, key)
 
 
-def _evaluated(session: Session, tokens: Tokens, key: dict[str, object]) -> Baseline:
-    """Evaluates the baseline, and keeps it in the store."""
-    evaluation = session.recipe.evaluation
-    with session.journal.phase("baseline"):
-        flow = session.stream.open(tokens.ids, evaluation.batch_size, exact=True, shared=True)
-        kept = session.kept("baseline", key, [flow], Nothing())
-        session.stream.run([flow], Nothing(), "baseline", kept)
-        if (place := flow.first_nonfinite()) is not None:
-            raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
-        with session.stream.head() as head:
-            losses = in_shares(
-                session.world,
-                len(tokens.ids),
-                lambda w: (window_losses(head, flow.hidden[w], tokens.ids[w], evaluation.chunk),),
-            )[0]
-        if not torch.isfinite(losses).all():
-            raise UserError("NaN or inf in the unquantized model's logits: try model.dtype=float32")
-        entry = {"losses": losses, "hidden": flow.hidden}
-        found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
-        if kept is not None:
-            kept.drop()
+def known_baseline(session: Session, tokens: Tokens) -> Baseline | None:
+    """Returns the baseline on `tokens` where it has been evaluated before, else None."""
+    found = session.store.find("baseline", _key(session, tokens))
+    if found is None:
+        return None
+    try:
+        return _read(found, tokens)
+    except ValueError as error:
+        session.store.made_again("baseline", str(error))
+        return None
+
+
+def kept_baseline(session: Session, tokens: Tokens, flow: Flow) -> Baseline:
+    """Returns the baseline from the samples that have passed the unquantized blocks, and keeps it in the store.
+
+    Raises:
+        UserError: when the model itself gives NaN or inf.
+    """
+    check_unquantized(flow)
+    chunk = session.recipe.evaluation.chunk
+    with session.stream.head(changed=False) as head:
+        losses = in_shares(
+            session.world,
+            len(tokens.ids),
+            lambda w: (window_losses(head, flow.hidden[w], tokens.ids[w], chunk),),
+        )[0]
+    if not torch.isfinite(losses).all():
+        raise UserError("NaN or inf in the unquantized model's logits: try model.dtype=float32")
+    entry, key = {"losses": losses, "hidden": flow.hidden}, _key(session, tokens)
+    found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
     # Read back: the first run and all later ones go on from the same tensors.
     return _read(found, tokens)
+
+
+def check_unquantized(flow: Flow) -> None:
+    """Raises `UserError` where NaN or inf has come out of the unquantized blocks that the samples have passed."""
+    if (place := flow.first_nonfinite()) is not None:
+        raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
+
+
+def _key(session: Session, tokens: Tokens) -> dict[str, object]:
+    evaluation = session.recipe.evaluation
+    return {**session.key(tokens), "batch_size": evaluation.batch_size, "chunk": evaluation.chunk}
+
+
+def _evaluated(session: Session, tokens: Tokens, key: dict[str, object]) -> Baseline:
+    """Evaluates the baseline, and keeps it in the store."""
+    with session.journal.phase("baseline"):
+        flow = session.stream.open(tokens.ids, session.recipe.evaluation.batch_size, exact=True, shared=True)
+        kept = session.kept("baseline", key, [flow], Nothing())
+        session.stream.run([flow], Nothing(), "baseline", kept)
+        baseline = kept_baseline(session, tokens, flow)
+        if kept is not None:
+            kept.drop()
+    return baseline
 
 
 def _read(path: pathlib.Path, tokens: Tokens) -> Baseline:

@@ -35,9 +35,10 @@ from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
+from ptq.run.one_pass.quantize import Quantized, check_devices, goes_in_one_pass, quantize_in_one_pass
 from ptq.run.planning import check_steps, open_context, plan_steps
 from ptq.run.preflight import check_apart, check_before, check_model, check_ranks, check_tokens
-from ptq.run.quantize_visitor import QuantizeVisitor
+from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
 from ptq.run.result import Result
@@ -73,6 +74,7 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
         return Result(run_folder(recipe), None, "the run was finished before")
     check_ranks(recipe, sources_of(steps), world)
     check_tuner(recipe, steps, world)
+    check_devices(recipe, steps, world)
     led(world, lambda: check_before(recipe, steps, shared))
     with places_of(recipe, steps, world) as places:
         return _run(recipe, steps, places, shared, force, world)
@@ -125,6 +127,7 @@ def checked(recipe: Recipe) -> tuple[Recipe, dict[str, Step]]:
     check_steps(recipe.scheme, steps)
     check_places(recipe, steps)
     check_tuner(recipe, steps)
+    check_devices(recipe, steps, ALONE)
     return recipe, steps
 
 
@@ -158,19 +161,12 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         journal.note(check_memory(recipe, session.network, steps))
         tokens = session.evaluation_tokens()
         check_tokens(recipe, session.loaded.tokenizer, session.seen_tokens(), tokens, session.network.vocabulary)
-        context = open_context(session, steps)
-        baseline = baseline_of(session, tokens)
-        targets = None if tuner_of(steps) is None else targets_of(session)
-        answers = baseline_answers(session)
-        taken = context.statistics
+        if goes_in_one_pass(recipe, steps, world):
+            passed = quantize_in_one_pass(session, steps, sources_of(steps), tokens, folder)
+        else:
+            passed = _pass_by_pass(session, steps, tokens, folder)
+        visitor, flow, baseline = passed.visitor, passed.flow, passed.baseline
         identity = session.identity(sources_of(steps))
-        context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
-        plan_steps(session, steps, context)
-        if taken is not None and context.statistics is not None:
-            save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
-        visitor, flow = _quantize(session, steps, context, tokens, folder)
-        if targets is not None:
-            flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
         for name, proof in visitor.proofs.items():
             journal.say(proof.sentence(name))
         with journal.phase("evaluate"), session.stream.heads() as heads:
@@ -178,11 +174,10 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         if not world.leads:
             return Result(places.kept, None, "rank 0 writes the results")
         session.stream.change_outside()
-        results = compared_answers(session, visitor, answers, folder)
-        learned = None if (found := tuner_of(steps)) is None else context.plans[found[0]].figures
-        report(session, visitor, tokens, baseline, compared, folder, identity, results, learned)
+        results = compared_answers(session, visitor, passed.answers, folder)
+        report(session, visitor, tokens, baseline, compared, folder, identity, results, passed.learned)
         journal.figures(numbers(parse_json((folder / METRICS).read_text(encoding="utf-8"))))
-        export_session(session, folder)
+        export_session(session, folder, passed.shards, passed.blocks)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
         whole = session.loaded.weights.resident and not visitor.unbuildable
@@ -203,6 +198,24 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
         yield
 
 
+def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Quantized:
+    """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
+    context = open_context(session, steps)
+    baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
+    targets = None if tuner is None else targets_of(session)
+    answers = baseline_answers(session)
+    taken, identity = context.statistics, session.identity(sources_of(steps))
+    context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
+    plan_steps(session, steps, context)
+    if taken is not None and context.statistics is not None:
+        save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
+    visitor, flow = _quantize(session, steps, context, tokens, folder)
+    if targets is not None:
+        flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
+    learned = None if tuner is None else context.plans[tuner[0]].figures
+    return Quantized(visitor, flow, baseline, answers, learned)
+
+
 def _quantize(
     session: Session, steps: dict[str, Step], context: Context, tokens: Tokens, folder: pathlib.Path
 ) -> tuple[QuantizeVisitor, Flow]:
@@ -219,7 +232,7 @@ def _quantize(
         kept = context.keep("quantize", carried, visitor)
         with agreeing():
             stream.run(flows, visitor, "quantize", kept)
-        _check_finite(flow)
+        check_quantized(flow)
         keep_timings(session, kernels)
         session.journal.note(describe(kernels.ran, kernels.refused))
         if kept is not None and needs_saved_weights(recipe) and not tuned:
@@ -241,17 +254,10 @@ def _tune(
     if visitor.unbuildable:
         raise UserError(f"steps: {visitor.unbuildable}, so that an interrupted run cannot be tuned: add --force")
     flow = tune(session, steps, context, targets, tokens, identity)
-    _check_finite(flow)
+    check_quantized(flow)
     if needs_saved_weights(session.recipe):
         save_blocks(context, folder / "quantized")
     return flow
-
-
-def _check_finite(flow: Flow) -> None:
-    if (place := flow.first_nonfinite()) is not None:
-        raise UserError(
-            f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
-        )
 
 
 def _compared(

@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
-from ptq.export.base import Exported, Exporter, refuse_existing
+from ptq.export.base import BlockShards, Exported, Exporter, refuse_existing
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
 from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
@@ -65,17 +65,30 @@ def needs_saved_weights(recipe: Recipe) -> bool:
     return recipe.execution.save or (recipe.export is not None and recipe.execution.weights == "offloaded")
 
 
-def export_session(session: Session, folder: pathlib.Path) -> Exported | None:
-    """Writes the export that the session's recipe asks for into the run's `folder`; None when it asks for none."""
+def export_session(
+    session: Session, folder: pathlib.Path, shards: BlockShards | None = None, blocks: Sequence[pathlib.Path] = ()
+) -> Exported | None:
+    """Writes the export that the session's recipe asks for into the run's `folder`; None when it asks for none.
+
+    Args:
+        session: the run's.
+        folder: of its results.
+        shards: where finished blocks are shards of the export: what makes it of them.
+        blocks: their files.
+    """
     recipe, loaded = session.recipe, session.loaded
     if recipe.export is None:
         return None
     exporter = build_exporter(recipe.export)
-    source: QuantizedTensors = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, _origin(session))
+    path = _default_path(folder, recipe.export, exporter)
+    if shards is not None:
+        with session.journal.phase("export"):
+            return _said(shards.finish(path, blocks), session.journal)
+    source: QuantizedTensors = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, origin_of(session))
     if not loaded.weights.resident:
         source = SavedSource(session, folder / QUANTIZED)
     with session.journal.phase("export"):
-        return _write(exporter, source, _default_path(folder, recipe.export, exporter), session.journal)
+        return _said(exporter.write(source, path), session.journal)
 
 
 def export_run(
@@ -119,17 +132,17 @@ def export_run(
             raise UserError(f"{error}{again}") from None
         for note in notes:
             journal.say(f"export: {note}")
-        return _write(exporter, SavedSource(session, folder / QUANTIZED), path, journal)
+        return _said(exporter.write(SavedSource(session, folder / QUANTIZED), path), journal)
 
 
 def check_imatrix(recipe: Recipe) -> Any:
     """Returns the config of the recipe's model. Raises `UserError` for an architecture that llama.cpp's files are not written for."""
     from ptq.export.to_gguf import ARCHITECTURES
 
-    config = check_model(recipe.model)
-    if config.model_type not in ARCHITECTURES:
+    config, known = check_model(recipe.model), [name for name, a in ARCHITECTURES.items() if not a.mixture]
+    if config.model_type not in known:
         raise UserError(
-            f"--imatrix: written for {', '.join(ARCHITECTURES)}, and the model's model_type is {config.model_type!r}: leave it out"
+            f"--imatrix: written for {', '.join(known)}, and the model's model_type is {config.model_type!r}: leave it out"
         )
     return config
 
@@ -152,7 +165,7 @@ def export_imatrix(recipe: Recipe, config: Any, statistics: pathlib.Path, path: 
     return path
 
 
-def _origin(session: Session) -> pathlib.Path | None:
+def origin_of(session: Session) -> pathlib.Path | None:
     """Returns the GGUF file whose tokenizer an export copies: the model's, unless the recipe names another tokenizer."""
     location = session.loaded.location
     if location.gguf is None or session.recipe.model.tokenizer is not None:
@@ -164,8 +177,7 @@ def _default_path(folder: pathlib.Path, config: ExportConfig, exporter: Exporter
     return folder / "export" / config.format / exporter.filename
 
 
-def _write(exporter: Exporter, source: QuantizedTensors, path: pathlib.Path, journal: Journal) -> Exported:
-    exported = exporter.write(source, path)
+def _said(exported: Exported, journal: Journal) -> Exported:
     journal.say(f"export: {exported.path} ({exported.bytes / 1e6:.1f} MB)")
     for note in exported.notes:
         journal.say(f"export: {note}")
@@ -199,7 +211,7 @@ class SavedSource:
         self.network: Network = session.network
         self.tokenizer: Any = session.loaded.tokenizer
         self.scheme: SchemeConfig = session.recipe.scheme
-        self.origin = _origin(session)
+        self.origin = origin_of(session)
         self._weights = session.loaded.weights
         self._saved: dict[str, StoredTensor] = {}
         for block in self.network.blocks:

@@ -70,9 +70,7 @@ def context_of(
     Raises:
         UserError: when the scheme quantizes something inside attentions that cannot be reached.
     """
-    # What acts on an input online may be asked to by the Linear's place: rotate's down and out are those that write to the stream.
-    places = {RESIDUAL, INPUT}
-    sums = REFERENCE in captures_of_steps(scheme, steps) or any(step.acts & places for step in steps.values())
+    sums = wants_sums(scheme, steps)
     inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
     traces = trace_links(network, stream, sums) if traces_of is None else traces_of(sums)
     for line in describe(traces):
@@ -87,6 +85,13 @@ def context_of(
             )
         rotary = rotary_layouts(network, stream, attentions)
     return Context(network, stream, scheme, traces, attentions=attentions, rotary=rotary, note=note)
+
+
+def wants_sums(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether a step has to know what is added to the residual stream."""
+    # What acts on an input online may be asked to by the Linear's place: rotate's down and out are those that write to the stream.
+    places = {RESIDUAL, INPUT}
+    return REFERENCE in captures_of_steps(scheme, steps) or any(step.acts & places for step in steps.values())
 
 
 def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) -> None:

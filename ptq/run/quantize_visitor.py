@@ -88,8 +88,12 @@ class QuantizeVisitor:
 
     def write(self, block: Block, path: pathlib.Path) -> None:
         """Writes the finished block with its results."""
+        write_block(block, path, self.figures(block))
+
+    def figures(self, block: Block) -> dict[str, Any]:
+        """Returns the results of the finished block, and the sums so far, as JSON holds them."""
         names = [name for name in self.attentions if name.startswith(f"{block.name}.")]
-        figures = {
+        return {
             "layers": [dataclasses.asdict(layer) for layer in self.layers[self._from :]],
             "attentions": {name: self.attentions[name] for name in names},
             "proofs": {name: dataclasses.asdict(proof) for name, proof in self.proofs.items()},
@@ -97,15 +101,9 @@ class QuantizeVisitor:
             "quantized": self.quantized,
             "kernels": {"ran": self.kernels.ran, "refused": self.kernels.refused},
         }
-        write_block(block, path, figures)
 
     def read(self, block: Block, path: pathlib.Path) -> None:
         """Takes up a finished block: its results and, where weights are resident, its modules."""
-        figures: dict[str, Any] = read_figures(path)
-        self.layers += [LayerResult(**layer) for layer in figures["layers"]]
-        self.attentions |= figures["attentions"]
-        self.proofs = {name: Proof(**proof) for name, proof in figures["proofs"].items()}
-        self.stored, self.quantized = figures["stored"], figures["quantized"]
         if self.context.stream.weights.resident and not self.unbuildable:
             try:
                 rebuild(block, path, self.context.network, self.context.stream.device)
@@ -114,6 +112,14 @@ class QuantizeVisitor:
             for module in block.module.modules():
                 if isinstance(module, QuantLinear):
                     module.use_kernels(self.kernels)
+        self.take_up(read_figures(path))
+
+    def take_up(self, figures: Mapping[str, Any]) -> None:
+        """Takes up the results of a finished block: what `figures` gave."""
+        self.layers += [LayerResult(**layer) for layer in figures["layers"]]
+        self.attentions |= figures["attentions"]
+        self.proofs = {name: Proof(**proof) for name, proof in figures["proofs"].items()}
+        self.stored, self.quantized = figures["stored"], figures["quantized"]
         self.kernels.ran, self.kernels.refused = figures["kernels"]["ran"], figures["kernels"]["refused"]
 
     def _transform(self, block: Block) -> None:
@@ -238,6 +244,14 @@ class QuantizeVisitor:
         )
         if not self.context.stream.weights.resident:
             original.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+
+def check_quantized(flow: Flow) -> None:
+    """Raises `UserError` where NaN or inf has come out of the quantized blocks that the samples have passed."""
+    if (place := flow.first_nonfinite()) is not None:
+        raise UserError(
+            f"NaN or inf in the quantized model from {place} on: try model.dtype=float32, or more bits there"
+        )
 
 
 def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> Size:

@@ -80,18 +80,31 @@ class Session:
 
     def traces(self, sums: bool) -> dict[int, Trace]:
         """Returns the links of every block, and the `sums` where asked, out of the store where they were found before."""
-        known: dict[str, object] = {"weights": self.loaded.fingerprint, "arithmetic": self.loaded.arithmetic_dtype}
-        known |= machine(self.stream.device)
-        key = {**known, "sums": sums}
-        found = None if sums else self.store.find("links", {**known, "sums": True})
+        found = None if sums else self.store.find("links", self._traces_key(True))
         if (traces := self._read_traces(found)) is not None:
             return traces
+        key = self._traces_key(sums)
         with self.store.found_or_mine("links", key, lambda line: self.journal.say(f"links: {line}")) as found:
             if (traces := self._read_traces(found)) is None:
                 traces = trace_links(self.network, self.stream, sums)
-                made = traces
-                self.store.add("links", key, lambda path: save_traces(made, path), self.recipe.model.path)
+                self.keep_traces(traces, sums)
         return traces
+
+    def known_traces(self, sums: bool) -> dict[int, Trace] | None:
+        """Returns the links of every block where they were found before, with the `sums` where asked, else None."""
+        found = self.store.find("links", self._traces_key(True))
+        if found is None and not sums:
+            found = self.store.find("links", self._traces_key(False))
+        return self._read_traces(found)
+
+    def keep_traces(self, traces: Mapping[int, Trace], sums: bool) -> None:
+        """Keeps what was found, with `sums` in it or without, for `traces`."""
+        key = self._traces_key(sums)
+        self.store.add("links", key, lambda path: save_traces(traces, path), self.recipe.model.path)
+
+    def _traces_key(self, sums: bool) -> dict[str, object]:
+        known: dict[str, object] = {"weights": self.loaded.fingerprint, "arithmetic": self.loaded.arithmetic_dtype}
+        return {**known, **machine(self.stream.device, self.stream.devices), "sums": sums}
 
     def _read_traces(self, path: pathlib.Path | None) -> dict[int, Trace] | None:
         if path is None:
@@ -115,7 +128,7 @@ class Session:
             "arithmetic": self.loaded.arithmetic_dtype,
             "tokens": tokens.fingerprint,
             **({} if self.stream.experts == ROUTED else {"experts": self.stream.experts}),
-            **machine(self.stream.device),
+            **machine(self.stream.device, self.stream.devices),
         }
 
     def about(self, tokens: Tokens) -> str:
@@ -205,7 +218,9 @@ def open_session(
     check_outside(recipe.scheme, network)
     device = device_of(recipe)
     check_experts(recipe, network)
-    stream = BlockStream(network, loaded.weights, device, recipe.execution.hidden_states, journal.progress, world)
+    stream = BlockStream(
+        network, loaded.weights, device, recipe.execution.hidden_states, journal.progress, world, devices_of(recipe)
+    )
     stream.experts = recipe.calibration.experts
     journal.say(
         f"{recipe.model.path}: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, "
@@ -243,17 +258,43 @@ def device_of(recipe: Recipe) -> torch.device:
     Raises:
         UserError: for a device that this machine has not.
     """
-    name = recipe.execution.device
+    name, several = recipe.execution.device, devices_of(recipe)
+    if several:
+        if name not in {"auto", *recipe.execution.devices[:1]}:
+            raise UserError(
+                f"execution.device: {name!r}, but execution.devices begins with {recipe.execution.devices[0]!r}: use auto"
+            )
+        return several[0]
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    return _device("execution.device", name, "auto, ")
+
+
+def devices_of(recipe: Recipe) -> tuple[torch.device, ...]:
+    """Returns the devices that blocks are computed on in turn, none where a recipe names none.
+
+    Raises:
+        UserError: for one that this machine has not, or where the weights stay in memory.
+    """
+    x = recipe.execution
+    if x.devices and x.weights != "offloaded":
+        raise UserError(
+            f"execution.devices: {', '.join(x.devices)}, but execution.weights is {x.weights}, on one device: use offloaded"
+        )
+    return tuple(_device(f"execution.devices[{i}]", name) for i, name in enumerate(x.devices))
+
+
+def _device(field: str, name: str, others: str = "") -> torch.device:
     try:
         device = torch.device(name)
     except RuntimeError:
         device = None
     if device is None or device.type not in {"cpu", "cuda"}:
-        raise UserError(f"execution.device: {name!r:.80} is no device: use auto, cpu, cuda or cuda:0")
+        raise UserError(f"{field}: {name!r:.80} is no device: use {others}cpu, cuda or cuda:0")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise UserError(f"execution.device: {name!r}, but this machine has no CUDA device: use auto or cpu")
+        raise UserError(
+            f"{field}: {name!r}, but this machine has no CUDA device: use {others.replace(', ', ' or ')}cpu"
+        )
     if device.type == "cuda" and (device.index or 0) >= (there := torch.cuda.device_count()) > 0:
-        raise UserError(f"execution.device: {name!r}, but this machine has {there} CUDA devices: use cuda:{there - 1}")
+        raise UserError(f"{field}: {name!r}, but this machine has {there} CUDA devices: use cuda:{there - 1}")
     return device

@@ -202,7 +202,7 @@ class Context:
     @contextmanager
     def shown(self, block: Block) -> Iterator[None]:
         """Inside the context the block's weights are in memory as the steps so far leave them; then they are put back."""
-        with self.stream.weights.hold([block.name]), self.transformed(block):
+        with self.stream.at(block), self.transformed(block):
             yield
 
     @contextmanager

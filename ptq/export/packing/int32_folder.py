@@ -2,7 +2,7 @@
 
 import pathlib
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, ClassVar
 
@@ -11,9 +11,9 @@ import torch
 from ptq.config.schema import Override, SchemeConfig
 from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
-from ptq.export.base import Exported, advice, refuse_attention, require, specs_by_linear
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
-from ptq.export.to_compressed_tensors import lossless, write_shards
+from ptq.export.base import BlockShards, Exported, advice, refuse_attention, require, specs_by_linear
+from ptq.export.packing.shards import lossless, write_shards
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, walked
 from ptq.files.atomic import write_folder_atomic
 from ptq.network.experts.published_names import published_names
 from ptq.network.network import Network
@@ -83,7 +83,11 @@ def _told(spec: QuantSpec) -> tuple[Any, ...]:
 
 
 def write(
-    source: QuantizedTensors, path: pathlib.Path, linear: Write, words: Callable[[QuantSpec, list[str]], dict[str, Any]]
+    source: QuantizedTensors,
+    path: pathlib.Path,
+    linear: Write,
+    words: Callable[[QuantSpec, list[str]], dict[str, Any]],
+    finished: Sequence[pathlib.Path] = (),
 ) -> Exported:
     """Writes the folder: safetensors, config.json with the format's own ``quantization_config``, the tokenizer's files.
 
@@ -92,13 +96,16 @@ def write(
         path: of the folder.
         linear: see `Write`.
         words: gives the ``quantization_config`` of the weights' format and the names of Linears that are not quantized.
+        finished: shards that hold the blocks, one each; none where they are to be written too.
     """
     specs, model = specs_by_linear(source.scheme, source.network), source.network.model
     spec = next(s.weight for s in specs.values() if s.weight is not None)
     left = sorted(name for name, s in specs.items() if not s.any)
 
     def fill(folder: pathlib.Path) -> None:
-        write_shards(folder, _tensors(source, linear))
+        without = [block.name for block in source.network.blocks] if finished else []
+        tensors = _tensors(source, linear, published_names(source.network), without=without)
+        write_shards(folder, tensors, finished)
         saved = type(model.config).from_dict(model.config.to_dict())
         saved.architectures, saved.use_cache = [type(model).__name__], True
         # The kernels of both formats compute in fp16.
@@ -140,6 +147,16 @@ class FolderExporter:
         self.check(source.scheme, source.network)
         return write(source, path, self.packed, self.quantization_config)
 
+    def block_shards(self, source: QuantizedTensors) -> BlockShards:
+        """Returns what writes the folder a finished block at a time."""
+        self.check(source.scheme, source.network)
+        published = published_names(source.network)
+
+        def finish(path: pathlib.Path, files: Sequence[pathlib.Path]) -> Exported:
+            return write(source, path, self.packed, self.quantization_config, files)
+
+        return BlockShards(lambda block: _tensors(source, self.packed, published, [block.name]), finish)
+
     def packed(self, tensors: LinearTensors) -> Mapping[str, torch.Tensor]:
         """Returns the tensors of one quantized Linear by their last names."""
         raise TypeError(f"{type(self).__name__} does not say how a Linear is packed")
@@ -149,25 +166,24 @@ class FolderExporter:
         raise TypeError(f"{type(self).__name__} does not say how its weights are described")
 
 
-def _tensors(source: QuantizedTensors, linear: Write) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yields every tensor of the checkpoint in the order of the model; tied ones once."""
-    model, published = source.network.model, published_names(source.network)
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
-    linears = set(source.network.linears)
-    for owner, module in model.named_modules():
-        if owner in linears:
-            found = source.linear(owner)
-            name = published.get(f"{owner}.weight", f"{owner}.weight").removesuffix(".weight")
-            parts = {"weight": torch.as_tensor(found.weight)} if found.spec is None else linear(found)
-            yield from ((f"{name}.{last}", lossless(value)) for last, value in parts.items())
-            if found.bias is not None:
-                yield f"{name}.bias", lossless(found.bias)
-        elif not any(owner.startswith(f"{name}.") for name in linears):
-            own = [name for name, _ in module.named_parameters(recurse=False)]
-            own += [n for n, _ in module.named_buffers(recurse=False) if n not in module._non_persistent_buffers_set]
-            for name in (f"{owner}.{n}" if owner else n for n in own):
-                if name not in tied:
-                    yield published.get(name, name), lossless(source.tensor(name))
+def _tensors(
+    source: QuantizedTensors,
+    linear: Write,
+    published: Mapping[str, str],
+    within: Sequence[str] = ("",),
+    without: Sequence[str] = (),
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yields every tensor of the checkpoint as `walked` does, under its `published` name."""
+    for owner, is_linear in walked(source, within, without):
+        if not is_linear:
+            yield published.get(owner, owner), lossless(source.tensor(owner))
+            continue
+        found = source.linear(owner)
+        name = published.get(f"{owner}.weight", f"{owner}.weight").removesuffix(".weight")
+        parts = {"weight": torch.as_tensor(found.weight)} if found.spec is None else linear(found)
+        yield from ((f"{name}.{last}", lossless(value)) for last, value in parts.items())
+        if found.bias is not None:
+            yield f"{name}.bias", lossless(found.bias)
 
 
 def unsigned(tensors: LinearTensors) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

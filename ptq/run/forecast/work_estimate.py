@@ -11,7 +11,9 @@ from ptq.footprint.footprint import bytes_of, inventory
 from ptq.footprint.passes import block_flops
 from ptq.network.experts.routing import ALL, LEAST
 from ptq.network.network import Block, Network, weight_of
+from ptq.ranks.world import ALONE
 from ptq.run.forecast.machine_speed import MachineSpeed
+from ptq.run.one_pass.quantize import goes_in_one_pass, writes_shards
 from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, Step
 
 WINDOWS = 256
@@ -67,14 +69,18 @@ def work_of(
     a_token, head_token = sum(passed.blocks.values()) / c.length, passed.head / c.length
     wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
     offloaded, on_disk = recipe.execution.weights == "offloaded", recipe.execution.hidden_states == "disk"
-    a_pass = checkpoint if offloaded else 0
+    once = goes_in_one_pass(recipe, steps, ALONE)
+    # Links, baseline and quantization read the blocks each, or together.
+    a_pass, beside = checkpoint if offloaded else 0, checkpoint if offloaded and not once else 0
     width = int(network.model.config.get_text_config().hidden_size) * value * len(network.blocks)
     spill = width if on_disk else 0
     quantized = _stored(recipe, network)
-    work = {"load": Work(read=checkpoint * (1 if offloaded else 2))}
+    work = {"load": Work(read=0 if once else checkpoint)}
+    if beside:
+        work["links"] = Work(read=beside)
     if STATISTICS in wanted and recipe.calibration.statistics is None:
         work["calibration"] = Work(a_token * calibrated, 0, a_pass + spill * calibrated, spill * calibrated)
-    work["baseline"] = Work((a_token + head_token) * evaluated, 0, a_pass + spill * evaluated, spill * evaluated)
+    work["baseline"] = Work((a_token + head_token) * evaluated, 0, beside + spill * evaluated, spill * evaluated)
     carried = calibrated if wanted & {SAMPLES, REFERENCE} else 0
     passes = 2 if REFERENCE in wanted else 1
     solving = Work()
@@ -89,7 +95,8 @@ def work_of(
     )
     work["evaluate"] = Work(2 * head_token * evaluated)
     if recipe.export is not None:
-        work["export"] = Work(read=saved, written=quantized, shared=False)
+        linked = once and writes_shards(recipe)
+        work["export"] = Work(read=0 if linked else saved, written=0 if linked else quantized, shared=False)
     return work
 
 

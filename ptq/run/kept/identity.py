@@ -3,7 +3,7 @@
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,8 +20,8 @@ def digest_of(parts: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True, default=str).encode()).hexdigest()
 
 
-def machine(device: torch.device) -> dict[str, object]:
-    """Returns what of code, libraries and machine may change the bits of results.
+def machine(device: torch.device, devices: Sequence[torch.device] = ()) -> dict[str, object]:
+    """Returns what of code, libraries and machine may change the bits of results; `devices` are those that blocks are computed on.
 
     Sums are taken in another order by another number of threads, another processor, or another precision of products.
     """
@@ -36,7 +36,9 @@ def machine(device: torch.device) -> dict[str, object]:
         where |= {"threads": torch.get_num_threads(), "capability": torch.backends.cpu.get_cpu_capability()}
     elif device.type == "cuda":
         where |= {"gpu": torch.cuda.get_device_name(device), "tf32": torch.backends.cuda.matmul.allow_tf32}
-    return where
+    kinds = [device.type if device.type == "cpu" else torch.cuda.get_device_name(device) for device in devices]
+    # Devices of one kind give the bits of one of them.
+    return where | {"devices": kinds} if len(set(kinds)) > 1 else where
 
 
 def finished(folder: pathlib.Path, identity: str) -> bool:

@@ -1,7 +1,6 @@
 """What a pass through the blocks keeps on disk, so that a killed run goes on after the last finished block with the same bits."""
 
 import json
-import os
 import pathlib
 import shutil
 import time
@@ -11,7 +10,7 @@ from typing import Any, Protocol
 
 import torch
 
-from ptq.files.atomic import write_atomic, write_text
+from ptq.files.atomic import linked, write_atomic, write_text
 from ptq.files.bounded import parse_json
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
@@ -109,7 +108,7 @@ class KeptPass:
         """Puts the files of the finished blocks into another folder as well, without a second copy where the file system can."""
         for block in blocks if self.world.leads else ():
             source = self.file_of(block)
-            write_atomic(folder / source.name, partial(_linked, source))
+            write_atomic(folder / source.name, partial(linked, source))
 
     def drop(self) -> None:
         """Removes everything that was kept."""
@@ -145,14 +144,6 @@ class KeptPass:
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
-
-
-def _linked(source: pathlib.Path, path: pathlib.Path) -> None:
-    try:
-        path.unlink(missing_ok=True)
-        os.link(source, path)
-    except OSError:
-        shutil.copyfile(source, path)
 
 
 def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:

@@ -189,7 +189,7 @@ class Step(Transform):
         """Returns whether the norms take the mean out. Raises `UserError` where the stream's norms or readers are not found."""
         centring = set()
         for block in context.network.blocks:
-            with context.stream.weights.hold([block.name]):
+            with context.stream.at(block):
                 links = _stream_links(context, block, width)
                 if not links or not context.sums(block):
                     raise UserError(

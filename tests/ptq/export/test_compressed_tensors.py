@@ -16,7 +16,8 @@ from safetensors.torch import load_file
 from ptq.config.building import recipe_from
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
-from ptq.export.to_compressed_tensors import Exporter, Options, lossless
+from ptq.export.packing.shards import lossless
+from ptq.export.to_compressed_tensors import Exporter, Options
 from ptq.inspect.inspection import inspect
 from ptq.network.network import build_network
 from ptq.run.experiment import run
@@ -170,7 +171,7 @@ with torch.no_grad():
 
 
 def test_large_models_are_written_in_shards_with_an_index(tmp_path, llama_model, quantized, monkeypatch):
-    monkeypatch.setattr("ptq.export.to_compressed_tensors.SHARD_BYTES", 8000)
+    monkeypatch.setattr("ptq.export.packing.shards.SHARD_BYTES", 8000)
     simulated, _ = export(llama_model(), SCHEMES["w8a8"], tmp_path / "out", quantized)
     index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
     assert len(set(index["weight_map"].values())) > 2

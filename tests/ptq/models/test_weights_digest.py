@@ -5,22 +5,22 @@ import os
 import pytest
 
 from ptq.files.store import Store
-from ptq.models import weights
-from ptq.models.weights import digest_files
+from ptq.models import weights_digest
+from ptq.models.weights_digest import digest_files
 
 
 @pytest.fixture
 def read(monkeypatch):
     """The names of files that were read for a digest, in order; changes count as settled at once."""
     names = []
-    digest = weights._digest
+    digest = weights_digest._digest
 
     def counted(paths):
         names.extend(path.name for path in paths)
         return digest(paths)
 
-    monkeypatch.setattr(weights, "_digest", counted)
-    monkeypatch.setattr(weights, "SETTLED_NS", 0)
+    monkeypatch.setattr(weights_digest, "_digest", counted)
+    monkeypatch.setattr(weights_digest, "SETTLED_NS", 0)
     return names
 
 
@@ -59,7 +59,7 @@ def test_weights_are_read_once_for_their_digest_and_again_when_they_may_be_other
 
 
 def test_the_digest_of_files_that_have_just_been_written_is_not_kept(tmp_path, read, monkeypatch):
-    monkeypatch.setattr(weights, "SETTLED_NS", 10**15)
+    monkeypatch.setattr(weights_digest, "SETTLED_NS", 10**15)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "a.safetensors").write_bytes(b"a")
     assert digest(tmp_path / "model", tmp_path / "store") == digest(tmp_path / "model", tmp_path / "store")

@@ -61,8 +61,10 @@ def test_what_is_read_and_computed_follows_the_recipe(mixture):
         return work_of(*prepared(mixture, steps, **changes), size, 4)
 
     resident, offloaded = work({"gptq": {}}), work({"gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
-    assert resident["load"].read == 2 * size and resident["baseline"].read == 0
-    assert offloaded["load"].read == offloaded["baseline"].read == offloaded["quantize"].read == size
+    assert resident["load"].read == size and resident["baseline"].read == 0
+    assert offloaded["load"].read == offloaded["baseline"].read == 0 and offloaded["quantize"].read == size
+    planned = work({"smooth": {}, "gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
+    assert all(planned[phase].read == size for phase in ("load", "links", "baseline", "quantize"))
     assert offloaded["quantize"].products > resident["quantize"].products
     assert "calibration" in work({"smooth": {}, "rtn": {}}) and "calibration" not in resident
     nearest = work({"rtn": {}})["quantize"]

@@ -13,7 +13,7 @@ from transformers.core_model_loading import (
     revert_weight_conversion,
 )
 
-from ptq.files.safetensors_file import StoredTensor
+from ptq.files.safetensors_file import StoredTensor, TensorDigests
 
 HALVES = 2
 """Parts of an expert's matrix that a checkpoint may hold apart: gate and up."""
@@ -40,9 +40,15 @@ class JoinedTensor:
         """Of the matrix."""
         return (sum(part.shape[0] for part in self.parts), *self.parts[0].shape[1:])
 
-    def read(self, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> torch.Tensor:
+    def read(
+        self,
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
+        device: torch.device,
+        digests: TensorDigests | None = None,
+    ) -> torch.Tensor:
         """Returns the matrix, as `StoredTensor.read` does."""
-        read = [part.read(rounding, arithmetic, device) for part in self.parts]
+        read = [part.read(rounding, arithmetic, device, digests) for part in self.parts]
         return read[0] if len(read) == 1 else torch.cat(read)
 
     def overflows(self, dtype: torch.dtype) -> bool:
@@ -71,12 +77,19 @@ class StackedTensor:
         """Of the tensor."""
         return (len(self.matrices), *self.matrices[0].shape)
 
-    def read(self, rounding: torch.dtype, arithmetic: torch.dtype, device: torch.device) -> torch.Tensor:
+    def read(
+        self,
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
+        device: torch.device,
+        digests: TensorDigests | None = None,
+    ) -> torch.Tensor:
         """Returns the whole tensor, as `StoredTensor.read` does; a matrix at a time."""
-        first = self.matrices[0].read(rounding, arithmetic, device)
+        first = self.matrices[0].read(rounding, arithmetic, device, digests)
         whole = torch.empty(self.shape, dtype=first.dtype, device=device)
-        for place, matrix in zip(whole, self.matrices, strict=True):
-            place.copy_(matrix.read(rounding, arithmetic, device))
+        whole[0].copy_(first)
+        for place, matrix in zip(whole[1:], self.matrices[1:], strict=True):
+            place.copy_(matrix.read(rounding, arithmetic, device, digests))
         return whole
 
     def overflows(self, dtype: torch.dtype) -> bool:

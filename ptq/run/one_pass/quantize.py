@@ -1,0 +1,186 @@
+"""Quantizes a model whose weights are on disk in one pass: each tensor is read from the checkpoint once."""
+
+import pathlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from ptq.config.schema import Recipe
+from ptq.config.scheme import attention_tensors
+from ptq.data.sampling import Tokens
+from ptq.errors import UserError
+from ptq.evaluation.tasks.harness import Sample
+from ptq.export.base import BlockShards, ShardedExporter
+from ptq.export.registry import build_exporter
+from ptq.network.block_stream import Flow
+from ptq.network.links import Trace, Tracer, describe
+from ptq.ranks.world import World
+from ptq.run.baseline import Baseline, kept_baseline, known_baseline
+from ptq.run.exports import QUANTIZED, needs_saved_weights
+from ptq.run.kept.identity import digest_of
+from ptq.run.kept.kept_pass import RESUME
+from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
+from ptq.run.one_pass.beginning import Beginning
+from ptq.run.one_pass.block_files import HeldSource, Shards, WholeBlocks
+from ptq.run.one_pass.visitor import OnePass
+from ptq.run.planning import captures_of_steps, open_samples, plan_all, wants_sums
+from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
+from ptq.run.session import Session, identity_of
+from ptq.steps._step import REFERENCE, SAMPLES, SOLVER, STATISTICS, Context, Step
+from quantize.kernels.choice import describe as describe_kernels
+
+PASS = "quantize"
+
+
+@dataclass(frozen=True)
+class Quantized:
+    """What the passes of a run have done, one or several.
+
+    Attributes:
+        visitor: what quantized, with its results.
+        flow: the evaluation samples behind the last quantized block.
+        baseline: their results in the unquantized model.
+        answers: the unquantized model's to tasks.
+        learned: figures of the step that has tuned the finished network; None without one.
+        blocks: files of the finished blocks.
+        shards: what makes an export of these; None where they are no shards.
+    """
+
+    visitor: QuantizeVisitor
+    flow: Flow
+    baseline: Baseline
+    answers: list[Sample] = field(default_factory=list)
+    learned: Mapping[str, Any] | None = None
+    blocks: tuple[pathlib.Path, ...] = ()
+    shards: BlockShards | None = None
+
+
+def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) -> bool:
+    """Whether the run has to see each block once: its weights are on disk, and no step plans before the first block."""
+    return (
+        recipe.execution.weights == "offloaded"
+        and world.size == 1
+        and bool(steps)
+        and all(step.kind == SOLVER and type(step).plan is Step.plan for step in steps.values())
+        and STATISTICS not in captures_of_steps(recipe.scheme, steps)
+        and not attention_tensors(recipe.scheme)
+    )
+
+
+def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> None:
+    """Raises `UserError` where blocks are to be computed on several devices by a run that does not go block by block."""
+    devices = ", ".join(recipe.execution.devices)
+    if not devices or goes_in_one_pass(recipe, steps, world):
+        return
+    if world.size > 1:
+        raise UserError(
+            f"execution.devices: {devices}, but {world.size} ranks have a device each: use execution.device"
+        )
+    planning = (name for name, step in steps.items() if step.kind != SOLVER or type(step).plan is not Step.plan)
+    what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
+    if not what and STATISTICS in captures_of_steps(recipe.scheme, steps):
+        what = "the scheme's static ranges take statistics of the whole network first"
+    raise UserError(
+        f"execution.devices: {devices}, but {what or 'attentions are looked at in the whole network first'}: use execution.device"
+    )
+
+
+def writes_shards(recipe: Recipe) -> bool:
+    """Whether what such a run keeps of finished blocks is its export's: one is asked for that is made of shards, and no codes are."""
+    return (
+        recipe.export is not None
+        and not recipe.execution.save
+        and isinstance(build_exporter(recipe.export), ShardedExporter)
+    )
+
+
+def quantize_in_one_pass(
+    session: Session, steps: Mapping[str, Step], sources: Mapping[str, str], tokens: Tokens, folder: pathlib.Path
+) -> Quantized:
+    """Finds links, evaluates the baseline, calibrates and quantizes block by block, from where an interrupted run has come to.
+
+    The bits are those of one pass after another. What is known of these weights already (links, the baseline) is not done again.
+
+    Args:
+        session: the run's, whose weights are on disk.
+        steps: by name, of which none plans.
+        sources: digests of the source of steps from outside.
+        tokens: the evaluation windows.
+        folder: of the run's results.
+
+    Raises:
+        UserError: where the model itself gives NaN or inf, or what else its steps cannot work with.
+    """
+    recipe, stream, network = session.recipe, session.stream, session.network
+    digest, sums = session.loaded.digest, wants_sums(recipe.scheme, steps)
+    known = digest.known() is not None
+    found = session.known_traces(sums) if known else None
+    baseline = known_baseline(session, tokens) if known else None
+    shards = None
+    if writes_shards(recipe) and recipe.export is not None:
+        exporter = build_exporter(recipe.export)
+        if isinstance(exporter, ShardedExporter):
+            shards = exporter.block_shards(HeldSource(session))
+    files = WholeBlocks() if shards is None else Shards(shards)
+    begun = _beginning(session, files, found is None, baseline is None)
+    with session.journal.phase(PASS):
+        with stream.hold_outside(changed=False):
+            tracer = Tracer(network, stream, sums) if begun.traced else None
+            first = (
+                stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
+                if begun.evaluated
+                else None
+            )
+            traces: dict[int, Trace] = dict(found or {})
+            context = Context(network, stream, recipe.scheme, traces, note=session.journal.note)
+            context.batch_size = recipe.calibration.batch_size
+            if captures_of_steps(recipe.scheme, steps) & {SAMPLES, REFERENCE}:
+                context.ids = session.calibration_tokens().ids
+            plan_all(steps, context)
+            flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
+            context.samples = samples = open_samples(steps, context)
+        visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
+        one = OnePass(stream, traces, tracer, first, visitor, digest.read, files)
+        flows = [flow] if samples is None else [flow, samples.flow]
+        beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
+        kept = session.kept(PASS, _key(session, sources, begun), [*flows, *(f for f in beside if f is not None)], one)
+        with agreeing():
+            stream.run(flows, one, PASS, kept)
+    for line in describe(traces):
+        session.journal.note(line)
+    session.journal.console.print(describe(traces)[0], markup=False)
+    check_quantized(flow)
+    with session.journal.phase("baseline"):
+        if first is not None and baseline is None:
+            baseline = kept_baseline(session, tokens, first)
+        if tracer is not None and found is None:
+            session.keep_traces(tracer.traces, sums)
+    if baseline is None:
+        raise ValueError("a pass without a baseline has none to be compared with")
+    blocks = () if kept is None else tuple(kept.file_of(block) for block in network.blocks)
+    keep_timings(session, visitor.kernels)
+    session.journal.note(describe_kernels(visitor.kernels.ran, visitor.kernels.refused))
+    if kept is not None and shards is None and needs_saved_weights(recipe):
+        kept.hand_over(network.blocks, folder / QUANTIZED)
+    return Quantized(visitor, flow, baseline, blocks=blocks, shards=shards)
+
+
+def _beginning(session: Session, files: WholeBlocks | Shards, traced: bool, evaluated: bool) -> Beginning:
+    """Returns what the pass that is interrupted began with, where it can be gone on with, or what this one begins with."""
+    now = Beginning(session.loaded.digest.state, traced, evaluated)
+    if session.folder is None:
+        return now
+    folder = session.folder / RESUME
+    kept = sorted((folder / PASS).glob("block-*.safetensors"))
+    begun = Beginning.read(folder, session.loaded.digest, kept, files)
+    # What was known then and is not any more has to be found from the first block on.
+    if begun is None or (traced and not begun.traced) or (evaluated and not begun.evaluated):
+        now.write(folder)
+        return now
+    return begun
+
+
+def _key(session: Session, sources: Mapping[str, str], begun: Beginning) -> str:
+    tokens = (session.seen_tokens(), session.evaluation_tokens())
+    identity = identity_of(session.recipe, sources, begun.state, tokens, session.stream.device)
+    return digest_of({"identity": identity, "traced": begun.traced, "evaluated": begun.evaluated})
