@@ -1,6 +1,7 @@
 """What ``ptq sensitivity`` takes, in plain evaluations of the same tokens: ``python -m experiments.bench.sensitivity [key=value ...]``.
 
-SmolLM2's recipe of 4-bit weights, all Linears, the command's own formats. Both are timed in one process, rounding included; loading is not.
+SmolLM2's recipe of 4-bit weights, all Linears, the command's own formats: of rounding to nearest, and with ``--solver`` of what
+the recipe's GPTQ makes of the weights too. All are timed in one process, quantizing included; loading is not.
 """
 
 import sys
@@ -23,6 +24,8 @@ from ptq.run.session import open_session
 def main(overrides: list[str]) -> None:
     """Prints the seconds of both, and their ratio."""
     limit_threads()
+    by_solver = "--solver" in overrides
+    overrides = [word for word in overrides if word != "--solver"]
     recipe, steps = checked(with_samples(compose_jobs(catalog.locate("smollm2-135m_w4a16"), overrides)[0].recipe, None))
     with open_session(recipe, Journal()) as session:
         formats, _ = candidates(DEFAULTS, recipe.scheme, recipe.export, session.network, True)
@@ -34,13 +37,14 @@ def main(overrides: list[str]) -> None:
         with stream.head() as head:
             window_losses(head, flow.hidden, ids, recipe.evaluation.chunk)
         plain = time.perf_counter() - start
-        start = time.perf_counter()
-        found = measure(session, open_forward(session, steps), formats)
-        taken = time.perf_counter() - start
-        print(
-            f"{len(found.costs)} Linears, {len(formats)} formats, {ids.numel()} tokens: evaluation {plain:.1f} s, "
-            f"sensitivity {taken:.1f} s: {taken / plain:.2f} x"
-        )
+        for solver in (False, True)[: 1 + by_solver]:
+            start = time.perf_counter()
+            found = measure(session, open_forward(session, steps, solver), formats)
+            taken = time.perf_counter() - start
+            print(
+                f"{len(found.costs)} Linears, {len(formats)} formats, {ids.numel()} tokens: evaluation {plain:.1f} s, "
+                f"sensitivity {'by the solver' if solver else 'to nearest'} {taken:.1f} s: {taken / plain:.2f} x"
+            )
 
 
 if __name__ == "__main__":

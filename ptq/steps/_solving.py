@@ -1,6 +1,6 @@
 """What every solver does: input quantizers shared by the Linears of a stage, and the quantized Linear in the old one's place."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import torch
@@ -12,7 +12,8 @@ from ptq.errors import UserError
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.steps._step import SAMPLES, STATISTICS, Context
 from quantize.codecs.base import Encoded
-from quantize.grid.affine import Grid
+from quantize.codecs.registry import codec_of
+from quantize.grid.affine import Grid, dequantize, grouped
 from quantize.grid.ranges import RunningRange, observed_grid
 from quantize.modules.online import carry_online
 from quantize.modules.simulated import InputQuantizer, QuantLinear
@@ -151,6 +152,13 @@ def quantize_linear(
     replace_module(context.network.model, name, quantized)
     context.replaced(name, module, quantized)
     return quantized
+
+
+def values_of(solved: Solved, spec: QuantSpec, shape: Sequence[int]) -> torch.Tensor:
+    """Returns the weight (out, in), float32, that a solver has chosen, in a format without clusters."""
+    if isinstance(solved, tuple):
+        return dequantize(grouped(solved[0], spec), solved[1]).reshape(*shape)
+    return codec_of(spec).decode(solved, spec, shape)
 
 
 def labels_of(context: Context, name: str, spec: QuantSpec | None, tensor: str) -> torch.Tensor | None:

@@ -1,5 +1,6 @@
 """RTN: every weight is rounded to the nearest point of its grid; its ranges may be searched by what an error weighs."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import partial
 
@@ -17,6 +18,7 @@ from ptq.steps._solving import (
     quantize_linear,
     refuse_without_levels,
     specs_of,
+    values_of,
 )
 from ptq.steps._step import SAMPLES, Context, Solver, StepPlan
 from quantize.solvers.clip import nearest_clipped
@@ -52,6 +54,20 @@ class Step(Solver):
             return captures_of(scheme)
         refuse_without_levels(scheme, "rtn.scales")
         return captures_of(scheme) | {SAMPLES}
+
+    @property
+    def weighs(self) -> bool:
+        """Where scales are searched."""
+        return self.options.scales != "range"
+
+    def quantized(
+        self, weight: torch.Tensor, hessian: torch.Tensor, formats: Mapping[str, QuantSpec]
+    ) -> dict[str, torch.Tensor]:
+        """Rounds to nearest with scales searched for this weight."""
+        return {
+            form: values_of(self._clipped(hessian, spec, None, weight), spec, weight.shape)
+            for form, spec in formats.items()
+        }
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""

@@ -152,6 +152,17 @@ def test_of_a_solver_what_it_makes_of_each_weight_is_measured(tmp_path, tiny_lla
         assert 0.5 < found.uniform_cost(form) / sum(costs[form] for costs in alone.values()) < 2
 
 
+def test_rounding_with_searched_scales_costs_less_than_without(tmp_path, tiny_llama):
+    recipe, steps = checked(make(tmp_path, tiny_llama, samples=4, steps={"rtn": {"scales": "block"}}))
+    with open_session(recipe, Journal()) as session:
+        forward = open_forward(session, steps, by_solver=True)
+        found = measure(session, forward, specs("int3_g32", "nf4"))
+        plain = measure(session, dataclasses.replace(forward, solver=None), specs("int3_g32", "nf4"))
+    assert found.solver == "rtn"
+    for form in found.formats:
+        assert found.uniform_cost(form) < plain.uniform_cost(form)
+
+
 def test_a_hessian_is_factorised_once_for_all_formats_and_for_linears_that_share_it(tmp_path, tiny_llama, monkeypatch):
     calls = []
     original = gptq.factorise
@@ -265,6 +276,7 @@ def test_the_command_line_says_what_it_cannot_use(tmp_path, tiny_llama, capsys):
         (["sensitivity"], "--config"),
         (["sensitivity", *where, "--formats", ","], "--formats: ',' names none"),
         (["sensitivity", *where, "--samples", "0"], "--samples: 0 is too small"),
+        (["sensitivity", *where, "--rounding", "gptq"], "--rounding"),
         (["sensitivity", *where, "--chek"], "--chek: no such option"),
         (["sensitivity", *where, "scheme.weight=null"], "scheme.weight: null"),
     ):
