@@ -12,7 +12,7 @@ from rich.table import Table
 from ptq.allocation.allocating import Allocation, allocated, best_uniform, recipe_text, scheme_of
 from ptq.allocation.budget import Budget
 from ptq.allocation.candidates import candidate, named, uniform
-from ptq.allocation.sensitivity import Sensitivity, measured
+from ptq.allocation.sensitivity import Sensitivity, measured, weighing_solver
 from ptq.allocation.sensitivity_run import with_samples
 from ptq.allocation.tables import place_of
 from ptq.config.schema import Recipe
@@ -76,7 +76,8 @@ def run_allocate(
         UserError: for anything that the user can mend: a budget below the smallest or above the largest formats, one for which
             there is no uniform setting to verify against.
     """
-    own, steps = checked(with_samples(recipe, samples))
+    own, steps = checked(recipe)
+    own, solved = with_samples(own, samples, by_solver and weighing_solver(steps) is not None)
     named(names, own.scheme)
     check_before(own, steps)
     name = f"{recipe.name}-{budget.name}"[:100]
@@ -86,7 +87,7 @@ def run_allocate(
     ensure_folder(path.parent, "--output")
     journal = Journal(path.with_suffix(".log"))
     with open_session(own, journal) as session:
-        found = measured(session, steps, names, given, seed, by_solver)
+        found = measured(session, steps, names, given, seed, solved)
         baseline = 4 if session.loaded.baseline_dtype == "fp32" else 2
         room = budget.weight_bytes(found, own, session.network, baseline)
     chosen = allocated(found, room, budget.words)

@@ -30,7 +30,7 @@ def one_at_a_time(session: Session, forward: Forward, formats: Mapping[str, Quan
             with forward.context.shown(block):
                 variants = {
                     (name, form): _quantized(session, forward, block, name, weight)
-                    for name, weights in quantize(block, forward.inputs[block.index]).items()
+                    for name, weights in quantize(block).items()
                     for form, weight in weights.items()
                 }
             for later in blocks[block.index + 1 :]:

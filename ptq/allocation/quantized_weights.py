@@ -1,6 +1,6 @@
 """What the candidate formats make of a block's weights: rounded to nearest, or as the recipe's solver would choose them."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -19,8 +19,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 Weights = dict[str, dict[str, torch.Tensor]]
 """By full name of a Linear and by format its quantized weight, float32 (out, in)."""
-Quantize = Callable[[Block, torch.Tensor], Weights]
-"""From a block whose weights are in memory, and what reaches it (samples, length, channels), to the weights of its Linears."""
+Quantize = Callable[[Block], Weights]
+"""From a block whose weights are in memory to the weights of its Linears."""
 
 
 def chosen(scheme: SchemeConfig, block: Block) -> list[str]:
@@ -31,26 +31,35 @@ def chosen(scheme: SchemeConfig, block: Block) -> list[str]:
 def to_nearest(context: Context, formats: Mapping[str, QuantSpec]) -> Quantize:
     """Returns what rounds every weight to nearest."""
 
-    def quantize(block: Block, hidden: torch.Tensor) -> Weights:
+    def quantize(block: Block) -> Weights:
         return {name: nearest(weight_of(context.module(name)), formats) for name in chosen(context.scheme, block)}
 
     return quantize
 
 
-def solved_by(context: Context, formats: Mapping[str, QuantSpec], solver: Solver, flow: Flow) -> Quantize:
+def solved_by(
+    context: Context, formats: Mapping[str, QuantSpec], solver: Solver, flow: Flow, inputs: Sequence[torch.Tensor]
+) -> Quantize:
     """Returns what quantizes weights as `solver` does, on the Hessians of what the unquantized block's Linears read.
+
+    Args:
+        context: of the transforms.
+        formats: by name.
+        solver: weighs errors.
+        flow: of the samples that Hessians are of.
+        inputs: what of them reaches each block.
 
     Linears with one input are solved as one tall weight where their rows have grids of their own. One that no token reaches is
     rounded to nearest.
     """
     stacked = all(spec.affine and spec.granularity != "tensor" for spec in formats.values())
 
-    def quantize(block: Block, hidden: torch.Tensor) -> Weights:
-        context.samples = Samples(context.stream, replace(flow, hidden=hidden, finite={}, ahead={}))
-        inputs = BlockInputs(context, block)
+    def quantize(block: Block) -> Weights:
+        context.samples = Samples(context.stream, replace(flow, hidden=inputs[block.index], finite={}, ahead={}))
+        quantizers = BlockInputs(context, block)
         found: Weights = {}
         for stages in abreast(block, context.stages(block)):
-            hessians = block_hessians(context, block, stages, inputs)
+            hessians = block_hessians(context, block, stages, quantizers)
             for names in _together(hessians, stacked):
                 weights = [weight_of(context.module(name)).float() for name in names]
                 tall = torch.cat(weights)

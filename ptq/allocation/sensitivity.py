@@ -93,6 +93,16 @@ class Sensitivity:
 
 
 @dataclass(frozen=True)
+class Solving:
+    """The recipe's solver, and the samples whose Hessians it goes by: `inputs` has what of them reaches each block."""
+
+    name: str
+    step: Solver
+    flow: Flow
+    inputs: list[torch.Tensor]
+
+
+@dataclass(frozen=True)
 class Forward:
     """The samples that a sensitivity is measured on.
 
@@ -100,44 +110,53 @@ class Forward:
         context: of the recipe's transforms.
         flow: what leaves the last block.
         inputs: what reaches each block.
-        solver: the name and the step that chooses weights; None where they are rounded to nearest.
+        solving: how weights are quantized; None where they are rounded to nearest.
     """
 
     context: Context
     flow: Flow
     inputs: list[torch.Tensor]
-    solver: tuple[str, Solver] | None = None
+    solving: Solving | None = None
 
     def quantize(self, formats: Mapping[str, QuantSpec]) -> Quantize:
         """Returns what quantizes the weights of a block to `formats`."""
-        if self.solver is None:
+        if self.solving is None:
             return to_nearest(self.context, formats)
-        return solved_by(self.context, formats, self.solver[1], self.flow)
+        return solved_by(self.context, formats, self.solving.step, self.solving.flow, self.solving.inputs)
 
 
-def open_forward(session: Session, steps: Mapping[str, Step], by_solver: bool = False) -> Forward:
+def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -> Forward:
     """Carries the calibration samples through the network as the recipe's transforms leave it, and keeps what reaches each block.
 
-    `by_solver`: weights are to be quantized as the recipe's solver does, where that weighs errors; otherwise to nearest.
+    Args:
+        session: its calibration samples are used.
+        steps: the recipe's.
+        solved: how many of the samples, the last ones, are for the Hessians by which the recipe's solver quantizes weights: errors
+            are measured on the others, since on its own samples a solver leaves less error than on any other text, least of
+            all where columns are many. 0 for weights that are rounded to nearest.
 
     Raises:
         UserError: where NaN or inf arises.
     """
     transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
-    solver = weighing_solver(steps) if by_solver else None
+    solver = weighing_solver(steps) if solved else None
     # Static ranges of inputs, which a Hessian is of, need what the solver captures.
     context = open_context(session, transforms | ({} if solver is None else dict([solver])))
     plan_steps(session, transforms, context)
-    stream = session.stream
+    stream, ids = session.stream, session.calibration_tokens().ids
     # What is measured is what rounding adds: nothing is rounded yet.
     stream.outside[:] = [change for change in stream.outside if not isinstance(change, RoundedOutside)]
+    solving = None
     with session.journal.phase("forward"):
         # A sample at a time: gradients are summed over the tokens of one before they are squared.
-        flow = stream.calibration(session.calibration_tokens().ids, 1)
+        flow = stream.calibration(ids[: len(ids) - solved], 1)
         inputs = block_inputs(stream, flow, context.shown)
+        if solver is not None:
+            others = stream.calibration(ids[len(ids) - solved :], context.batch_size)
+            solving = Solving(*solver, others, block_inputs(stream, others, context.shown, "forward, for Hessians"))
     if (place := flow.first_nonfinite()) is not None:
         raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
-    return Forward(context, flow, inputs, solver)
+    return Forward(context, flow, inputs, solving)
 
 
 def weighing_solver(steps: Mapping[str, Step]) -> tuple[str, Solver] | None:
@@ -152,7 +171,7 @@ def measured(
     names: Sequence[str],
     given: bool,
     seed: int = 0,
-    by_solver: bool = False,
+    solved: int = 0,
 ) -> Sensitivity:
     """Returns the sensitivity of the session's model to the formats `names`, out of the store where it was measured before.
 
@@ -162,7 +181,7 @@ def measured(
         names: of candidates.
         given: whether somebody has named them, as in `candidates`.
         seed: of the random signs.
-        by_solver: as in `open_forward`.
+        solved: as in `open_forward`.
 
     Raises:
         UserError: for formats that do not fit, and where NaN or inf arises.
@@ -171,11 +190,11 @@ def measured(
     found, dropped = candidates(names, recipe.scheme, recipe.export, session.network, given)
     for line in dropped:
         session.journal.say(f"formats: {line}")
-    solver = weighing_solver(steps) if by_solver else None
+    solver = weighing_solver(steps) if solved else None
     session.journal.say(
         f"costs: of {'rounding to nearest' if solver is None else f'what steps.{solver[0]} makes of weights'}"
     )
-    key = _key(session, steps, found, seed, by_solver)
+    key = _key(session, steps, found, seed, solved)
     with session.store.found_or_mine(KIND, key, lambda line: session.journal.say(f"sensitivity: {line}")) as entry:
         if entry is not None:
             try:
@@ -185,7 +204,7 @@ def measured(
             else:
                 session.journal.say("sensitivity: measured before, read from the store")
                 return known
-        made = measure(session, open_forward(session, steps, by_solver), found, seed)
+        made = measure(session, open_forward(session, steps, solved), found, seed)
         session.store.add(KIND, key, made.save, session.about(session.calibration_tokens()))
         return made
 
@@ -204,7 +223,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
     quantize = forward.quantize(formats)
 
     def entered(block: Block) -> Callable[[Mapping[str, torch.Tensor]], None]:
-        errors = quantize(block, forward.inputs[block.index])
+        errors = quantize(block)
         for name, weights in errors.items():
             exact = weight_of(context.module(name)).float()
             for weight in weights.values():
@@ -244,7 +263,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         tokens=positions,
         unreached=unreached,
         outside=outside.tensors,
-        solver=None if forward.solver is None else forward.solver[0],
+        solver=None if forward.solving is None else forward.solving.name,
     )
 
 
@@ -263,15 +282,16 @@ def kept_together(context: Context, block: Block) -> list[tuple[str, ...]]:
 
 
 def _key(
-    session: Session, steps: Mapping[str, Step], formats: Mapping[str, QuantSpec], seed: int, by_solver: bool
+    session: Session, steps: Mapping[str, Step], formats: Mapping[str, QuantSpec], seed: int, solved: int
 ) -> dict[str, object]:
-    solver = dict([found]) if by_solver and (found := weighing_solver(steps)) else {}
+    solver = dict([found]) if solved and (found := weighing_solver(steps)) else {}
     transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
     planned = {name: dataclasses.asdict(step.options) for name, step in transforms.items()}
     return {
         **session.key(session.calibration_tokens()),
         "scheme": dataclasses.asdict(session.recipe.scheme),
         "transforms": planned,
+        "solved": solved,
         "solver": {name: dataclasses.asdict(step.options) for name, step in solver.items()},
         "sources": sources_of(transforms | solver),
         "statistics": session.recipe.calibration.statistics,

@@ -21,16 +21,27 @@ SAMPLES = 16
 """Calibration samples that are used unless more are asked for."""
 
 
-def with_samples(recipe: Recipe, samples: int | None) -> Recipe:
-    """Returns `recipe` with as many calibration samples as the sensitivity uses: `samples`, or `SAMPLES` where it has more.
+def with_samples(recipe: Recipe, samples: int | None, by_solver: bool = False) -> tuple[Recipe, int]:
+    """Returns `recipe` with as many calibration samples as the sensitivity uses, and how many of these are for Hessians.
+
+    Args:
+        recipe: says how many there are.
+        samples: that errors are measured on; None for `SAMPLES` at most, and with a solver at most half of the recipe's.
+        by_solver: weights are quantized by a solver, on samples of its own: those that the recipe has beyond the first, between as
+            many and three times as many.
 
     Raises:
         UserError: for fewer than one.
     """
     if samples is not None and samples < 1:
         raise UserError(f"--samples: {samples} is too small: use 1 or more")
-    count = min(SAMPLES, recipe.calibration.samples) if samples is None else samples
-    return dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, samples=count))
+    given = recipe.calibration.samples
+    most = max(1, given // 2) if by_solver else given
+    count = min(SAMPLES, most) if samples is None else samples
+    solved = max(count, min(3 * count, given - count)) if by_solver else 0
+    return dataclasses.replace(
+        recipe, calibration=dataclasses.replace(recipe.calibration, samples=count + solved)
+    ), solved
 
 
 def run_sensitivity(
@@ -62,7 +73,8 @@ def run_sensitivity(
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
     """
-    recipe, steps = checked(with_samples(recipe, samples))
+    recipe, steps = checked(recipe)
+    recipe, solved = with_samples(recipe, samples, by_solver)
     named(names, recipe.scheme)
     if by_solver and weighing_solver(steps) is None:
         raise UserError(
@@ -73,10 +85,10 @@ def run_sensitivity(
     ensure_folder(folder, "--output")
     journal = Journal(folder / "sensitivity.log")
     with open_session(recipe, journal) as session:
-        found = measured(session, steps, names, given, seed, by_solver)
+        found = measured(session, steps, names, given, seed, solved)
         alone = None
         if check:
-            forward = open_forward(session, steps, by_solver)
+            forward = open_forward(session, steps, solved)
             alone = one_at_a_time(session, forward, found.formats)
     for name in found.unreached:
         journal.say(f"no token reaches {name}: nothing is known of what its rounding costs")

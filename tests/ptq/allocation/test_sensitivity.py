@@ -11,7 +11,7 @@ import transformers
 from ptq.allocation.candidates import candidate, stored_bytes
 from ptq.allocation.one_at_a_time import one_at_a_time, rank_correlation
 from ptq.allocation.sensitivity import Sensitivity, measure, open_forward
-from ptq.allocation.sensitivity_run import run_sensitivity
+from ptq.allocation.sensitivity_run import run_sensitivity, with_samples
 from ptq.calibration import fisher
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
@@ -124,28 +124,28 @@ def test_of_a_solver_what_it_makes_of_each_weight_is_measured(tmp_path, tiny_lla
     """GPTQ's own errors, which are smaller: the prediction ranks them as quantizing each Linear alone by GPTQ does."""
     recipe, steps = checked(make(tmp_path, tiny_llama, samples=16, steps=GPTQ))
     with open_session(recipe, Journal()) as session:
-        forward = open_forward(session, steps, by_solver=True)
+        forward = open_forward(session, steps, solved=4)
         found = measure(session, forward, specs("int3_g32", "fp4_g32"))
         alone = one_at_a_time(session, forward, found.formats)
-        nearest = measure(session, dataclasses.replace(forward, solver=None), specs("int3_g32"))
-        # The very weight that GPTQ gives of the block's inputs, by itself.
+        nearest = measure(session, dataclasses.replace(forward, solving=None), specs("int3_g32"))
+        # The very weight that GPTQ gives of the block's inputs, by itself, on samples that no error is measured on.
         block = session.network.blocks[1]
         name = "model.layers.1.mlp.down_proj"
         inputs = []
         module = session.network.model.get_submodule(name)
         hook = module.register_forward_pre_hook(lambda module, args: inputs.append(args[0].clone()))
         with torch.no_grad():
-            session.network.model(forward.flow.ids, use_cache=False)
+            session.network.model(session.calibration_tokens().ids[12:], use_cache=False)
         hook.remove()
         hessian = Hessian(module.weight.shape[1])
         hessian.update(inputs[0])
         solved = solve(module.weight, hessian.matrix, candidate("int3_g32"), GptqOptions(damping=0.02))
         spec = candidate("int3_g32")
         values = dequantize(grouped(solved.codes, spec), solved.grid).reshape(module.weight.shape)
-        made = forward.quantize(specs("int3_g32"))(block, forward.inputs[1])[name]["int3_g32"]
+        made = forward.quantize(specs("int3_g32"))(block)[name]["int3_g32"]
     # Another order of sums may take a rounding to the other side; few weights are there.
     assert (made - values).abs().gt(1e-6).float().mean() < 0.01
-    assert found.solver == "gptq" and nearest.solver is None
+    assert found.solver == "gptq" and nearest.solver is None and found.tokens == 12 * 63
     assert found.uniform_cost("int3_g32") < 0.8 * nearest.uniform_cost("int3_g32")
     for form in found.formats:
         assert rank_correlation(found.costs, alone, form) >= 0.9
@@ -155,9 +155,9 @@ def test_of_a_solver_what_it_makes_of_each_weight_is_measured(tmp_path, tiny_lla
 def test_rounding_with_searched_scales_costs_less_than_without(tmp_path, tiny_llama):
     recipe, steps = checked(make(tmp_path, tiny_llama, samples=4, steps={"rtn": {"scales": "block"}}))
     with open_session(recipe, Journal()) as session:
-        forward = open_forward(session, steps, by_solver=True)
+        forward = open_forward(session, steps, solved=2)
         found = measure(session, forward, specs("int3_g32", "nf4"))
-        plain = measure(session, dataclasses.replace(forward, solver=None), specs("int3_g32", "nf4"))
+        plain = measure(session, dataclasses.replace(forward, solving=None), specs("int3_g32", "nf4"))
     assert found.solver == "rtn"
     for form in found.formats:
         assert found.uniform_cost(form) < plain.uniform_cost(form)
@@ -169,12 +169,23 @@ def test_a_hessian_is_factorised_once_for_all_formats_and_for_linears_that_share
     monkeypatch.setattr(gptq, "factorise", lambda *a: calls.append(1) or original(*a))
     recipe, steps = checked(make(tmp_path, tiny_llama, samples=2, steps=GPTQ))
     with open_session(recipe, Journal()) as session:
-        forward = open_forward(session, steps, by_solver=True)
+        forward = open_forward(session, steps, solved=1)
         together = measure(session, forward, specs("int2_g32", "int3_g32", "int4"))
         assert len(calls) == 4 * 4
         alone = measure(session, forward, specs("int4"))
     for name, costs in together.costs.items():
         assert costs["int4"] == pytest.approx(alone.costs[name]["int4"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("given", "samples", "by_solver", "expected"),
+    [(128, None, False, (16, 0)), (8, None, False, (8, 0)), (128, None, True, (64, 48)), (16, None, True, (16, 8)),
+     (16, 16, True, (32, 16)), (64, 8, True, (32, 24)), (1, None, True, (2, 1))],
+)  # fmt: skip
+def test_a_solver_has_samples_of_its_own(given, samples, by_solver, expected):
+    recipe = recipe_from({"name": "x", "model": {"path": "y"}, "calibration": {"samples": given}})
+    found, solved = with_samples(recipe, samples, by_solver)
+    assert (found.calibration.samples, solved) == expected
 
 
 def test_a_solver_that_weighs_nothing_is_no_choice_and_what_was_measured_is_kept_apart(tmp_path, tiny_llama, capsys):
