@@ -75,7 +75,7 @@ def with_section(text: str, name: str, section: str) -> str:
 def run_ablation(name: str, overrides: Sequence[str], docs: pathlib.Path) -> None:
     """Runs one ablation and writes its section and its picture. Raises `UserError` for one that is none, or that leaves no sweep."""
     ablation_named(name)
-    words = ["main.py", "--ablation", name, *overrides]
+    words, name = ["main.py", "--ablation", name, *overrides], pathlib.PurePath(name).stem
     done = subprocess.run([sys.executable, *words], stdout=subprocess.PIPE, text=True)
     print(done.stdout, end="")
     found = re.findall(r"\S*outputs\S*/sweeps/\S+/[0-9a-f]{12}", done.stdout)
@@ -96,7 +96,12 @@ def run_ablation(name: str, overrides: Sequence[str], docs: pathlib.Path) -> Non
 def main(arguments: Sequence[str] | None = None) -> None:
     """Runs the ablations that the command line names."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("words", nargs="+", metavar="NAME", help="ablations, and overrides key=value of all of them")
+    parser.add_argument(
+        "words",
+        nargs="+",
+        metavar="NAME",
+        help="ablations, shipped or a .yaml file's, and overrides key=value of all of them",
+    )
     parser.add_argument("--docs", type=pathlib.Path, default=pathlib.Path("docs"))
     given = parser.parse_args(arguments)
     overrides = [word for word in given.words if "=" in word]
