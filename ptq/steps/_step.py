@@ -345,6 +345,10 @@ class Tuner(Step):
         """Samples that pass together."""
         return 1
 
+    def passes(self, samples: int) -> tuple[int, int]:
+        """Returns how many samples pass forward and backward, and how many forward only, where it is given so many: for forecasts."""
+        return samples, 0
+
     def tune(self, context: Context, tuning: Tuning) -> StepPlan:
         """Learns on all blocks together, whose weights are in memory and are the quantized ones; leaves them as they are."""
         raise TypeError(f"{type(self).__name__} does not say what it learns")

@@ -14,7 +14,7 @@ from ptq.errors import UserError
 from ptq.network.experts.abreast import MOST_BYTES
 from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import LEAVES
-from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step
+from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step, Tuner
 
 PROCESS = 700 << 20
 """What Python, torch and transformers hold before any model."""
@@ -36,13 +36,14 @@ class Estimate:
 @dataclass(frozen=True)
 class _BlockSizes:
     """Of one block: its parameters, the input channels of Linears whose weights are quantized, the most parameters of a Linear,
-    and the squares of the channels that its experts' first Linears read, summed.
+    the squares of the channels that its experts' first Linears read, summed, and the channels that all Linears read and give.
     """
 
     parameters: int
     widths: tuple[int, ...]
     greatest: int
     experts: int
+    channels: int
 
 
 @dataclass(frozen=True)
@@ -63,7 +64,8 @@ class Sizes:
             experts = sum(shapes[names[0]][1] ** 2 for names in block.experts.values())
             greatest = max((math.prod(shape) for shape in shapes.values()), default=0)
             parameters = sum(p.numel() for p in block.module.parameters())
-            blocks.append(_BlockSizes(parameters, tuple(sorted(widths, reverse=True)), greatest, experts))
+            channels = sum(sum(shape) for shape in shapes.values())
+            blocks.append(_BlockSizes(parameters, tuple(sorted(widths, reverse=True)), greatest, experts, channels))
             widest = max([widest, *(max(shape) for shape in shapes.values())])
         return cls(network.parameters, widest, tuple(blocks))
 
@@ -103,12 +105,17 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
         quantize += max(
             (_solving(b, recipe, carried, value, REFERENCE in wanted, in_memory) for b in sizes.blocks), default=0
         )
+    tuner = next((step for step in steps.values() if isinstance(step, Tuner)), None)
+    tuned = {}
+    if tuner is not None:
+        tuned["tune"] = weights + flows + baseline + _tuning(sizes, recipe, tuner.batch_size, width, value)
     return Estimate(
         {
             "load": int(1.25 * whole) if resident else weights,
             "calibration": weights + hidden * calibration + _pass(sizes, c.batch_size * c.length, value),
             "baseline": weights + hidden * evaluation + max(logits, _pass(sizes, e.batch_size * e.length, value)),
             "quantize": quantize,
+            **tuned,
             "evaluate": weights + flows + baseline + logits,
         }
     )
@@ -133,7 +140,10 @@ def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], to
     line = f"memory: some {_gib(need)} at its peak ({phase}), {_gib(there)} there"
     if need <= there:
         return line
-    changed = next((words for words, other in _savings(recipe) if _needs(other, network, steps, sizes) <= there), None)
+    tuned = any(isinstance(step, Tuner) for step in steps.values())
+    changed = next(
+        (words for words, other in _savings(recipe, tuned) if _needs(other, network, steps, sizes) <= there), None
+    )
     advice = (
         f"use {changed}" if changed else "no setting makes it fit: take a machine with more memory, or a smaller model"
     )
@@ -159,8 +169,10 @@ def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: S
     return estimate(recipe, network, steps, sizes).worst[1] + PROCESS
 
 
-def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
-    """Returns settings that take less memory, those that cost least first, and all together last."""
+def _savings(recipe: Recipe, resident: bool) -> list[tuple[str, Recipe]]:
+    """Returns settings that take less memory, those that cost least first, and all together last; weights are to be `resident`
+    where something works on the whole network.
+    """
     x, c = recipe.execution, recipe.calibration
     changes: dict[str, Callable[[Recipe], Recipe]] = {
         "calibration.batch_size=1": lambda r: replace(r, calibration=replace(r.calibration, batch_size=1)),
@@ -174,7 +186,7 @@ def _savings(recipe: Recipe) -> list[tuple[str, Recipe]]:
         del changes["calibration.batch_size=1"]
     if x.hidden_states == "disk":
         del changes["execution.hidden_states=disk"]
-    if x.weights == "offloaded":
+    if x.weights == "offloaded" or resident:
         del changes["execution.weights=offloaded"]
     found = [(words, change(recipe)) for words, change in changes.items()]
     everything = recipe
@@ -195,6 +207,16 @@ def arithmetic_bytes(recipe: Recipe) -> int:
 def _pass(sizes: Sizes, tokens: int, value: int) -> int:
     """Returns what one batch holds inside a block: some tensors of the widest Linears' inputs and outputs."""
     return 4 * value * tokens * sizes.widest
+
+
+def _tuning(sizes: Sizes, recipe: Recipe, batch: int, width: int, value: int) -> int:
+    """Returns what tuning holds beside weights and samples: codes and the weights that they stand for, a batch's graph, its samples'
+    states twice, and logits.
+    """
+    c = recipe.calibration
+    codes = (1 + 2 + value) * sum(block.parameters for block in sizes.blocks)
+    graph = 2 * value * batch * c.length * sum(block.channels for block in sizes.blocks)
+    return codes + graph + 2 * value * width * (c.tuning_samples or c.samples) * c.length
 
 
 def _solving(block: _BlockSizes, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:

@@ -14,7 +14,7 @@ from ptq.network.network import Block, Network, weight_of
 from ptq.ranks.world import ALONE
 from ptq.run.forecast.machine_speed import MachineSpeed
 from ptq.run.one_pass.quantize import goes_in_one_pass, writes_shards
-from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, Step
+from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, Step, Tuner
 
 WINDOWS = 256
 """Evaluation windows where a recipe takes all that the text has, which is not read here."""
@@ -93,6 +93,13 @@ def work_of(
     work["quantize"] = Work(
         a_token * (evaluated + carried * passes) + solving.products, solving.columns, a_pass + moved, saved + moved
     )
+    if (tuner := next((step for step in steps.values() if isinstance(step, Tuner)), None)) is not None:
+        samples = c.tuning_samples or c.samples
+        work["targets"] = Work(a_token * samples * c.length)
+        learned, looked = tuner.passes(samples)
+        # Backward is two products for each of forward's; the unquantized head gives what predictions are compared with.
+        products = learned * (3 * a_token + 4 * head_token) + looked * (a_token + 2 * head_token)
+        work["tune"] = Work(products * c.length + a_token * evaluated)
     work["evaluate"] = Work(2 * head_token * evaluated)
     if recipe.export is not None:
         linked = once and writes_shards(recipe)

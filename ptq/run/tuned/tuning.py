@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 
 from ptq.config.schema import Recipe
 from ptq.data.sampling import Tokens
@@ -12,7 +13,6 @@ from ptq.errors import UserError
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Flow, Nothing
 from ptq.ranks.world import World
-from ptq.run.baseline import baseline_of
 from ptq.run.kept.block_file import write_block
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.session import Session
@@ -49,9 +49,47 @@ def check_tuner(recipe: Recipe, steps: Mapping[str, Step], world: World | None =
 
 
 def targets_of(session: Session) -> torch.Tensor:
-    """Returns the unquantized network's final hidden states of the samples that are tuned on, out of the store where they are."""
-    session.journal.say("tune: what the unquantized network gives for its samples")
-    return baseline_of(session, session.tuning_tokens()).hidden
+    """Returns the unquantized network's final hidden states of the samples that are tuned on, (samples, length, channels).
+
+    No pass runs when the store holds them.
+
+    Raises:
+        UserError: when the network gives NaN or inf.
+    """
+    tokens, store, journal = session.tuning_tokens(), session.store, session.journal
+    key = {**session.key(tokens), "batch_size": session.recipe.calibration.batch_size}
+    with store.found_or_mine("states", key, lambda line: journal.say(f"targets: {line}")) as found:
+        if found is not None:
+            try:
+                states = _read(found, tokens)
+            except ValueError as error:
+                store.made_again("states", str(error))
+            else:
+                journal.say("targets: computed before, read from the store")
+                return states
+        with journal.phase("targets"):
+            flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size)
+            kept = session.kept("targets", key, [flow], Nothing())
+            session.stream.run([flow], Nothing(), "targets", kept)
+            if (place := flow.first_nonfinite()) is not None:
+                raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
+            entry = {"hidden": flow.hidden}
+            store.add("states", key, lambda path: write_tensors(path, entry), session.about(tokens))
+            if kept is not None:
+                kept.drop()
+        return flow.hidden
+
+
+def _read(path: pathlib.Path, tokens: Tokens) -> torch.Tensor:
+    """Returns the states in a file. Raises `ValueError` unless they are of `tokens`, by their shape."""
+    try:
+        entry = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(" ".join(str(error).split())) from None
+    states = entry.get("hidden")
+    if states is None or states.ndim != 3 or states.shape[:2] != tokens.ids.shape:
+        raise ValueError(f"it holds no hidden states of {len(tokens.ids)} windows of {tokens.ids.shape[1]} tokens")
+    return states
 
 
 def tune(

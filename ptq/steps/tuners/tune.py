@@ -84,6 +84,12 @@ class Step(Tuner):
         size: int = self.options.batch
         return size
 
+    def passes(self, samples: int) -> tuple[int, int]:
+        """Returns how many samples are learned from, each time counted, and how many are looked at."""
+        options: Options = self.options
+        apart, _ = _apart(-(-samples // options.batch), options.held_out)
+        return options.steps * options.batch, (1 + min(LOOKS, options.steps)) * len(apart) * options.batch
+
     def tune(self, context: Context, tuning: Tuning) -> StepPlan:
         """Returns what was learned: ``<Linear>|scale`` and ``<norm>|weight`` by full names, as they are to stand there."""
         options = self.options
@@ -235,9 +241,7 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
     groups = tuned.groups(options)
     parameters = [p for group, _ in groups for p in group]
     rates = [rate for _, rate in groups]
-    every = min(options.held_out, len(whole))
-    apart = [i for i in range(len(whole)) if i % every == every - 1]
-    rest = [i for i in range(len(whole)) if i not in set(apart)]
+    apart, rest = _apart(len(whole), options.held_out)
     optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups], betas=BETAS)
     looks = {0, *(round(options.steps * k / LOOKS) for k in range(1, LOOKS + 1))}
     state = _State(parameters, optimizer, tuning.started)
@@ -256,6 +260,13 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
         optimizer.zero_grad()
         state.done += 1
     return state.best()
+
+
+def _apart(batches: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the batches that are only looked at, and of those that are learned from."""
+    every = min(held_out, batches)
+    apart = [i for i in range(batches) if i % every == every - 1]
+    return apart, [i for i in range(batches) if i % every != every - 1]
 
 
 class _State:

@@ -76,6 +76,10 @@ def test_what_is_read_and_computed_follows_the_recipe(mixture):
     assert everyone["quantize"].products > resident["quantize"].products
     exported = work({"gptq": {}}, export={"format": "compressed-tensors"})["export"]
     assert exported.written > 0 and not exported.shared
+    tuned = [work({"gptq": {}, "tune": {"steps": n, "batch": 1}})["tune"].products for n in (0, 100, 200)]
+    assert 0 < tuned[0] < tuned[1] and tuned[2] - tuned[1] == pytest.approx(
+        100 / (100 + 8 * 4 / 3) * (tuned[1] - tuned[0]), rel=0.2
+    )
     assert resident["quantize"].seconds(SPEED, 4) < resident["quantize"].seconds(SPEED)
     assert exported.seconds(SPEED, 4) == exported.seconds(SPEED)
 

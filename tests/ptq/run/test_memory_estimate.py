@@ -41,6 +41,19 @@ def test_the_greatest_phase_holds_weights_hidden_states_and_moments(tmp_path):
     assert set(found.phases) == {"load", "calibration", "baseline", "quantize", "evaluate"}
 
 
+def test_tuning_holds_the_graph_of_a_batch_and_cannot_be_mended_by_offloaded_weights(tmp_path):
+    steps = {"gptq": {}, "tune": {"batch": 4}}
+    recipe, network, built = prepared(tmp_path, steps)
+    single = estimate(*prepared(tmp_path, {"gptq": {}, "tune": {"batch": 1}})).phases["tune"]
+    found = estimate(recipe, network, built)
+    channels = 8 * (4 * 2 * 1024 + 3 * (1024 + 2816))
+    assert found.phases["tune"] - single == 2 * 4 * 3 * recipe.calibration.length * channels
+    assert found.worst[0] == "tune" and found.worst[1] > 2 * 4 * network.parameters
+    with pytest.raises(UserError, match=r"\(tune\)") as error:
+        check_memory(recipe, network, built, PROCESS + found.worst[1] // 2)
+    assert "offloaded" not in str(error.value)
+
+
 def test_rounding_to_nearest_takes_less_than_solving_and_offloaded_less_than_resident(tmp_path):
     (recipe, network, rtn), (_, _, gptq) = prepared(tmp_path, {"rtn": {}}), prepared(tmp_path, {"gptq": {}})
     assert estimate(recipe, network, rtn).worst[1] < estimate(recipe, network, gptq).worst[1]
