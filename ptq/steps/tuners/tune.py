@@ -55,7 +55,7 @@ class Options:
 
     steps: int = option(128, least=0)
     batch: int = option(2, least=1)
-    rate: float = option(5e-4, least=0, most=0.1)
+    rate: float = option(1e-3, least=0, most=0.1)
     norm_rate: float = option(0.0, least=0, most=0.1)
     held_out: int = option(16, least=2)
     precision: str = option("float32", choices=tuple(PRECISIONS))

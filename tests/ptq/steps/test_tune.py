@@ -6,11 +6,14 @@ import re
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file
 
 import ptq
 from ptq.config.building import recipe_from
+from ptq.config.schema import ExportConfig
 from ptq.errors import UserError
 from ptq.run.experiment import check_recipe, checked, run
+from ptq.run.exports import export_run
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.tuned.tuning import STATE, check_tuner
 from ptq.steps.tuners import tune
@@ -151,6 +154,21 @@ def test_what_another_run_has_kept_is_not_taken_up(tmp_path, tiny_llama, plain, 
     folder = run(recipe)
     assert "cannot be taken up" in (folder / "run.log").read_text()
     same(results(folder, "identity"), results_without_identity(plain[1]))
+
+
+def test_exports_hold_the_tuned_scales_from_memory_and_from_saved_blocks(tmp_path, tiny_llama):
+    scheme = {"weight": {"bits": 4, "granularity": "group", "group_size": 32, "symmetric": False}}
+    steps = {"rtn": {}, "tune": {"steps": 8, "rate": 1e-2, "norm_rate": 1e-3}}
+    folder = run(make(tmp_path, tiny_llama, steps, scheme, export={"format": "gptq"}))
+    again = tmp_path / "again"
+    export_run(folder, ExportConfig("gptq"), again, False)
+    exported, later = (load_file(at / "model.safetensors") for at in (folder / "export" / "gptq", again))
+    assert exported.keys() == later.keys() and all(torch.equal(t, later[key]) for key, t in exported.items())
+    saved = load_file(folder / "quantized" / "block-00001.safetensors")
+    scales = {key: t.squeeze(-1).t() for key, t in saved.items() if key.endswith(".scale")}
+    assert len(scales) == 7 and all(torch.equal(exported[f"{key}s"].float(), t) for key, t in scales.items())
+    norm = "model.layers.1.input_layernorm.weight"
+    torch.testing.assert_close(exported[norm].float(), saved[norm], rtol=1e-3, atol=1e-4)
 
 
 def test_a_model_in_memory_is_tuned_on_the_samples_that_it_is_given(tiny_llama):
