@@ -12,11 +12,14 @@ from group_methods.reorder import permute_columns
 from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig
+from ptq.export.registry import shipped as exporters_of_ours
 from ptq.integrations.replace import quantize_
 from ptq.run.experiment import run
 from ptq.run.exports import export_run
+from ptq.steps._registry import shipped as steps_of_ours
 from quantize.grid.affine import fake_quantize
 from quantize.modules.simulated import InputQuantizer
+from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec
 from tests.tools.virtual_cuda import CUDA, VirtualCuda
 
@@ -111,6 +114,8 @@ CLUSTERED = {
     "attention_probs": TENSOR,
 }
 GROUP = {"bits": 4, "granularity": "group", "group_size": 32}
+TOKEN4 = {**TOKEN, "bits": 4}
+W4A4 = {"weight": {"bits": 4}, "input": TOKEN4}
 GPTQ = {"gptq": {}}
 CASES = {
     "rtn, static": ({"weight": {"bits": 8}, "input": TENSOR}, {"rtn": {}}),
@@ -146,8 +151,40 @@ CASES = {
         {"weight": {"bits": 8}, "input": {"format": "llm_int8", "granularity": "token", "dynamic": True}},
         {"rtn": {}},
     ),
+    "rotate, clip, gptq": (
+        {**W4A4, "key": {**TOKEN4, "bits": 4}},
+        {"rotate": {"online": ["down", "out", "heads"]}, "clip": {}, "gptq": {}},
+    ),
+    "rotate, learned": (W4A4, {"rotate": {"learn": "cayley", "steps": 2}, "rtn": {}}),
+    "wush": (W4A4, {"wush": {}, "rtn": {}}),
+    "affine": (W4A4, {"affine": {"steps": 2}, "gptq": {}}),
+    "awq": ({"weight": GROUP}, {"awq": {}, "rtn": {"scales": "diagonal"}}),
+    "prefix, smooth": ({"weight": {"bits": 8}, "input": TENSOR}, {"prefix": {}, "smooth": {"search": True}, "rtn": {}}),
+    "hqq": ({"weight": GROUP}, {"hqq": {}}),
+    "lowrank": ({"weight": GROUP}, {"lowrank": {"rank": 4}}),
+    "omniquant": ({"weight": GROUP}, {"omniquant": {"steps": 2, "held_out": 2}}),
+    "autoround": ({"weight": GROUP}, {"autoround": {"steps": 2, "held_out": 2}}),
+    "tune": ({"weight": GROUP}, {"rtn": {}, "tune": {"steps": 2, "held_out": 2}}),
+    "cache": (
+        {
+            "key": {"bits": 4, "granularity": "channel", "symmetric": False, "dynamic": True},
+            "value": {**TOKEN4, "symmetric": False},
+            "cache": {"window": 8, "first": 2, "tokens": 8},
+        },
+        {"rtn": {}},
+    ),
+    "embedding and head": ({"weight": {"bits": 8}, "embedding": {"bits": 8}, "head": {"bits": 8}}, {"rtn": {}}),
 }
-SMALL = {"calibration": {"samples": 2, "length": 48}, "evaluation": {"windows": 2, "length": 48}}
+CASES |= {
+    name: ({"weight": dict(zip(("format", "bits", "granularity", "group_size"), form, strict=True))}, {"rtn": {}})
+    for name, form in {
+        "fp4": ("fp4", 4, "group", 64), "mxfp4": ("mxfp4", 4, "group", 32), "mxfp8": ("mxfp8", 8, "group", 32),
+        "mxfp8_e5m2": ("mxfp8_e5m2", 8, "group", 32), "fp8_e5m2": ("fp8_e5m2", 8, "channel", None),
+        "q8_0": ("q8_0", 8, "group", 64), "q8_0_gguf": ("q8_0_gguf", 8, "group", 32), "q4_k": ("q4_k", 4, "group", 32),
+        "q5_k": ("q5_k", 5, "group", 32), "q6_k": ("q6_k", 6, "group", 16),
+    }.items()
+}  # fmt: skip
+SMALL = {"calibration": {"samples": 4, "length": 48, "batch_size": 2}, "evaluation": {"windows": 2, "length": 48}}
 
 
 def make(tmp_path, model, scheme, steps, **changes):
@@ -204,6 +241,9 @@ def _is_statistics(path):
 
 
 EXPORTS = {
+    "awq": ({"weight": {**GROUP, "symmetric": False}}, {"rtn": {}}),
+    "gptq": ({"weight": GROUP}, {"rtn": {}}),
+    "kuiper": ({"weight": {**GROUP, "bits": 8, "group_size": 64}}, {"rtn": {}}),
     "compressed-tensors": ({"weight": GROUP}, {"rtn": {}}),
     "gguf": ({"weight": {**GROUP, "bits": 8}}, {"rtn": {}}),
     "llama2c": (
@@ -214,6 +254,13 @@ EXPORTS = {
         {"rtn": {}},
     ),
 }
+
+
+def test_every_step_format_and_exporter_of_ours_is_among_them():
+    assert {name for _, steps in CASES.values() for name in steps} == set(steps_of_ours())
+    specs = [spec for scheme, _ in CASES.values() for spec in scheme.values()]
+    assert {spec.get("format", "int") for spec in specs} == set(formats())
+    assert set(EXPORTS) == {name.replace("_", "-") for name in exporters_of_ours()}
 
 
 @pytest.mark.parametrize("format", EXPORTS)
