@@ -2,6 +2,7 @@
 
 import ast
 import pathlib
+import re
 
 import pytest
 
@@ -51,6 +52,18 @@ def imports(path):
             yield own if node.level else (node.module or "").split(".")[0]
 
 
+def inside(path):
+    """The folders of ptq that a module imports from, however it spells that."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names = [f"{node.module}.{alias.name}" for alias in node.names]
+        else:
+            continue
+        yield from (name.split(".")[1] for name in names if name.startswith("ptq."))
+
+
 every_module = pytest.mark.parametrize("path", list(modules()), ids=name_of)
 
 
@@ -65,10 +78,7 @@ def test_inside_ptq_imports_only_go_down():
     up = set()
     for path in (ROOT / "ptq").rglob("*.py"):
         own = path.relative_to(ROOT / "ptq").parts[0].removesuffix(".py")
-        nodes = (
-            n for n in ast.walk(tree_of(path)) if isinstance(n, ast.ImportFrom) and (n.module or "").startswith("ptq.")
-        )
-        for there in {node.module.split(".")[1] for node in nodes}:
+        for there in inside(path):
             if own in FLOORS and there in FLOORS and FLOORS.index(there) < FLOORS.index(own):
                 up.add(f"{name_of(path)} imports ptq.{there}")
     assert up == set()
@@ -79,6 +89,13 @@ def test_every_folder_of_ptq_has_its_floor_and_is_of_a_size_to_be_looked_over():
     assert {f.name for f in folders if f.parent == ROOT / "ptq"} <= set(FLOORS)
     crowded = {name_of(f): n for f in folders if (n := len(list(f.glob("*.py")))) > MOST_MODULES}
     assert crowded == {}
+
+
+def test_every_file_that_the_documentation_names_is_there():
+    named = re.compile(r"`((?:ptq|quantize|group_methods|experiments|tests|docs|configs)/[\w/.*-]+)`")
+    pages = [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+    gone = [(page.name, name) for page in pages for name in named.findall(page.read_text("utf-8"))]
+    assert [each for each in gone if not any(True for _ in ROOT.glob(each[1].rstrip("/")))] == []
 
 
 @every_module

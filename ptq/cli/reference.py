@@ -28,7 +28,7 @@ _GROUPS = {"models": "model", "data": "data", "schemes": "scheme", "methods": "m
 
 
 @dataclass(frozen=True)
-class Part:
+class RecipePart:
     """Something that `ptq show` knows.
 
     Attributes:
@@ -184,15 +184,15 @@ def choices_of(name: str) -> tuple[str, ...]:
     return () if part.option is None else tuple(part.option.metadata.get("choices", ()))
 
 
-def find(name: str) -> Part:
+def find(name: str) -> RecipePart:
     """Returns the part of a recipe of that dotted name. Raises `UserError` for none, with the nearest name."""
     head, _, rest = name.partition(".")
     first, _, option = rest.partition(".")
     files = {"steps": step_files, "export": exporter_files}.get(head, dict)()
     if first in files:
         module = importlib.import_module(_module_name(files[first]))
-        return _inside(Part(f"{head}.{first}", _sentence(module.__doc__ or ""), module.Options), option, name)
-    part = Part("recipe", _sentence(Recipe.__doc__ or ""), Recipe)
+        return _inside(RecipePart(f"{head}.{first}", _sentence(module.__doc__ or ""), module.Options), option, name)
+    part = RecipePart("recipe", _sentence(Recipe.__doc__ or ""), Recipe)
     return part if name == "recipe" else _inside(part, name, name)
 
 
@@ -210,7 +210,7 @@ def attributes(schema: type) -> dict[str, str]:
     return found
 
 
-def _inside(part: Part, rest: str, whole: str) -> Part:
+def _inside(part: RecipePart, rest: str, whole: str) -> RecipePart:
     for key in filter(None, rest.split(".")):
         fields = {} if part.schema is None else {field.name: field for field in dataclasses.fields(part.schema)}
         if key not in fields:
@@ -224,9 +224,11 @@ def _inside(part: Part, rest: str, whole: str) -> Part:
         prefix = "" if part.name == "recipe" else f"{part.name}."
         meaning = attributes(owner).get(key, "")
         if inner is not None:
-            part = Part(f"{prefix}{key}", meaning or _sentence(inner.__doc__ or ""), inner)
+            part = RecipePart(f"{prefix}{key}", meaning or _sentence(inner.__doc__ or ""), inner)
         else:
-            part = Part(f"{prefix}{key}", _option(owner, field, meaning).strip().removeprefix(f"{key}: "), None, field)
+            part = RecipePart(
+                f"{prefix}{key}", _option(owner, field, meaning).strip().removeprefix(f"{key}: "), None, field
+            )
     return part
 
 

@@ -30,7 +30,7 @@ class Weights(Protocol):
     def resident(self) -> bool:
         """Whether everything is in memory all the time."""
 
-    def take_apart(self, pieces: Mapping[str, "Piece"]) -> None:
+    def take_apart(self, pieces: Mapping[str, "WeightPiece"]) -> None:
         """Notes that parameters of these full names are pieces of tensors that the model held before."""
 
     def spread(self, devices: Mapping[str, torch.device]) -> None:
@@ -43,7 +43,7 @@ class Weights(Protocol):
         """Begins to read what the next `hold` of these submodules needs; drops what was read for another one."""
 
 
-class Piece(Protocol):
+class WeightPiece(Protocol):
     """One matrix, or some of its rows, of the tensor `source`, which holds `shape`[0] of them."""
 
     @property
@@ -67,7 +67,7 @@ class ResidentWeights:
 
     resident = True
 
-    def take_apart(self, pieces: Mapping[str, Piece]) -> None:
+    def take_apart(self, pieces: Mapping[str, WeightPiece]) -> None:
         """Does nothing."""
 
     def spread(self, devices: Mapping[str, torch.device]) -> None:
@@ -112,7 +112,7 @@ class OffloadedWeights:
     ):
         self._model, self._stored, self._device, self._keep = model, dict(stored), device, keep
         self._rounding, self._arithmetic = rounding, arithmetic
-        self._pieces: dict[str, Piece] = {}
+        self._pieces: dict[str, WeightPiece] = {}
         self._ahead, self._digests = ahead, digests
         self._reading: ReadAhead | None = None
         self._devices: dict[str, torch.device] = {}
@@ -126,7 +126,7 @@ class OffloadedWeights:
                     if buffer is not None and not buffer.is_meta:
                         module._buffers[name] = buffer.to(device)
 
-    def take_apart(self, pieces: Mapping[str, Piece]) -> None:
+    def take_apart(self, pieces: Mapping[str, WeightPiece]) -> None:
         """Notes that parameters of these full names are pieces of tensors that are stored."""
         self._pieces.update(pieces)
 

@@ -16,8 +16,6 @@ from quantize.transforms.orthogonal import random_orthogonal
 from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.wush import wush
 
-CLIP = 4.0
-"""Parameter that clips start from: sigmoid(4) = 0.982 of the range (FlatQuant's own)."""
 STARTS = ("identity", "orthogonal", "hadamard")
 
 
@@ -63,24 +61,6 @@ class AffineTransform(nn.Module):
         """Returns the `x` (..., a * b) whose `forward` is the argument."""
         left, right = kronecker_inverse(self.left, self.right)
         return (kronecker_apply(x.to(self.diagonal.dtype), left, right) * self.diagonal).to(x.dtype)
-
-
-class LearnedClip(nn.Module):
-    """Shares of a range that are learned: sigmoid of a parameter for each end (OmniQuant, equation 2; FlatQuant, section 3.1).
-
-    Args:
-        shape: of both parameters: () for activations, (out, 1) for the rows of a weight.
-        start: value of the parameters.
-    """
-
-    def __init__(self, shape: tuple[int, ...] = (), start: float = CLIP):
-        super().__init__()
-        self.low = nn.Parameter(torch.full(shape, start))
-        self.high = nn.Parameter(torch.full(shape, start))
-
-    def forward(self, minimum: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Returns both ends of the range, each times its share in (0, 1)."""
-        return minimum * torch.sigmoid(self.low), maximum * torch.sigmoid(self.high)
 
 
 def affine_from_scale(
@@ -144,19 +124,6 @@ def affine_from_moments(
         for h, g in zip(inputs, weights, strict=True)
     )
     return AffineTransform(left.to(scale), right.to(scale), scale), max(error_inputs, error_weights)
-
-
-def affine_from_dense(matrix: torch.Tensor, factors: tuple[int, int] | None = None) -> tuple[AffineTransform, float]:
-    """Returns the transform whose factors are the nearest Kronecker product of `matrix` (width, width), diagonal 1, in its type,
-    and the relative error in the Frobenius norm.
-
-    Raises:
-        ValueError: as `nearest_kronecker`, or where a factor is singular.
-    """
-    a, b = balanced_factors(len(matrix)) if factors is None else factors
-    left, right, error = nearest_kronecker(matrix, a, b)
-    kronecker_inverse(left, right)
-    return AffineTransform(left, right, matrix.new_ones(len(matrix))), error
 
 
 def log_determinant(transform: AffineTransform) -> torch.Tensor:

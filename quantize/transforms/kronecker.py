@@ -40,11 +40,6 @@ def kronecker_apply(x: torch.Tensor, left: torch.Tensor, right: torch.Tensor) ->
     return torch.matmul(left.t(), x.reshape(-1, a, b) @ right).reshape(x.shape)
 
 
-def kronecker_matrix(left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
-    """Returns left x right (a * b, a * b), for tests and folding: x times it is `kronecker_apply`."""
-    return torch.kron(left.contiguous(), right.contiguous())
-
-
 def kronecker_inverse(left: torch.Tensor, right: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the factors of (left x right)^-1: the factors' inverses; differentiable.
 

@@ -20,12 +20,6 @@ def random_orthogonal(
     return _positive_qr(normal).to(device, dtype)
 
 
-def orthogonality_error(matrix: torch.Tensor) -> torch.Tensor:
-    """Returns the greatest |Q^T Q - I|, a float64 scalar."""
-    wide = matrix.double()
-    return (wide.t() @ wide - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs().amax()
-
-
 def cayley_step(matrix: torch.Tensor, gradient: torch.Tensor, rate: float) -> torch.Tensor:
     """Returns (I + rate/2 A)^-1 (I - rate/2 A) Q with the skew A = G Q^T - Q G^T (Wen & Yin 2013, equation 7).
 

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ptq.network.experts.stand_in import StandIn
-from ptq.network.experts.trace import Fused, Mixture
+from ptq.network.experts.trace import FusedExperts, Mixture
 
 Rows = tuple[int | None, int | None, int | None]
 """Start, end and step of a slice."""
@@ -52,7 +52,7 @@ class ExpertLinears(StandIn):
     """
 
     def __init__(
-        self, owner: nn.Module, fused: Fused, parts: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
+        self, owner: nn.Module, fused: FusedExperts, parts: tuple[str, ...], shape: tuple[int, ...], dtype: torch.dtype
     ):
         super().__init__(f"{fused.owner}.{fused.name}", shape, dtype, torch.device("meta"))
         self.owner, self.fused, self.parts = owner, fused, parts
@@ -116,7 +116,7 @@ def mixtures_of(block: nn.Module) -> list[Mixture]:
     return list(dict.fromkeys(m for m in found if isinstance(m, Mixture)))
 
 
-def _take_apart(owner: nn.Module, full: str, fused: Fused) -> dict[str, Piece]:
+def _take_apart(owner: nn.Module, full: str, fused: FusedExperts) -> dict[str, Piece]:
     weight: torch.Tensor = owner._parameters.pop(fused.name)  # type: ignore[assignment]
     bias = owner._parameters.pop(fused.bias) if fused.bias else None
     parts = part_names(fused)
@@ -155,7 +155,7 @@ def _each(tensor: torch.Tensor) -> Sequence[torch.Tensor]:
     )
 
 
-def part_names(fused: Fused) -> list[tuple[str, Rows]]:
+def part_names(fused: FusedExperts) -> list[tuple[str, Rows]]:
     """Returns the names of the Linears of a fused parameter inside an expert, and their rows.
 
     The parameter's own name; without the other's where it names both halves (``gate_up_proj``); none where it is plain

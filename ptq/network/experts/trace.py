@@ -21,7 +21,7 @@ Place = tuple[str, str]
 
 
 @dataclass(frozen=True)
-class Fused:
+class FusedExperts:
     """A parameter that holds one matrix of each expert.
 
     Attributes:
@@ -76,7 +76,7 @@ class Mixture:
 
     experts: int
     holders: tuple[str, ...]
-    fused: tuple[Fused, ...] = ()
+    fused: tuple[FusedExperts, ...] = ()
     gates: tuple[str, ...] = ()
     routing: Routing | None = None
 
@@ -280,7 +280,7 @@ def _few(tensor: torch.Tensor) -> torch.Tensor:
 
 def _described(modules: Mapping[str, nn.Module], host: str, notes: _Notes) -> Mixture | None:
     of_experts = [p for p in notes.products if p.expert is not None and p.x.shape[:-1].numel()]
-    fused: list[Fused] = []
+    fused: list[FusedExperts] = []
     for place in dict.fromkeys(p.place for p in of_experts):
         mine = [p for p in of_experts if p.place == place]
         shapes = {(p.shape, p.flipped, p.bias) for p in mine}
@@ -289,7 +289,7 @@ def _described(modules: Mapping[str, nn.Module], host: str, notes: _Notes) -> Mi
         experts, rows, columns = mine[0].shape
         halves, gate_first = _halves(mine[0], notes.products)
         bias = "" if mine[0].bias is None else mine[0].bias[1]
-        fused.append(Fused(*place, (experts, rows, columns), mine[0].flipped, bias, halves, gate_first))
+        fused.append(FusedExperts(*place, (experts, rows, columns), mine[0].flipped, bias, halves, gate_first))
     counts = {f.shape[0] for f in fused}
     if len(counts) != 1:
         return None
@@ -301,7 +301,7 @@ def _described(modules: Mapping[str, nn.Module], host: str, notes: _Notes) -> Mi
     return Mixture(experts, holders, tuple(fused), tuple(dict.fromkeys(gates)), _routing(host, fused, experts, notes))
 
 
-def _routing(host: str, fused: list[Fused], experts: int, notes: _Notes) -> Routing | None:
+def _routing(host: str, fused: list[FusedExperts], experts: int, notes: _Notes) -> Routing | None:
     """Returns how the innermost module that is handed numbers of experts, and weights, is handed them."""
     for name in _above(fused[0].owner):
         for called, args, kwargs in notes.calls:
@@ -335,7 +335,7 @@ def _scores(experts: int, notes: _Notes) -> tuple[str, int] | None:
 
 @torch.enable_grad()
 def _halves(product: _Product, products: list[_Product]) -> tuple[str, bool]:
-    """Returns `Fused.halves` and `Fused.gate_first` of what made this product, by what the next one of its expert reads.
+    """Returns `FusedExperts.halves` and `FusedExperts.gate_first` of what made this product, by what the next one of its expert reads.
 
     Every channel read there depends on one row of either half: gradients of two sums of them tell on which, the second sum
     weighing each channel with its number. What is gated enters linearly: its second derivative is nothing.

@@ -22,7 +22,7 @@ _CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_
 
 
 @dataclass(frozen=True)
-class Estimate:
+class MemoryEstimate:
     """Bytes at the peak of each phase, by its name, those of the process itself not counted."""
 
     phases: Mapping[str, int]
@@ -70,7 +70,7 @@ class Sizes:
         return cls(network.parameters, widest, tuple(blocks))
 
 
-def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes | None = None) -> Estimate:
+def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes | None = None) -> MemoryEstimate:
     """Returns what the phases of a run hold at once: weights, hidden states, moments, logits.
 
     Args:
@@ -109,7 +109,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     tuned = {}
     if tuner is not None:
         tuned["tune"] = weights + flows + baseline + _tuning(sizes, recipe, tuner.batch_size, width, value)
-    return Estimate(
+    return MemoryEstimate(
         {
             "load": int(1.25 * whole) if resident else weights,
             "calibration": weights + hidden * calibration + _pass(sizes, c.batch_size * c.length, value),

@@ -118,7 +118,7 @@ def search(planning: "Planning", name: str) -> None:
         raise UserError(f"steps.{name}: its search needs calibration samples, and none were drawn")
     size = context.batch_size
     flow = context.stream.open(context.ids[:size], size)
-    context.show(Search(planning, Samples(context.stream, flow)), flow, name)
+    context.show(ScaleSearch(planning, Samples(context.stream, flow)), flow, name)
 
 
 def key_of(link: Link) -> str:
@@ -270,7 +270,7 @@ class Formula(Planning):
         return Trial.of(rows, readers, weight, input, statistics)
 
 
-class Search:
+class ScaleSearch:
     """The visitor that shows the planning some tokens of every link of a block."""
 
     def __init__(self, planning: Planning, samples: Samples):

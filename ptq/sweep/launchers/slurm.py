@@ -18,7 +18,7 @@ GENERIC = {"cpus_per_task", "gpus_per_node", "mem_gb", "nodes", "tasks_per_node"
 """Parameters that submitit knows for every cluster; all others are Slurm's own, such as partition."""
 
 
-class Work(Checkpointable):
+class PointWork(Checkpointable):
     """The work on a point. A job that Slurm preempts is submitted again: the run knows where it was."""
 
     def __call__(self, folder: str, number: int, threads: int, force: bool) -> str:
@@ -38,7 +38,7 @@ class Slurm:
         try:
             while busy or not feed.ended:
                 while (self._most is None or len(busy) < self._most) and (number := feed.take()) is not None:
-                    busy[number] = self._executor.submit(Work(), task.folder, number, task.threads, task.force)
+                    busy[number] = self._executor.submit(PointWork(), task.folder, number, task.threads, task.force)
                 over = [number for number, job in busy.items() if job.done()]
                 for number in over:
                     yield Ended(number, _problem(busy.pop(number)))

@@ -34,7 +34,7 @@ Make = Callable[[int, Sequence[str]], Point]
 
 
 @dataclass(frozen=True)
-class Finding:
+class SearchFinding:
     """What a search has come to: a row a point, those that no other beats, and why it ended before its trials, or ""."""
 
     rows: list[Row]
@@ -49,7 +49,7 @@ class Finding:
 
 def run_search(
     search: Search, sweep: Sweep, launcher: Launcher, task: Task, jobs: int, make: Make, display: Display
-) -> Finding:
+) -> SearchFinding:
     """Runs a search, or what is missing of one.
 
     Args:
@@ -82,7 +82,7 @@ def run_search(
         return searching.finding()
 
 
-def conclude(finding: Finding, search: Search, display: Display) -> None:
+def conclude(finding: SearchFinding, search: Search, display: Display) -> None:
     """Shows what a search has found: the front, what was refused or failed, and why it has ended."""
     names = search.options.objectives
     title = "no other point is better" if len(names) == 1 else "Pareto front"
@@ -154,11 +154,11 @@ class _Searching:
             self._tell(number)
             self._refuse_if_all_are_refused()
 
-    def finding(self) -> Finding:
+    def finding(self) -> SearchFinding:
         """Returns what has been found, and writes the front into the sweep's folder."""
         found = front(self.board.rows, self.search.options.objectives)
         write_front(self.board.sweep.folder, found)
-        return Finding(self.board.rows, found, self.why)
+        return SearchFinding(self.board.rows, found, self.why)
 
     def _when_there_is_room(self) -> Iterator[None]:
         while len(self._open) >= self.jobs:

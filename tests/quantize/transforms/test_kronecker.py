@@ -10,7 +10,6 @@ from quantize.transforms.kronecker import (
     balanced_factors,
     kronecker_apply,
     kronecker_inverse,
-    kronecker_matrix,
     nearest_kronecker,
 )
 
@@ -32,7 +31,6 @@ def test_a_product_is_numpys(a, b, seed):
     left, right, x = normal(a, a, seed=seed), normal(b, b, seed=seed + 1), normal(2, 3, a * b, seed=seed + 2)
     whole = np.kron(left.numpy(), right.numpy())
     np.testing.assert_allclose(kronecker_apply(x, left, right).numpy(), x.numpy() @ whole, atol=1e-10)
-    np.testing.assert_allclose(kronecker_matrix(left, right).numpy(), whole, atol=1e-12)
 
 
 def test_the_inverse_undoes_the_product_and_passes_gradients():

@@ -8,7 +8,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from quantize.transforms.orthogonal import cayley_step, orthogonality_error, qr_step, random_orthogonal
+from quantize.transforms.orthogonal import cayley_step, qr_step, random_orthogonal
+from tests.quantize.transforms.matrices import orthogonality_error
 
 STEPS = [cayley_step, qr_step]
 

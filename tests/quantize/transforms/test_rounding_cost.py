@@ -9,11 +9,11 @@ from quantize.solvers.gptq import GptqOptions, Hessian, solve
 from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.affine import affine_from_scale, cost_of, learned_affine
 from quantize.transforms.hadamard import hadamard_matrix
-from quantize.transforms.kronecker import kronecker_matrix
 from quantize.transforms.learned_rotation import LOSSES, STEPS, learned_rotation, rotation_loss
-from quantize.transforms.orthogonal import orthogonality_error, random_orthogonal
+from quantize.transforms.orthogonal import random_orthogonal
 from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.wush import wush
+from tests.quantize.transforms.matrices import orthogonality_error
 
 TOKEN = QuantSpec(4, granularity="token", dynamic=True)
 GROUP = QuantSpec(4, granularity="group", group_size=16, symmetric=False, dynamic=True)
@@ -86,7 +86,7 @@ def test_learning_lowers_the_cost_keeps_the_map_invertible_and_begins_where_it_i
     learned, before, after = learned_affine(start, cost, steps=40)
     assert after < 0.8 * before
     assert float(cost_of(learned, cost)) == pytest.approx(after, rel=1e-3)
-    dense = kronecker_matrix(learned.left, learned.right) / learned.diagonal[:, None]
+    dense = torch.kron(learned.left, learned.right) / learned.diagonal[:, None]
     assert torch.allclose(learned(rows), rows @ dense, atol=1e-3)
     for wrong in ({"steps": -1}, {"rate": 0.0}):
         with pytest.raises(ValueError, match="is not valid"):
