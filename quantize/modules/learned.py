@@ -114,11 +114,11 @@ class TunedGain(nn.Module):
     def __init__(self, weight: torch.Tensor, offset: float):
         super().__init__()
         self.offset = offset
-        self.log_ratio = nn.Parameter(torch.zeros_like(weight))
+        self.log_ratio = nn.Parameter(torch.zeros_like(weight, dtype=torch.float32))
 
     def forward(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the weight (channels,), differentiable."""
-        return weight + (weight + self.offset) * torch.expm1(self.log_ratio)
+        """Returns the weight (channels,), in its type, differentiable."""
+        return (weight + (weight + self.offset) * torch.expm1(self.log_ratio)).to(weight.dtype)
 
 
 def product_in(

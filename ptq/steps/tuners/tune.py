@@ -100,7 +100,8 @@ class Step(Tuner):
                 "use more calibration.tuning_samples, or a lower batch"
             )
         with _tuned(context, options) as tuned, _outside_kept(context.stream):
-            whole = _Whole(context, tuning, PRECISIONS[options.precision])
+            parameters = [p for group, _ in tuned.groups(options) for p in group]
+            whole = _Whole(context, tuning, PRECISIONS[options.precision], parameters)
             found = _learn(whole, tuned, tuning, options)
             tensors = tuned.tensors()
         context.note(
@@ -187,7 +188,8 @@ def _outside_kept(stream: BlockStream) -> Iterator[None]:
 class _Whole:
     """The quantized network beside the unquantized one's final hidden states, a batch at a time."""
 
-    def __init__(self, context: Context, tuning: Tuning, dtype: torch.dtype):
+    def __init__(self, context: Context, tuning: Tuning, dtype: torch.dtype, parameters: list[nn.Parameter]):
+        self._parameters = parameters
         self._stream, self._flow, self._target, self._dtype = context.stream, tuning.flow, tuning.target, dtype
         self._rows = [rows for _, rows in tuning.flow.slices()]
         self._head = context.network.model.get_output_embeddings()
@@ -196,7 +198,7 @@ class _Whole:
         return len(self._rows)
 
     def divergence(self, batch: int, learn: bool) -> float:
-        """Returns the mean over a batch's tokens of the KL divergence; with `learn` its gradients are added to the parameters'."""
+        """Returns the mean over a batch's tokens of the KL divergence; with `learn` the parameters have its gradients."""
         rows = self._rows[batch]
         with torch.set_grad_enabled(learn), fast_linears():
             # A copy: blocks may write into what they are given.
@@ -206,10 +208,15 @@ class _Whole:
         total, gradient = self._head_gradient(hidden.detach(), self._target[rows], learn)
         if learn:
             hidden.backward(gradient)  # type: ignore[no-untyped-call]
+            for parameter in self._parameters:
+                if parameter.grad is not None:
+                    parameter.grad /= hidden.shape[0] * hidden.shape[1]
         return total
 
     def _head_gradient(self, hidden: torch.Tensor, target: torch.Tensor, learn: bool) -> tuple[float, torch.Tensor]:
-        """Returns the mean divergence, and its gradient by the final hidden states (samples, length, channels)."""
+        """Returns the mean divergence, and by the final hidden states (samples, length, channels) the gradient of its sum: a mean's
+        would be too small for 16-bit floats.
+        """
         tokens, total, gradient = hidden.shape[0] * hidden.shape[1], 0.0, torch.zeros_like(hidden)
         with self._stream.heads() as (wanted, given), self._multiplied(), fast_linears():
             for row in range(len(hidden)):
@@ -222,7 +229,7 @@ class _Whole:
                     divergence, by_logits = kl_divergence(logits.detach(), aim)
                     total += float(divergence.sum())
                     if learn:
-                        gradient[row : row + 1, span] = torch.autograd.grad(logits, x, by_logits)[0] / tokens
+                        gradient[row : row + 1, span] = torch.autograd.grad(logits, x, by_logits)[0]
         return total / tokens, gradient
 
     @contextmanager

@@ -1,5 +1,6 @@
 """Tuning on the finished network, on tiny trained models: what it gains, what it leaves alone, how it is taken up, what it refuses."""
 
+import dataclasses
 import json
 import re
 
@@ -104,6 +105,14 @@ def test_gradients_pass_rounded_inputs_rotations_and_a_stream_in_another_basis(t
 def test_bfloat16_products_learn_as_well_and_other_architectures_are_tuned_too(tmp_path, tiny_opt):
     options = {**TUNE, "precision": "bfloat16", "norm_rate": 1e-3}
     tuned = metrics_of(run(make(tmp_path, tiny_opt, {"rtn": {}, "tune": options})))
+    assert tuned["tuned"]["after"] < 0.75 * tuned["tuned"]["before"]
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_network_in_16_bits_is_tuned_with_gradients_that_do_not_vanish(tmp_path, tiny_llama, dtype):
+    options = {**TUNE, "steps": 16, "norm_rate": 1e-3}
+    recipe = make(tmp_path, tiny_llama, {"rtn": {}, "tune": options})
+    tuned = metrics_of(run(dataclasses.replace(recipe, model=dataclasses.replace(recipe.model, dtype=dtype))))
     assert tuned["tuned"]["after"] < 0.75 * tuned["tuned"]["before"]
 
 
