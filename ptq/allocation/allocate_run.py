@@ -18,8 +18,9 @@ from ptq.allocation.tables import place_of
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 from ptq.files.atomic import ensure_folder, write_text
+from ptq.models.shared import Shared
 from ptq.report.plain import printable
-from ptq.run.experiment import check_recipe, checked, run
+from ptq.run.experiment import check_recipe, checked, run_recipe
 from ptq.run.preflight import check_before
 from ptq.run.record.journal import Journal
 from ptq.run.session import open_session
@@ -134,7 +135,8 @@ def _verified(recipe: Recipe, made: Recipe, found: Sensitivity, reference: str, 
         recipe, name=f"{recipe.name}-{reference}"[:100], scheme=uniform(recipe.scheme, found.formats[reference])
     )
     journal.say(f"uniform: {reference}, {found.uniform_bits(reference):.4f} bits a weight")
-    first, second = read_run(run(plain)), read_run(run(made))
+    shared = Shared()
+    first, second = (read_run(run_recipe(each, shared=shared).folder) for each in (plain, made))
     pair = compare_runs(first, second, recipe.evaluation.confidence)
     before = first.metrics["baseline_perplexity"]
     increases = [r.metrics["quantized_perplexity"] - before for r in (first, second)]
