@@ -1,11 +1,15 @@
-"""What integer kernels gain: prefill, decode and evaluation of a W8A8 model, each over the same in floating point.
+"""What integer kernels gain: prefill, decode and evaluation of a quantized model, each over the same in floating point.
 
-    python -m experiments.bench.kernels [--model PATH | --shape opt-1.3b] [--bits 8] [--rounds 5]
+    python -m experiments.bench.kernels [--model PATH | --shape opt-1.3b] [--scheme w8a8] [--head 8] [--rounds 5]
 
 Sides take turns in one process; a ratio is the median over rounds of floating point's time over the quantized model's, so that above 1
-is faster. Sides: fp32, bf16, simulated (what a quantized model costs without kernels), integers (`execution.kernels=auto`).
-`--shape` takes a random model with the widths of a published one and `--layers` blocks of it. The logits of integers and simulation
+is faster. Sides: fp32, bf16, simulated (what a quantized model costs without kernels), kernels (packed, as a saved model runs).
+`--shape` takes a random model with the widths of a published one and `--layers` blocks of it. The logits of kernels and simulation
 are compared first.
+
+An evaluation is what a run does for one model: windows carried through the blocks, the head's logits, their losses. Fp32 is the
+baseline's, integers are `execution.kernels=auto`; beside it what comparing with the kept baseline adds (its head once more, KL).
+`--evaluation 0` leaves it out, as `--decode 0` and an empty `--prefill` do.
 """
 
 import argparse
@@ -19,10 +23,17 @@ from typing import Any
 import torch
 import transformers
 
-from ptq.config.schema import ExecutionConfig, ModelConfig
+from ptq.config.schema import EvaluationConfig, ExecutionConfig, ModelConfig, SchemeConfig
+from ptq.config.scheme import linear_specs
+from ptq.evaluation.token_comparison import compare_tokens, window_losses
+from ptq.integrations.kernels import use_kernels_
+from ptq.integrations.replace import pack_, scheme_of
 from ptq.models.loading import load
-from ptq.network.network import build_network, replace_module, weight_of
+from ptq.models.weights import ResidentWeights
+from ptq.network.block_stream import BlockStream, Nothing
+from ptq.network.network import Network, build_network, replace_module, weight_of
 from quantize.kernels.choice import Choice, describe
+from quantize.modules.packed import PackedLinear
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
 
@@ -46,20 +57,70 @@ def random_model(shape: str, layers: int) -> Any:
         return transformers.OPTForCausalLM(config).eval().requires_grad_(False)
 
 
-def quantized(model: Any, bits: int, kernels: str) -> tuple[Any, str]:
-    """Returns a copy of the model with W<bits>A<bits> Linears (per channel, per token) by `kernels`, and who multiplies."""
+def quantized(model: Any, scheme: SchemeConfig, kernels: str) -> tuple[Network, str]:
+    """Returns a copy of the model with the scheme's Linears as a run evaluates them, by `kernels`, and who multiplies."""
     copied, choice = copy.deepcopy(model), Choice(kernels)
-    token = QuantSpec(bits=bits, granularity="token", dynamic=True)
     network = build_network(copied)
     for block in network.blocks:
         shared: dict[int, InputQuantizer] = {}
         for name, linear in block.linears.items():
             weight, bias = weight_of(linear), linear.bias if isinstance(linear.bias, torch.Tensor) else None
-            inputs = shared.setdefault(weight.shape[1], InputQuantizer(token))
-            module = QuantLinear(weight, bias, QuantSpec(bits=bits), inputs)
+            specs = linear_specs(scheme, name)
+            inputs = None
+            if specs.input is not None:
+                inputs = shared.setdefault(weight.shape[1], InputQuantizer(specs.input))
+            module = QuantLinear(weight, bias, specs.weight, inputs)
             module.use_kernels(choice)
             replace_module(copied, name, module)
-    return copied, describe(choice.ran, choice.refused)
+    return network, describe(choice.ran, choice.refused)
+
+
+class Evaluation:
+    """One model's evaluation by the block stream.
+
+    Args:
+        network: of fp32, or with the Linears that `quantized` makes.
+        ids: windows (windows, length).
+        batch_size: windows that pass together.
+    """
+
+    def __init__(self, network: Network, ids: torch.Tensor, batch_size: int):
+        self.ids, self.batch_size = ids, batch_size
+        self.stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
+        self.hidden = torch.empty(0)
+
+    def losses(self) -> torch.Tensor:
+        """Returns the mean loss of each window."""
+        flow = self.stream.open(self.ids, self.batch_size, exact=True)
+        self.stream.run([flow], Nothing())
+        self.hidden = flow.hidden
+        with self.stream.head() as head:
+            return window_losses(head, flow.hidden, self.ids, EvaluationConfig.chunk)
+
+    def compared(self, baseline: torch.Tensor) -> None:
+        """Compares its last final hidden states with the `baseline`'s, token by token."""
+        with self.stream.head() as head:
+            compare_tokens((head, head), baseline, self.hidden, self.ids, EvaluationConfig.chunk)
+
+
+def evaluation(models: Mapping[str, Network], ids: torch.Tensor, batch_size: int, rounds: int) -> None:
+    """Prints the rows of evaluating each of `models`, and of comparing the last with the first."""
+    made = {name: Evaluation(network, ids, batch_size) for name, network in models.items()}
+    windows, length = ids.shape
+    found = in_turn({name: one.losses for name, one in made.items()}, rounds)
+    _report(f"evaluation of {windows} x {length}", found)
+    last = list(made)[-1]
+    paired = in_turn({last: lambda: made[last].compared(made["fp32"].hidden)}, rounds)[last]
+    for name, mine in found.items():
+        ratios = sorted(m / base for m, base in zip(mine, found["fp32"], strict=True))
+        print(f"{name}: {statistics.median(ratios):.3f} of fp32's time ({ratios[0]:.3f} to {ratios[-1]:.3f})")
+    ratios = sorted((m + more) / base for m, more, base in zip(found[last], paired, found["fp32"], strict=True))
+    print(f"{last} and its comparison with the kept baseline: {statistics.median(ratios):.3f} of fp32's time")
+    print(f"greatest difference of a window's loss, {last} from fp32: {float(_difference(made, last)):.4f} nats")
+
+
+def _difference(made: Mapping[str, Evaluation], name: str) -> torch.Tensor:
+    return (made[name].losses() - made["fp32"].losses()).abs().max()
 
 
 @torch.no_grad()
@@ -74,7 +135,7 @@ def decode(model: Any, ids: torch.Tensor, tokens: int) -> None:
     model.generate(ids, max_new_tokens=tokens, min_new_tokens=tokens, do_sample=False, pad_token_id=0)
 
 
-def in_turn(sides: Mapping[str, Callable[[], None]], rounds: int) -> dict[str, list[float]]:
+def in_turn(sides: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
     """Returns the seconds of each side in each round, in which all take turns, after one that does not count."""
     for side in sides.values():
         side()
@@ -103,10 +164,18 @@ def main() -> None:
     parser.add_argument("--model", default=SMOLLM2, help="any model.path")
     parser.add_argument("--shape", choices=sorted(SHAPES), help="a random model of these widths instead")
     parser.add_argument("--layers", type=int, default=4, help="blocks of a random model")
-    parser.add_argument("--bits", type=int, default=8, help="of weights and inputs")
+    parser.add_argument("--scheme", default="w8a8", help="a shipped scheme with dynamic inputs: w8a8, w4a8, w4a4, ...")
+    parser.add_argument(
+        "--head", type=int, default=0, metavar="BITS", help="of the packed side's head; 0 leaves it in fp32"
+    )
     parser.add_argument("--rounds", type=int, default=5, help="rounds, after one that does not count")
     parser.add_argument("--prefill", type=int, nargs="*", default=[128, 512], help="tokens of the prefills")
     parser.add_argument("--decode", type=int, default=32, help="tokens to decode, 0 for none")
+    parser.add_argument("--evaluation", type=int, default=8, metavar="WINDOWS", help="windows to evaluate, 0 for none")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a window")
+    parser.add_argument(
+        "--batch-size", type=int, default=EvaluationConfig.batch_size, help="windows that pass together"
+    )
     options = parser.parse_args()
     model = (
         random_model(options.shape, options.layers)
@@ -114,14 +183,21 @@ def main() -> None:
         else load(ModelConfig(options.model), ExecutionConfig()).model
     )
     model.config.use_cache = True
-    simulated, _ = quantized(model, options.bits, "simulated")
-    integers, said = quantized(model, options.bits, "auto")
-    models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "simulated": simulated, "integers": integers}
+    scheme = scheme_of(options.scheme)
+    simulated = quantized(model, scheme, "simulated")[0].model
+    packed = copy.deepcopy(simulated)
+    pack_(packed)
+    if options.head:
+        head = PackedLinear.from_weight(packed.lm_head.weight, None, QuantSpec(bits=options.head))
+        packed.set_output_embeddings(head)
+    use = use_kernels_(packed)
+    models = {"fp32": model, "bf16": copy.deepcopy(model).bfloat16(), "simulated": simulated, "kernels": packed}
     ids = torch.arange(1, max([64, *options.prefill]) + 1)[None] % 1000 + 5
     with torch.no_grad():
-        logits = [m(ids[:, :64], use_cache=False).logits.float() for m in (simulated, integers)]
-    print(f"{said}; torch {torch.__version__}, {torch.get_num_threads()} threads")
-    print(f"greatest difference of logits, integers from simulated: {float((logits[0] - logits[1]).abs().max()):.2e}\n")
+        logits = [m(ids[:, :64], use_cache=False).logits.float() for m in (simulated, packed)]
+    said = ", ".join(f"{count} Linears: {name}" for name, count in use.linears.items())
+    print(f"{options.scheme}: {said}; torch {torch.__version__}, {torch.get_num_threads()} threads")
+    print(f"greatest difference of logits, kernels from simulated: {float((logits[0] - logits[1]).abs().max()):.2e}\n")
     print("| what | side | median ms | over fp32 | spread |\n|---|---|---|---|---|")
     for tokens in options.prefill:
         sides = {name: partial(prefill, m, ids[:, :tokens]) for name, m in models.items()}
@@ -129,6 +205,15 @@ def main() -> None:
     if options.decode:
         sides = {name: partial(decode, m, ids[:, :16], options.decode) for name, m in models.items()}
         _report(f"decode of {options.decode}", in_turn(sides, options.rounds))
+    if options.evaluation:
+        del models, packed
+        model.config.use_cache = False
+        integers, said = quantized(model, scheme, "auto")
+        print(f"\nevaluation by {said}")
+        generator = torch.Generator().manual_seed(0)
+        size = (options.evaluation, options.length)
+        windows = torch.randint(5, model.config.vocab_size - 1, size, generator=generator)
+        evaluation({"fp32": build_network(model), "integers": integers}, windows, options.batch_size, options.rounds)
 
 
 if __name__ == "__main__":
