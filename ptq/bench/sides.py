@@ -3,6 +3,7 @@
 import copy
 import importlib
 import importlib.util
+import os
 import pathlib
 import pkgutil
 from collections.abc import Iterator
@@ -125,9 +126,12 @@ def _module(name: str) -> Any:
     return importlib.import_module(f"ptq.bench.against.{name.replace('.', '_').replace('-', '_')}")
 
 
-def _there(module: str) -> bool:
+def _there(need: str) -> bool:
+    """Returns whether a module can be imported, or the folder is there that an environment variable, ``$NAME``, names."""
+    if need.startswith("$"):
+        return pathlib.Path(os.environ.get(need[1:]) or " ").expanduser().is_dir()
     try:
-        return importlib.util.find_spec(module) is not None
+        return importlib.util.find_spec(need) is not None
     except ModuleNotFoundError:
         return False
 

@@ -1,5 +1,6 @@
 """llama.cpp itself on our files (make test-clients): its losses on two windows against ours, and its tokens."""
 
+import copy
 import importlib.util
 import json
 import math
@@ -15,15 +16,17 @@ import pytest
 import torch
 import transformers
 
+from ptq.bench.against import llama_cpp
 from ptq.config.building import recipe_from
-from ptq.config.schema import ModelConfig, TextConfig
+from ptq.config.schema import ExecutionConfig, ModelConfig, TextConfig
 from ptq.data.sampling import Draw
 from ptq.data.sources import read_text
 from ptq.files.store import Store
 from ptq.models.gguf_tokenizer import PATTERNS
-from ptq.models.loading import load_tokenizer
+from ptq.models.loading import load, load_tokenizer
 from ptq.models.locations import locate
 from ptq.run.experiment import run
+from ptq.run.in_memory import quantize
 from ptq.testing import BOS, BYTE_VOCABULARY, EOS, byte_tokenizer
 
 LIBRARIES = os.environ.get("PTQ_LLAMA_CPP", "")
@@ -162,3 +165,14 @@ def test_llama_cpp_computes_our_mixtures(tmp_path, architecture, capsys):
         print(f"\n{architecture}: losses {ours.tolist()}, llama.cpp {theirs}, fp16 {plain.tolist()}")
     # llama.cpp rounds inputs to 8 bits beside, and those of random experts matter: a wrong router would be off by a whole nat.
     assert (ours - torch.tensor(theirs)).abs().max() < 0.05
+
+
+def test_the_bench_hears_from_llama_cpp_the_tokens_that_our_q8_0_weights_give(tiny_llama):
+    model = load(ModelConfig(str(tiny_llama)), ExecutionConfig()).model
+    theirs = llama_cpp.side(model, byte_tokenizer())
+    ours = quantize(copy.deepcopy(model), "w8a16_g32", {"rtn": {}}, None).model
+    ids = torch.arange(5, 25)[None]
+    assert len(theirs.decode(ids, 6)) == 6 and theirs.prefill(ids) == []
+    with torch.no_grad():
+        logits = ours(ids).logits[0, -1]
+    assert logits[theirs.decode(ids, 1)[0]] > logits.max() - 0.05 * logits.std()

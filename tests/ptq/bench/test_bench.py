@@ -155,7 +155,10 @@ def test_the_least_possible_time_is_that_of_arithmetic_or_of_reading():
     ("arguments", "said"),
     [
         (["--against", "llama.cp"], "--against: 'llama.cp' is no runtime"),
-        (["--against", "llama.cpp"], "--against: llama.cpp is not installed: pip install llama-cpp-python"),
+        (
+            ["--against", "llama.cpp"],
+            "--against: llama.cpp is not installed: python experiments/bench/llama_cpp.py --fetch",
+        ),
         (["--rounds", "0"], "--rounds, --prefill and --batches are at least 1"),
         (["--run", "nowhere"], "--run: nowhere holds no finished run"),
         (["--run", "nowhere", "--config", "demo"], "--run: has its recipe already"),
@@ -163,7 +166,7 @@ def test_the_least_possible_time_is_that_of_arithmetic_or_of_reading():
     ],
 )
 def test_what_cannot_be_measured_is_one_line_before_the_work(capsys, monkeypatch, arguments, said):
-    monkeypatch.setattr("ptq.bench.sides._there", lambda module: not module.startswith("llama"))
+    monkeypatch.delenv("PTQ_LLAMA_CPP", raising=False)
     assert main(["bench", *arguments]) == 2
     assert said in capsys.readouterr().err
 
