@@ -8,7 +8,7 @@ is faster. Sides: fp32, bf16, simulated (what a quantized model costs without ke
 are compared first.
 
 An evaluation is what a run does for one model: windows carried through the blocks, the head's logits, their losses. Fp32 is the
-baseline's, integers are `execution.kernels=auto`; beside it what comparing with the kept baseline adds (its head once more, KL).
+baseline's, integers are `execution.kernels=auto`; "compared" is what a run does for its quantized model: blocks, both heads, KL.
 `--evaluation 0` leaves it out, as `--decode 0` and an empty `--prefill` do.
 """
 
@@ -91,31 +91,34 @@ class Evaluation:
 
     def losses(self) -> torch.Tensor:
         """Returns the mean loss of each window."""
+        self._blocks()
+        with self.stream.head() as head:
+            return window_losses(head, self.hidden, self.ids, EvaluationConfig.chunk)
+
+    def compared(self, baseline: torch.Tensor) -> None:
+        """Compares its tokens with those of the `baseline`'s final hidden states."""
+        self._blocks()
+        with self.stream.head() as head:
+            compare_tokens((head, head), baseline, self.hidden, self.ids, EvaluationConfig.chunk)
+
+    def _blocks(self) -> None:
         flow = self.stream.open(self.ids, self.batch_size, exact=True)
         self.stream.run([flow], Nothing())
         self.hidden = flow.hidden
-        with self.stream.head() as head:
-            return window_losses(head, flow.hidden, self.ids, EvaluationConfig.chunk)
-
-    def compared(self, baseline: torch.Tensor) -> None:
-        """Compares its last final hidden states with the `baseline`'s, token by token."""
-        with self.stream.head() as head:
-            compare_tokens((head, head), baseline, self.hidden, self.ids, EvaluationConfig.chunk)
 
 
 def evaluation(models: Mapping[str, Network], ids: torch.Tensor, batch_size: int, rounds: int) -> None:
     """Prints the rows of evaluating each of `models`, and of comparing the last with the first."""
     made = {name: Evaluation(network, ids, batch_size) for name, network in models.items()}
     windows, length = ids.shape
-    found = in_turn({name: one.losses for name, one in made.items()}, rounds)
-    _report(f"evaluation of {windows} x {length}", found)
     last = list(made)[-1]
-    paired = in_turn({last: lambda: made[last].compared(made["fp32"].hidden)}, rounds)[last]
+    sides: dict[str, Callable[[], object]] = {name: one.losses for name, one in made.items()}
+    sides[f"{last}, compared"] = lambda: made[last].compared(made["fp32"].hidden)
+    found = in_turn(sides, rounds)
+    _report(f"evaluation of {windows} x {length}", found)
     for name, mine in found.items():
         ratios = sorted(m / base for m, base in zip(mine, found["fp32"], strict=True))
         print(f"{name}: {statistics.median(ratios):.3f} of fp32's time ({ratios[0]:.3f} to {ratios[-1]:.3f})")
-    ratios = sorted((m + more) / base for m, more, base in zip(found[last], paired, found["fp32"], strict=True))
-    print(f"{last} and its comparison with the kept baseline: {statistics.median(ratios):.3f} of fp32's time")
     print(f"greatest difference of a window's loss, {last} from fp32: {float(_difference(made, last)):.4f} nats")
 
 

@@ -336,6 +336,9 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
     if tensors.stored is not None:
         for name, value in floating.state(tensors.stored, tensors.spec).items():
             yield f"{module}.{name}", value.contiguous()
+        if tensors.input_scale is not None:
+            # Linears that read one tensor share its range, and a shard takes no two names for one storage.
+            yield f"{module}.input_scale", tensors.input_scale.reshape(1).clone()
         return
     scheme = groups.schemes[groups.of[tensors.name]]
     scale, zero_point = tensors.row_scales(), tensors.row_zero_points()

@@ -89,6 +89,14 @@ class Codec:
         """Returns ``decode(encode(x))`` in the type of `x`, without packing; NaN and inf spread instead of being refused."""
         return saturated(self.dequantize(self.quantize(x, spec), spec, x.shape), x.dtype)
 
+    def static_scale(self, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+        """Returns the scale (1,) of an activation by its statistics (channels,), of a format that `Format.static` says so of."""
+        raise ValueError(f"{type(self).__name__} fits its scales at each call")
+
+    def fake_static(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+        """Returns the activation `x` rounded with the scale that `static_scale` gave."""
+        raise ValueError(f"{type(self).__name__} fits its scales at each call")
+
     def fake_weight(self, weight: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns what a weight (out, in) becomes, as `fake`."""
         return self.fake(weight, spec)

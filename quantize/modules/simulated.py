@@ -50,7 +50,12 @@ class InputQuantizer(nn.Module):
         self._low, self._high = 0, 0
         self.register_buffer("labels", labels if spec.granularity == "cluster" else None)
         if not spec.dynamic and ranges is not None:
-            grid = static_grid(*ranges, spec, labels)
+            # A float has no codes on a grid: its one scale stands where a grid's does.
+            grid = (
+                static_grid(*ranges, spec, labels)
+                if spec.affine
+                else Grid(codec_of(spec).static_scale(*ranges), None, 0, 0)
+            )
         if grid is not None:
             self.register_buffer("scale", grid.scale)
             self.register_buffer("zero_point", grid.zero_point)
@@ -78,7 +83,7 @@ class InputQuantizer(nn.Module):
 
     @property
     def grid(self) -> Grid:
-        """The static grid, one point set a tensor, channel or cluster."""
+        """The static grid, one point set a tensor, channel or cluster; of a float its scale alone."""
         return Grid(self.scale, self.zero_point, self._low, self._high)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -113,6 +118,8 @@ class InputQuantizer(nn.Module):
 
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.dynamic:
+            if not self.spec.affine:
+                return codec_of(self.spec).fake_static(x, self.scale)
             grid = self.grid
             return fake_quantize(x, grid if self.labels is None else grid.of_channels(self.labels))
         return fake_quantize_dynamic(x, self.spec)

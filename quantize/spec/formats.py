@@ -21,6 +21,7 @@ class Format:
         instead: what to use where they cannot.
         double_quant: whether its scales can be quantized in turn.
         affine: integer codes on a grid, which a solver or statistics may choose.
+        static: an activation may also have one scale for the tensor that comes from statistics, where it is not affine.
     """
 
     bits: tuple[int, ...]
@@ -32,6 +33,7 @@ class Format:
     instead: str = ""
     double_quant: bool = False
     affine: bool = False
+    static: bool = False
 
 
 INTEGER = "int"

@@ -25,7 +25,7 @@ class QuantSpec:
     Attributes:
         bits: width of a code, 2 to 8.
         format: number format, one of `quantize.spec.formats.formats`; ``int`` is integer affine quantization. A format that is
-            not ``int`` has its own rule for ranges, and is dynamic on activations.
+            not ``int`` has its own rule for ranges, and is dynamic on activations, but for FP8 with one scale for the tensor.
         granularity: what shares one scale: the whole ``tensor``, a ``token`` (a row of an activation), a ``channel``
             (an output row of a weight, an input channel of an activation), a ``group`` of `group_size` consecutive
             values along the last dimension, or a ``cluster`` of input channels named by labels (for a weight: of one row).
@@ -132,8 +132,12 @@ class QuantSpec:
         """Raises `SpecError` when an activation cannot have this format, or not with static ranges."""
         if not formats()[self.format].activation:
             raise SpecError("format", self.format, f"{formats()[self.format].instead} for an activation")
-        if not self.affine and not self.dynamic:
+        if not self.affine and not self.dynamic and not formats()[self.format].static:
             raise SpecError("dynamic", self.dynamic, f"true with format {self.format}: it fits its scales at each call")
+        if not self.affine and not self.dynamic and self.granularity != "tensor":
+            raise SpecError(
+                "granularity", self.granularity, f"tensor with format {self.format} and dynamic false", ("tensor",)
+            )
         if not self.affine and self.granularity == "channel":
             raise SpecError(
                 "granularity", self.granularity, "token or tensor: a channel of an activation has no dynamic range"

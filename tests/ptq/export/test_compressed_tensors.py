@@ -294,6 +294,13 @@ FLOATS = {
         ),
         "float-quantized",
     ),
+    "fp8 static": (
+        SchemeConfig(
+            weight=spec_of("fp8_e4m3"),
+            input=spec_of("fp8_e4m3", activation=True, granularity="tensor", dynamic=False),
+        ),
+        "float-quantized",
+    ),
     "fp8 weights": (SchemeConfig(weight=spec_of("fp8_e4m3")), "naive-quantized"),
     "nvfp4": (SchemeConfig(weight=spec_of("nvfp4")), "nvfp4-pack-quantized"),
     "mxfp4": (SchemeConfig(weight=spec_of("mxfp4")), "mxfp4-pack-quantized"),
@@ -309,7 +316,8 @@ def test_floats_lie_as_the_packages_own_compressors_read_them(tmp_path, llama_mo
 
     scheme, format_name = FLOATS[name]
     model = llama_model(intermediate_size=64)
-    source = quantized(model, scheme)
+    with torch.no_grad():
+        source = quantized(model, scheme, ranges=input_ranges(model))
     Exporter(Options()).check(scheme, source.network)
     Exporter(Options()).write(source, tmp_path / "out")
     written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
@@ -321,14 +329,15 @@ def test_floats_lie_as_the_packages_own_compressors_read_them(tmp_path, llama_mo
     assert compressor.can_compress(torch.nn.Linear, group)
     for linear in source.network.linears:
         state = {k.removeprefix(f"{linear}."): v for k, v in tensors.items() if k.startswith(f"{linear}.")}
-        assert set(state) == set(compressor.compression_param_names(group))
+        given = {"input_scale"} if scheme.input is not None and not scheme.input.dynamic else set()
+        assert set(state) == {*compressor.compression_param_names(group), *given}
         found = compressor.decompress(state, group)["weight"].float()
         # The package multiplies levels and scales of 4 bits in bfloat16.
         tolerance = {"rtol": 1e-6, "atol": 1e-7} if name.startswith("fp8") else {"rtol": 1e-2, "atol": 1e-4}
         torch.testing.assert_close(found, source.linear(linear).dense(), **tolerance)
 
 
-@pytest.mark.parametrize("name", ["fp8", "fp8 weights", "mxfp4", "nvfp4"])
+@pytest.mark.parametrize("name", ["fp8", "fp8 static", "fp8 weights", "mxfp4", "nvfp4"])
 def test_transformers_computes_with_floats_what_the_simulation_did(tmp_path, llama_model, quantized, name):
     simulated, exported = export(llama_model(intermediate_size=64), FLOATS[name][0], tmp_path / "out", quantized)
     four = name.endswith("fp4")

@@ -1,6 +1,7 @@
 """The quantized Linear: one definition with its stored codes, shared inputs, honest sizes."""
 
 import copy
+import dataclasses
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ import quantize.modules.simulated
 from quantize.grid.affine import Grid, dequantize, grouped
 from quantize.modules.simulated import InputQuantizer, QuantLinear, fake_quantize_dynamic
 from quantize.spec.formats import formats
-from quantize.spec.quant_spec import QuantSpec, spec_of
+from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
 
 TOKEN = QuantSpec(granularity="token", dynamic=True)
 
@@ -144,3 +145,28 @@ def test_what_a_sample_is_rounded_to_does_not_depend_on_the_samples_beside_it(sp
 def test_no_tokens_are_rounded_to_no_tokens(spec, shape):
     assert fake_quantize_dynamic(torch.empty(shape), spec).shape == shape
     assert InputQuantizer(spec)(torch.empty(shape)).shape == shape
+
+
+@pytest.mark.parametrize("name", ["fp8_e4m3", "fp8_e5m2"])
+def test_a_static_scale_of_fp8_is_that_of_the_statistics_and_what_is_beyond_saturates(name):
+    spec = spec_of(name, activation=True, granularity="tensor", dynamic=False)
+    seen = _weight(50, 8, seed=1)
+    quantizer = InputQuantizer(spec, (seen.amin(0), seen.amax(0)))
+    kind = getattr(torch, "float8_e4m3fn" if name == "fp8_e4m3" else "float8_e5m2")
+    scale = seen.abs().max() / torch.finfo(kind).max
+    assert torch.equal(quantizer.scale, scale.reshape(1))
+    x = seen[:4].clone()
+    x[0, 0], x[1, 1] = 100 * seen.abs().max(), torch.nan
+    found = quantizer(x)
+    assert found[0, 0] == seen.abs().max() and found[1, 1].isnan()
+    inside = torch.ones_like(x, dtype=torch.bool)
+    inside[0, 0] = inside[1, 1] = False
+    assert torch.equal(found[inside], ((x / scale).to(kind).float() * scale)[inside])
+    again = InputQuantizer.from_stored(spec, *quantizer.limits, quantizer.scale)
+    assert torch.equal(again(seen), quantizer(seen)) and quantizer(seen.bfloat16()).dtype == torch.bfloat16
+    assert not InputQuantizer(spec, (torch.zeros(8), torch.zeros(8)))(torch.zeros(2, 8)).any()
+    for wrong in ("token", "channel"):
+        with pytest.raises(SpecError, match="tensor with format"):
+            dataclasses.replace(spec, granularity=wrong).check_activation()
+    with pytest.raises(SpecError, match="true with format mxfp4"):
+        spec_of("mxfp4", activation=True, dynamic=False).check_activation()
