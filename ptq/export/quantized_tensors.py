@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.attention import AttentionQuantizers
 from ptq.network.experts.linears import Expert
 from ptq.network.network import Block, Network, weight_of
 from quantize.codecs.base import Encoded
@@ -98,7 +99,8 @@ def refuse_foreign(block: Block) -> None:
     """Raises `UserError` where a step has put a module into the block that no format has a place for."""
     for name, module in block.module.named_modules():
         ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
-        if ours and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
+        cached = isinstance(module, AttentionQuantizers) and not module.transforms and module.cache is None
+        if ours and not cached and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
             raise UserError(
                 f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
                 "which no format can hold: leave the step out"

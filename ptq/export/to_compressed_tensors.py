@@ -2,7 +2,7 @@
 
 Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
 token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed_floats`); any
-mixture by overrides; the head as a Linear, where it is not tied to the embedding, which has no format. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
+mixture by overrides; the head as a Linear, where it is not tied to the embedding, which has no format; keys and values in FP8 with one static scale each. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
 packed into int32), floats have names of their own.
 """
 
@@ -24,12 +24,12 @@ from ptq.export.base import (
     advice,
     most_weight_bits,
     quantizes_inputs,
-    refuse_attention,
     refuse_outside,
     require,
     specs_by_linear,
 )
 from ptq.export.packing import compressed_floats as floating
+from ptq.export.packing.compressed_cache import cache_arguments, cache_spec, scale_name
 from ptq.export.packing.shards import lossless, write_shards
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded, walked
 from ptq.files.atomic import write_folder_atomic
@@ -68,7 +68,7 @@ class Exporter:
         """Refuses what no `QuantizationArgs` describes."""
         _package()
         nearest = _nearest(scheme)
-        refuse_attention(scheme, NAME, nearest)
+        cache_spec(scheme, network, NAME)
         refuse_outside(scheme, NAME, ("embedding",))
         dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group"), "clip": (1.0,)}
         specs = specs_by_linear(scheme, network)
@@ -317,6 +317,9 @@ def _tensors(
         owner, _, last = name.rpartition(".")
         if is_linear:
             yield from _linear(source.linear(name), groups)
+        elif (scale := scale_name(name)) is not None:
+            # Of the module that stands in the block: no checkpoint has it.
+            yield scale, model.get_buffer(name).detach().reshape(1).clone()
         elif head is None or head.spec is None or owner != head.name:
             yield groups.published.get(name, name), lossless(source.tensor(name))
         elif last == "weight":
@@ -372,6 +375,7 @@ def _write_config(folder: pathlib.Path, source: QuantizedTensors, groups: _Group
     formats = {scheme.format for scheme in groups.schemes.values()}
     config = package.quantization.QuantizationConfig(
         config_groups=groups.schemes, ignore=groups.ignore, quantization_status="compressed",
+        kv_cache_scheme=cache_arguments(source.scheme.key),
         format=formats.pop() if len(formats) == 1 else "mixed-precision",
     )  # fmt: skip
     saved = type(model.config).from_dict(model.config.to_dict())

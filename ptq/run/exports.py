@@ -21,6 +21,7 @@ from ptq.files.atomic import ensure_folder
 from ptq.files.bounded import load_yaml, parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import check as check_model
+from ptq.network.attention import CHILD
 from ptq.network.network import Block, Network
 from ptq.run.record.journal import Journal
 from ptq.run.session import Session, open_session
@@ -276,6 +277,10 @@ def _refuse_unknown_tensors(block: Block, saved: dict[str, StoredTensor]) -> Non
     parts += ("scale_step", "scale_mean", "tensor_scale", "step", "least", "least_step")
     own |= {f"{name}.{part}" for name in block.linears for part in parts}
     unknown = sorted(set(saved) - own)
+    if unknown and f".{CHILD}." in unknown[0]:
+        raise UserError(
+            "scheme.key, scheme.value: the scales of a cache are written by the run itself: give its recipe export=compressed-tensors"
+        )
     if unknown:
         raise UserError(
             f"export: a step has put {unknown[0]} into the block, which no format can hold: leave the step out"

@@ -17,10 +17,12 @@ from ptq.config.building import recipe_from
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.packing.shards import lossless
+from ptq.export.quantized_tensors import ResidentSource
 from ptq.export.to_compressed_tensors import Exporter, Options
 from ptq.inspect.inspection import inspect
 from ptq.network.network import build_network
 from ptq.run.experiment import run
+from ptq.run.in_memory import quantize
 from ptq.testing import random_tiny
 from quantize.spec.quant_spec import QuantSpec, spec_of
 
@@ -359,4 +361,47 @@ def test_transformers_computes_with_floats_what_the_simulation_did(tmp_path, lla
 def test_floats_that_the_format_cannot_hold_are_refused(llama_model, scheme, words):
     with pytest.raises(UserError) as error:
         Exporter(Options()).check(scheme, build_network(llama_model()))
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+STATIC_FP8 = spec_of("fp8_e4m3", activation=True, granularity="tensor", dynamic=False)
+CACHED = dataclasses.replace(FLOATS["fp8 static"][0], key=STATIC_FP8, value=STATIC_FP8)
+
+
+def test_a_cache_in_fp8_has_its_scheme_and_a_scale_of_keys_and_values_in_each_attention(tmp_path, llama_model):
+    model = llama_model(intermediate_size=64)
+    network = build_network(model)
+    Exporter(Options()).check(CACHED, network)
+    quantize(model, CACHED, {"rtn": {}}, IDS)
+    source = ResidentSource(network, None, CACHED)
+    Exporter(Options()).write(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]["kv_cache_scheme"]
+    assert {key: written[key] for key in ("num_bits", "type", "strategy", "dynamic", "symmetric")} == {
+        "num_bits": 8, "type": "float", "strategy": "tensor", "dynamic": False, "symmetric": True
+    }  # fmt: skip
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for index, layer in enumerate(model.model.layers):
+        held = layer.self_attn.attention_quantizers.quantizers
+        for short, tensor in (("k", "key"), ("v", "value")):
+            assert torch.equal(tensors[f"model.layers.{index}.self_attn.{short}_scale"], held[tensor].scale.reshape(1))
+    assert not any("attention_quantizers" in name for name in tensors)
+    with torch.no_grad():
+        wanted = model(IDS, use_cache=False).logits
+    found = load(tmp_path / "out", dtype=torch.float32)
+    assert (found - wanted).abs().max() < 0.05 * wanted.std()
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"value": None}, "scheme.value: compressed-tensors holds caches"),
+        ({"key": QuantSpec(bits=8, granularity="token", dynamic=True)}, "scheme.key: compressed-tensors holds caches"),
+        ({"query": STATIC_FP8}, "scheme.query: quantized, but"),
+        ({"exclude": ("*.0.self_attn",)}, "scheme.exclude: '*.0.self_attn' leaves"),
+        ({"overrides": (Override("*.1.*", {"key": None}),)}, "scheme.overrides: compressed-tensors has one format"),
+    ],
+)
+def test_caches_that_the_format_cannot_hold_are_refused_before_the_work(llama_model, changes, words):
+    with pytest.raises(UserError) as error:
+        Exporter(Options()).check(dataclasses.replace(CACHED, **changes), build_network(llama_model()))
     assert words in str(error.value) and "\n" not in str(error.value)
