@@ -53,7 +53,11 @@ def bench_command(arguments: list[str], program: str) -> int:
         "--run", metavar="FOLDER", help="a finished run (execution.save=true): its recipe's model, its own codes"
     )
     parser.add_argument(
-        "--against", nargs="+", default=[], metavar="NAME", help="llama.cpp, torchao, bitsandbytes, torch-qint8"
+        "--against",
+        nargs="+",
+        default=[],
+        metavar="NAME",
+        help="llama.cpp, torchao, bitsandbytes, bitsandbytes-int8, torch-qint8",
     )
     parser.add_argument(
         "--prefill", nargs="*", type=int, default=[128, 512, 2048], metavar="N", help="tokens (128 512 2048)"

@@ -172,7 +172,7 @@ def test_what_cannot_be_measured_is_one_line_before_the_work(capsys, monkeypatch
 
 
 def test_each_runtime_says_what_it_needs():
-    assert competitors() == ["bitsandbytes", "llama-cpp", "torch-qint8", "torchao"]
+    assert competitors() == ["bitsandbytes", "bitsandbytes-int8", "llama-cpp", "torch-qint8", "torchao"]
     assert torch_qint8.NEEDS and torch_qint8.INSTALL
 
 
