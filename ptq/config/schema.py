@@ -189,7 +189,7 @@ class ExecutionConfig:
 
     device: str = "auto"
     weights: str = option("resident", choices=("resident", "offloaded"))
-    prefetch: bool = True
+    prefetch: bool = option(True, only_with={"weights": ("offloaded",)})
     hidden_states: str = option("memory", choices=("memory", "disk"))
     save: bool = False
     kernels: str = "simulated"

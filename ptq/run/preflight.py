@@ -26,9 +26,10 @@ from ptq.run.exports import check_export
 from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import machine
 from ptq.run.kernel_choice import check_kernels
+from ptq.run.planning import captures_of_steps
 from ptq.run.session import check_experts, device_of, evaluation_draw, seen_draw
 from ptq.run.trackers.base import check_trackers
-from ptq.steps._step import SOLVER, Step
+from ptq.steps._step import SOLVER, STATISTICS, Step
 
 
 def check_before(recipe: Recipe, steps: Mapping[str, Step] | None = None, shared: Shared | None = None) -> list[str]:
@@ -96,7 +97,7 @@ def check_model(
         lines.append(
             f"model: {recipe.model.path} is on the hub and is looked at when the run starts: shapes not checked"
         )
-        _check_statistics_file(recipe)
+        _check_statistics_file(recipe, steps)
         return lines
     network = network or skeleton(recipe.model, store, weights)
     if not weights:
@@ -125,7 +126,7 @@ def check_model(
         lines += (f"export: {note}" for note in notes)
     lines.append(f"model: {len(network.blocks)} blocks, {network.parameters / 1e6:.1f} M parameters, scheme fits")
     lines.append(check_memory(recipe, network, steps or {}))
-    _check_statistics_file(recipe, network.shapes)
+    _check_statistics_file(recipe, steps, network.shapes)
     return lines
 
 
@@ -196,13 +197,20 @@ def _has_tokenizer(recipe: Recipe) -> bool:
     return any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer_config.json", "tokenizer.model"))
 
 
-def _check_statistics_file(recipe: Recipe, linears: Mapping[str, tuple[int, int]] | None = None) -> None:
+def _check_statistics_file(
+    recipe: Recipe, steps: Mapping[str, Step] | None, linears: Mapping[str, tuple[int, int]] | None = None
+) -> None:
     """Reads the file of statistics; `linears` are the shapes (out, in) of the model's, where they are known."""
     if recipe.calibration.statistics is None:
         return
     found = Statistics.load(pathlib.Path(recipe.calibration.statistics).expanduser())
     if linears is not None:
         found.check_linears(linears)
+    if steps is not None and STATISTICS not in captures_of_steps(recipe.scheme, steps):
+        raise UserError(
+            f"calibration.statistics: {recipe.calibration.statistics} changes nothing: neither a step nor a static range of the "
+            "scheme reads statistics: leave it out"
+        )
 
 
 def _quantizes(recipe: Recipe) -> bool:

@@ -236,6 +236,11 @@ def statistics(tmp_path_factory, llama) -> pathlib.Path:
     return desk.folder / "s.safetensors"
 
 
+def test_statistics_that_nothing_reads_are_refused(statistics, desk, capsys):
+    line = desk.refused(capsys, f"calibration.statistics={statistics}", "scheme.input=null")
+    assert "changes nothing: neither a step nor a static range of the scheme reads statistics" in line
+
+
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
@@ -244,6 +249,7 @@ def statistics(tmp_path_factory, llama) -> pathlib.Path:
         (["+steps.rtn._target_=3"], "steps.rtn._target_: 3 is no import path"),
         (["evaluation.windows=100000000"], "were asked for"),
         (["evaluation.length=100000"], "256 positions"),
+        (["execution.prefetch=false"], "execution.prefetch: false changes nothing beside execution.weights=resident"),
         (["model.revision=main"], "model.revision: 'main' changes nothing"),
         (["scheme.weight=null", "scheme.input=null"], "scheme: quantizes nothing"),
         (["scheme.exclude=['*']"], "scheme: quantizes nothing"),
