@@ -15,6 +15,8 @@ from ptq.files.atomic import write_atomic
 from ptq.files.bounded import parse_json
 
 PIECE = 1 << 20
+_HEADER_LEAST, _HEADER_ENTRY = 1 << 12, 7 << 5
+"""Bytes that are left for a header beside its entries, and for an entry, most of which is a name; both multiples of 8."""
 DTYPES = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
     "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -187,6 +189,43 @@ def write_tensors(
         taken.add(storage)
         own[name] = value.contiguous()
     write_atomic(path, lambda temporary: save_file(own, temporary, metadata=dict(metadata) if metadata else None))
+
+
+def write_as_they_come(
+    path: pathlib.Path,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+    names: int,
+    metadata: Mapping[str, str] | None = None,
+) -> None:
+    """Writes a safetensors file of tensors of any shape and type that come one after the other, of which none is kept.
+
+    The header, which says where each lies, is written last, into room that is left for it; what it does not take is blank.
+
+    Args:
+        path: the file, which is no safetensors file until all have come.
+        tensors: names and values.
+        names: how many will come at most.
+        metadata: for the file's header.
+
+    Raises:
+        ValueError: where there is no room for the header.
+    """
+    codes = {dtype: code for code, dtype in DTYPES.items()}
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    room = _HEADER_LEAST + names * _HEADER_ENTRY
+    end = 0
+    with path.open("wb") as file:
+        file.seek(8 + room)
+        for name, value in tensors:
+            plain = value.detach().cpu().contiguous()
+            start, end = end, end + plain.nbytes
+            header[name] = {"dtype": codes[plain.dtype], "shape": list(plain.shape), "data_offsets": [start, end]}
+            plain.view(-1).view(torch.uint8).numpy().tofile(file)
+        text = json.dumps(header, separators=(",", ":")).encode()
+        if len(text) > room:
+            raise ValueError(f"the header of {path.name} takes {len(text)} bytes, and there is room for {room}")
+        file.seek(0)
+        file.write(struct.pack("<Q", room) + text.ljust(room))
 
 
 def write_one_by_one(

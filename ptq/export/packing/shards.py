@@ -8,12 +8,14 @@ import torch
 from safetensors.torch import save_file
 
 from ptq.files.atomic import linked, write_text
-from ptq.files.safetensors_file import read_header
+from ptq.files.safetensors_file import read_header, write_as_they_come
 
 SHARD_BYTES = 25_000_000
 """What a shard holds at most (one larger tensor has a shard of its own): bounds the memory of an export."""
 PIECE = 1 << 20
 """Values that are tried in 16 bits at once."""
+TENSORS = 5
+"""As many as a format has of a Linear at most, its bias among them."""
 METADATA = {"format": "pt"}
 """What transformers expects in the header of a shard."""
 
@@ -77,6 +79,6 @@ def write_shards(
     write_text(folder / "model.safetensors.index.json", json.dumps(index, indent=2) + "\n")
 
 
-def write_block(path: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]]) -> None:
-    """Writes the tensors of one block as a shard."""
-    save_file({name: tensor.cpu() for name, tensor in tensors}, path, metadata=METADATA)
+def write_block(path: pathlib.Path, tensors: Iterator[tuple[str, torch.Tensor]], modules: int) -> None:
+    """Writes the tensors of one block of so many `modules` as a shard, one in memory at a time."""
+    write_as_they_come(path, tensors, TENSORS * modules, METADATA)

@@ -45,7 +45,7 @@ class Shards:
         """
         refuse_foreign(block)
         write_text(path.with_suffix(".json"), json.dumps(figures))
-        write_shard(path, self._shards.tensors(block))
+        write_shard(path, self._shards.tensors(block), sum(1 for _ in block.module.modules()))
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures."""

@@ -1,5 +1,9 @@
 """Tensors of any layout go into a file and come back as they were."""
 
+import math
+import pathlib
+import tempfile
+
 import pytest
 import torch
 from hypothesis import given
@@ -8,7 +12,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 from ptq.errors import UserError
-from ptq.files.safetensors_file import read_header, write_one_by_one, write_tensors
+from ptq.files.safetensors_file import DTYPES, read_header, write_as_they_come, write_one_by_one, write_tensors
 
 BASE = torch.arange(24.0).view(4, 6)
 LAYOUTS = {
@@ -71,3 +75,27 @@ def test_tensors_that_are_not_those_that_were_announced_make_no_file(tmp_path, c
     with pytest.raises(ValueError):
         write_one_by_one(tmp_path / "x.safetensors", {"a": (6,)}, torch.float32, coming)
     assert list(tmp_path.iterdir()) == []
+
+
+@given(st.lists(st.tuples(st.sampled_from(sorted(DTYPES)), st.lists(st.integers(0, 5), max_size=3)), max_size=6))
+def test_tensors_that_come_one_after_the_other_are_read_by_safetensors(kinds):
+    tensors = {
+        f"block.{i}": torch.arange(math.prod(shape)).reshape(shape).to(DTYPES[code])
+        for i, (code, shape) in enumerate(kinds)
+    }
+    with tempfile.TemporaryDirectory() as folder:
+        path = pathlib.Path(folder) / "shard.safetensors"
+        write_as_they_come(path, iter(tensors.items()), len(tensors), {"format": "pt"})
+        loaded, header = load_file(path), read_header(path)
+        with safe_open(path, "pt") as file:
+            assert file.metadata() == {"format": "pt"}
+    assert loaded.keys() == tensors.keys() == header.keys()
+    for name, tensor in tensors.items():
+        assert loaded[name].dtype == tensor.dtype == header[name].dtype and loaded[name].shape == tensor.shape
+        assert loaded[name].view(-1).view(torch.uint8).equal(tensor.reshape(-1).view(torch.uint8))
+
+
+def test_more_names_than_there_is_room_for_are_refused(tmp_path):
+    tensors = ((f"{'long' * 40}.{i}", torch.zeros(1)) for i in range(64))
+    with pytest.raises(ValueError, match="there is room for"):
+        write_as_they_come(tmp_path / "shard.safetensors", tensors, 2)

@@ -229,11 +229,11 @@ def test_a_disk_that_is_full_in_the_middle_is_said_and_the_run_goes_on_when_it_i
 
     write, done = files.write_shard, []
 
-    def full(path, tensors):
+    def full(path, tensors, modules):
         done.append(path)
         if len(done) == 3:
             raise OSError(28, "No space left on device", str(path))
-        write(path, tensors)
+        write(path, tensors, modules)
 
     with monkeypatch.context() as patch:
         patch.setattr(files, "write_shard", full)
