@@ -22,7 +22,8 @@ from ptq.ranks.world import ALONE, Message, World
 from quantize.kernels.matmul import fast_linears
 
 Progress = Callable[[str, int, int], None]
-"""Called with (what, done, total)."""
+"""Called with (what, done, total): blocks of a pass of that name, or `STEPS` of what learns on all of them."""
+STEPS = "steps"
 Head = Callable[[torch.Tensor], torch.Tensor]
 """From final hidden states (batch, tokens, channels) to logits (batch, tokens, vocabulary)."""
 

@@ -21,6 +21,7 @@ from rich.progress import (
 )
 from rich.table import Table
 
+from ptq.network.block_stream import STEPS
 from ptq.report.plain import plain_console
 from ptq.run.record.peak_memory import BETWEEN, PeakMemory
 
@@ -157,10 +158,11 @@ def _standing(phase: str, at: _Pass | None, now: float, start: float) -> str:
     seconds = now - start
     if at is None:
         return f"{phase}: {seconds:.0f} s"
-    words = at.what if at.what == phase else f"{phase}, {at.what}"
+    unit = STEPS if at.what == STEPS else "blocks"
+    words = phase if at.what in {phase, STEPS} else f"{phase}, {at.what}"
     passed = at.done - at.first
     left = f", about {(now - at.since) / passed * (at.total - at.done):.0f} s left" if passed > 0 else ""
-    return f"{words}: {at.done} of {at.total} blocks, {seconds:.0f} s{left}"
+    return f"{words}: {at.done} of {at.total} {unit}, {seconds:.0f} s{left}"
 
 
 def _console() -> Console:

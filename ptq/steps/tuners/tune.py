@@ -17,7 +17,7 @@ from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors
 from ptq.errors import UserError
-from ptq.network.block_stream import BlockStream
+from ptq.network.block_stream import STEPS, BlockStream
 from ptq.network.network import Block, replace_module, replaced_forward
 from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
@@ -213,6 +213,10 @@ class _Whole:
                     parameter.grad /= hidden.shape[0] * hidden.shape[1]
         return total
 
+    def tell(self, done: int, total: int) -> None:
+        """Tells how many steps are done."""
+        self._stream.progress(STEPS, done, total)
+
     def _head_gradient(self, hidden: torch.Tensor, target: torch.Tensor, learn: bool) -> tuple[float, torch.Tensor]:
         """Returns the mean divergence, and by the final hidden states (samples, length, channels) the gradient of its sum: a mean's
         would be too small for 16-bit floats.
@@ -266,6 +270,7 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
         optimizer.step()
         optimizer.zero_grad()
         state.done += 1
+        whole.tell(state.done, options.steps)
     return state.best()
 
 

@@ -16,6 +16,7 @@ from ptq.errors import UserError
 from ptq.run.experiment import check_recipe, checked, run
 from ptq.run.exports import export_run
 from ptq.run.kept.kept_pass import RESUME
+from ptq.run.record.journal import Journal
 from ptq.run.tuned.tuning import STATE, check_tuner
 from ptq.steps.tuners import tune
 from quantize.modules.simulated import QuantLinear
@@ -85,6 +86,13 @@ def test_no_steps_change_no_bit_and_a_rate_that_does_harm_is_not_kept(tmp_path, 
             assert metrics["quantized_perplexity"] == before["quantized_perplexity"]
             assert all(torch.equal(t, tensors[name][key]) for name, ts in saved.items() for key, t in ts.items())
         assert metrics["tuned"]["after"] <= metrics["tuned"]["before"]
+
+
+def test_it_tells_how_many_steps_are_done(tmp_path, tiny_llama, monkeypatch):
+    told, progress = [], Journal.progress
+    monkeypatch.setattr(Journal, "progress", lambda self, *told_: (told.append(told_), progress(self, *told_))[1])
+    run(make(tmp_path, tiny_llama, {"rtn": {}, "tune": {"steps": 3}}))
+    assert [entry for entry in told if entry[0] == "steps"] == [("steps", n, 3) for n in (1, 2, 3)]
 
 
 def test_gains_of_norms_are_tuned_where_asked(tmp_path, tiny_llama, plain):
