@@ -159,13 +159,6 @@ def test_what_cannot_be_is_refused_before_the_work(tmp_path, tiny_llama_eps, sch
     assert line in str(error.value)
 
 
-def test_linears_that_are_replaced_one_by_one_have_no_embedding_beside_them(tiny_llama):
-    from ptq.integrations.transformers import PtqConfig
-
-    with pytest.raises(UserError, match=r"scheme\.head: Linears are replaced here"):
-        PtqConfig(scheme=SchemeConfig(weight=QuantSpec(), head=QuantSpec()))
-
-
 def test_a_model_in_memory_has_them_too(tiny_llama):
     model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, dtype=torch.float32)
     spec, before = QuantSpec(bits=4), model.model.embed_tokens.weight.detach().clone()

@@ -14,7 +14,7 @@ from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.experts.linears import part_names
 from ptq.network.experts.routing import with_others
 from ptq.network.experts.stand_in import Unsupported
-from ptq.network.experts.trace import Fused, find_mixtures
+from ptq.network.experts.trace import FusedExperts, find_mixtures
 from ptq.network.links import trace_links
 from ptq.network.network import build_network, weight_of
 from ptq.run.in_memory import quantize
@@ -81,7 +81,7 @@ def test_every_part_of_an_expert_is_the_one_that_its_name_says():
 
 
 def test_halves_are_named_for_what_they_do_and_not_for_their_order():
-    fused = Fused("experts", "w13", (4, 8, 6), False, halves="stacked", gate_first=False)
+    fused = FusedExperts("experts", "w13", (4, 8, 6), False, halves="stacked", gate_first=False)
     assert part_names(fused) == [("up_proj", (0, 4, None)), ("gate_proj", (4, None, None))]
 
 
