@@ -68,7 +68,7 @@ class Exporter:
         """Refuses what no `QuantizationArgs` describes."""
         _package()
         nearest = _nearest(scheme)
-        cache_spec(scheme, network, NAME)
+        cache_spec(scheme, network, NAME, nearest)
         refuse_outside(scheme, NAME, ("embedding",))
         dynamic = {"format": ("int",), "granularity": ("token", "tensor", "group"), "clip": (1.0,)}
         specs = specs_by_linear(scheme, network)

@@ -16,13 +16,14 @@ FORMAT = "fp8_e4m3"
 """The format of caches that vLLM reads from a checkpoint."""
 
 
-def cache_spec(scheme: SchemeConfig, network: Network, name: str) -> QuantSpec | None:
+def cache_spec(scheme: SchemeConfig, network: Network, name: str, nearest: str) -> QuantSpec | None:
     """Returns the format of keys and values, None where they are not quantized.
 
     Args:
         scheme: the whole scheme.
         network: the model, for its modules' names.
         name: of the exporter.
+        nearest: a scheme that it holds, for the advice.
 
     Raises:
         UserError: for queries or probabilities, another format than FP8 with one static scale for keys and one for values, or
@@ -32,14 +33,14 @@ def cache_spec(scheme: SchemeConfig, network: Network, name: str) -> QuantSpec |
     if not tensors:
         return None
     if others := sorted(tensors - HELD):
-        raise UserError(f"scheme.{others[0]}: quantized, but {name} has no field for it: use null, or export=null")
+        raise UserError(f"scheme.{others[0]}: quantized, but {name} has no field for it: use {nearest}, or export=null")
     fits = f"{{format: {FORMAT}, granularity: tensor, dynamic: false}}"
     for tensor in sorted(HELD):
         spec: QuantSpec | None = getattr(scheme, tensor)
         if spec is None or spec.format != FORMAT or spec.dynamic or spec.granularity != "tensor":
             raise UserError(
                 f"scheme.{tensor}: {name} holds caches of keys and values that have {fits}: use that for scheme.key and "
-                "scheme.value, null for both, or export=null"
+                f"scheme.value, or {nearest}, or export=null"
             )
     if any(HELD & override.tensors.keys() for override in scheme.overrides):
         raise UserError(

@@ -29,9 +29,9 @@ pytest.importorskip("compressed_tensors")
 SCHEMES = catalog.groups()["scheme"]
 EXPRESSED = {
     "compressed-tensors": {
-        "w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a4_asym", "w4a4_g64", "w4a8", "w4a8_g64",
-        "w8a16", "w8a16_g32", "w8a16_g64", "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
-        "fp8", "mxfp4", "mxfp4_w4a4", "mxfp8", "nvfp4",
+        "w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a4_asym", "w4a4_g64", "w4a8", "w4a8_g64", "w4a8_g128",
+        "w4a4_static", "w8a16", "w8a16_g32", "w8a16_g64", "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
+        "fp8", "fp8_static", "mxfp4", "mxfp4_w4a4", "mxfp8", "nvfp4",
     },
     "gguf": {"w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w8a16", "w8a16_g32", "w8a16_g64"},
     "llama2c": {"w8a8_g64"},
@@ -42,10 +42,14 @@ EXPRESSED = {
 """What each format holds; all else it refuses. Written out, so that neither changes unseen."""
 PAIRS = [(scheme, export) for export in sorted(EXPRESSED) for scheme in SCHEMES]
 LONG = ["evaluation.length=192"]
-FITTED = {"rptq_w4a4": ["scheme.overrides=[]"], "kv2": LONG, "kv4": LONG, "w4a4kv4": LONG}
-"""What makes a scheme fit the tiny LLaMA and its windows: OPT's names of Linears are not there, and 64 tokens leave nothing behind a cache's window."""
+FITTED = {
+    "rptq_w4a4": ["scheme.overrides=[]"], "kv2": LONG, "kv4": LONG, "w4a4kv4": LONG,
+    "w4a8_g128": ["scheme.weight.group_size=64", "scheme.input.group_size=64"],
+}  # fmt: skip
+"""What makes a scheme fit the tiny LLaMA and its windows: OPT's names of Linears are not there, 64 tokens leave nothing behind a
+cache's window, and groups of 128 are wider than it."""
 WINDOWS, LENGTH = 2, 64
-FLOATS = {"fp8": 1e-3, "mxfp8": 2e-2, "mxfp4": 2e-2, "nvfp4": 2e-2, "mxfp4_w4a4": 5e-2}
+FLOATS = {"fp8": 1e-3, "fp8_static": 1e-3, "mxfp8": 2e-2, "mxfp4": 2e-2, "nvfp4": 2e-2, "mxfp4_w4a4": 5e-2}
 """How far losses may lie apart: the package decodes MX and NV floats to bfloat16, and rounds inputs by scales of its own."""
 
 
@@ -65,7 +69,9 @@ def compose(tmp_path_factory, tiny_llama_eps):
             content["steps"] = {"cluster": {"clusters": {"mlp": 4}}, "rtn": {}}
         path = folder / f"{scheme}-{export}.yaml"
         path.write_text(yaml.safe_dump(content))
-        [job] = compose_jobs(path, [*FITTED.get(scheme, []), *overrides])
+        [job] = compose_jobs(
+            path, [*(() if any(o.startswith("scheme=") for o in overrides) else FITTED.get(scheme, ())), *overrides]
+        )
         return job.recipe
 
     return make
