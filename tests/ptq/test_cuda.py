@@ -21,13 +21,13 @@ from quantize.grid.affine import fake_quantize
 from quantize.modules.simulated import InputQuantizer
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec
-from tests.tools.virtual_cuda import CUDA, VirtualCuda
+from tests.tools.virtual_cuda import CUDA, virtual_device
 
 
 @pytest.fixture(scope="module")
 def device():
     """The device itself, one for all tests: tables of levels stay on it."""
-    return VirtualCuda()
+    return virtual_device()
 
 
 @pytest.fixture

@@ -5,6 +5,7 @@ whether a range is finite). Here every storage is real and some are marked as CU
 checked by torch's own rules of mixing devices, and `Tensor.device` says what the mark says.
 """
 
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -152,3 +153,9 @@ def _on_cpu(value: Any) -> Any:
 def _real(value: Any) -> Any:
     device = _device(value)
     return torch.device("cpu") if device is not None and device.type == "cuda" else value
+
+
+@functools.cache
+def virtual_device() -> VirtualCuda:
+    """Returns the one of this process: tables that code keeps by device are marked by whichever was there first."""
+    return VirtualCuda()

@@ -106,7 +106,7 @@ def test_smoothing_searches_with_a_format_other_than_integers(places):
         ),
         (
             {"input": {"format": "fp8_e4m3", "granularity": "token"}},
-            "scheme.input.dynamic: False is not valid: expected true with format fp8_e4m3",
+            "scheme.input.granularity: 'token' is not valid: expected tensor with format fp8_e4m3 and dynamic false",
         ),
         (
             {"key": {"format": "llm_int8", "granularity": "token", "dynamic": True}},

@@ -47,9 +47,12 @@ def test_every_format_has_a_usual_spec_where_it_can_stand(name):
                 check()
 
 
-def test_an_activation_in_a_float_format_is_dynamic_and_has_no_channel_scales():
-    with pytest.raises(SpecError, match="dynamic: False .* true with format fp8_e4m3"):
-        QuantSpec(format="fp8_e4m3", granularity="tensor").check_activation()
+def test_an_activation_in_a_float_format_has_one_static_scale_or_dynamic_ones_and_none_a_channel():
+    QuantSpec(format="fp8_e4m3", granularity="tensor").check_activation()
+    with pytest.raises(SpecError, match="granularity: 'token' .* tensor with format fp8_e4m3 and dynamic false"):
+        QuantSpec(format="fp8_e4m3", granularity="token").check_activation()
+    with pytest.raises(SpecError, match="dynamic: False .* true with format mxfp8"):
+        QuantSpec(format="mxfp8", granularity="group", group_size=32).check_activation()
     with pytest.raises(SpecError, match="granularity: 'channel' .* token or tensor"):
         QuantSpec(format="fp8_e4m3", granularity="channel", dynamic=True).check_activation()
 
