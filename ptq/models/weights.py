@@ -13,11 +13,11 @@ from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
 from ptq.models.read_ahead import ReadAhead
 from ptq.models.resident_memory import return_freed_memory
-from ptq.models.stored.mxfp4 import Mxfp4Matrix, Mxfp4Tensor
+from ptq.models.stored.mxfp4 import Mxfp4Matrix
 from ptq.models.stored.stacked import JoinedTensor, StackedTensor
 from quantize.checks import all_finite
 
-OnDisk = StoredTensor | StackedTensor | Mxfp4Tensor
+OnDisk = StoredTensor | StackedTensor[JoinedTensor] | StackedTensor[Mxfp4Matrix]
 """Where a parameter of the model lies."""
 Stored = OnDisk | JoinedTensor | Mxfp4Matrix
 """What is read at once: a tensor of a file, an expert's matrix out of its parts, or a whole stack of them."""

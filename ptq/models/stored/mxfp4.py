@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from ptq.files.safetensors_file import StoredTensor, TensorDigests
+from ptq.models.stored.stacked import StackedTensor
 from quantize.codecs.base import packed_codes
 from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import QuantSpec
@@ -63,55 +64,6 @@ class Mxfp4Matrix:
         return LARGEST * 2.0 ** (greatest - BIAS) > torch.finfo(dtype).max
 
 
-@dataclass(frozen=True)
-class Mxfp4Tensor:
-    """All experts' matrices, (experts, in, out), in one tensor of codes (experts, out, groups, 16) and one of scales."""
-
-    blocks: StoredTensor
-    scales: StoredTensor
-
-    @property
-    def file(self) -> Any:
-        """The file of the codes."""
-        return self.blocks.file
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """What transformers reads it as."""
-        return torch.bfloat16
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """(experts, in, out)."""
-        return (self.scales.shape[0], *self._matrix(0).shape)
-
-    def read(
-        self,
-        rounding: torch.dtype,
-        arithmetic: torch.dtype,
-        device: torch.device,
-        digests: TensorDigests | None = None,
-    ) -> torch.Tensor:
-        """Returns the whole tensor, as `StoredTensor.read` does; a matrix at a time."""
-        whole = torch.empty(self.shape, dtype=arithmetic, device=device)
-        for expert, place in enumerate(whole):
-            place.copy_(self._matrix(expert).read(rounding, arithmetic, device, digests))
-        return whole
-
-    def overflows(self, dtype: torch.dtype) -> bool:
-        """Returns whether a value may be beyond the range of `dtype`."""
-        return any(self._matrix(expert).overflows(dtype) for expert in range(self.scales.shape[0]))
-
-    def row(self, shape: tuple[int, ...], index: int) -> Mxfp4Matrix:
-        """Returns one matrix. Raises ValueError for another shape than this tensor's."""
-        if tuple(shape) != self.shape:
-            raise ValueError(f"{self.shape} is not {tuple(shape)}")
-        return self._matrix(index)
-
-    def _matrix(self, expert: int) -> Mxfp4Matrix:
-        return Mxfp4Matrix(self.blocks.row(self.blocks.shape, expert), self.scales.row(self.scales.shape, expert))
-
-
 def published_in_mxfp4(config: Any) -> bool:
     """Returns whether a config of transformers says that its checkpoint holds experts in MXFP4."""
     found = getattr(config, "quantization_config", None)
@@ -119,7 +71,9 @@ def published_in_mxfp4(config: Any) -> bool:
     return method == METHOD
 
 
-def mxfp4_tensors(model: Any, names: Sequence[str], stored: Mapping[str, StoredTensor]) -> dict[str, Mxfp4Tensor]:
+def mxfp4_tensors(
+    model: Any, names: Sequence[str], stored: Mapping[str, StoredTensor]
+) -> dict[str, StackedTensor[Mxfp4Matrix]]:
     """Returns those of the parameters `names` whose codes and scales the checkpoint holds, in the shapes that fit.
 
     Args:
@@ -127,12 +81,15 @@ def mxfp4_tensors(model: Any, names: Sequence[str], stored: Mapping[str, StoredT
         names: of parameters that the checkpoint does not hold as they are.
         stored: what it holds, by its own names.
     """
-    found: dict[str, Mxfp4Tensor] = {}
+    found: dict[str, StackedTensor[Mxfp4Matrix]] = {}
     for name in names:
         blocks, scales = stored.get(f"{name}{BLOCKS}"), stored.get(f"{name}{SCALES}")
         if blocks is None or scales is None or (*scales.shape, 16) != blocks.shape or len(scales.shape) != 3:
             continue
-        tensor = Mxfp4Tensor(blocks, scales)
+        rows = range(scales.shape[0])
+        tensor = StackedTensor(
+            tuple(Mxfp4Matrix(blocks.row(blocks.shape, n), scales.row(scales.shape, n)) for n in rows)
+        )
         if tensor.shape == tuple(model.get_parameter(name).shape):
             found[name] = tensor
     return found

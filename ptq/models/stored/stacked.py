@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from transformers.core_model_loading import (
@@ -17,6 +17,37 @@ from ptq.files.safetensors_file import StoredTensor, TensorDigests
 
 HALVES = 2
 """Parts of an expert's matrix that a checkpoint may hold apart: gate and up."""
+
+
+class Matrix(Protocol):
+    """One of the matrices of a stack, as it lies in a checkpoint."""
+
+    @property
+    def file(self) -> Any:
+        """The file of its numbers, or of the first of them."""
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """What it is read as."""
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """(rows, columns)."""
+
+    def read(
+        self,
+        rounding: torch.dtype,
+        arithmetic: torch.dtype,
+        device: torch.device,
+        digests: TensorDigests | None = None,
+    ) -> torch.Tensor:
+        """Returns it, as `StoredTensor.read` does."""
+
+    def overflows(self, dtype: torch.dtype) -> bool:
+        """Returns whether a value may be beyond the range of `dtype`."""
+
+
+M = TypeVar("M", bound=Matrix)
 
 
 @dataclass(frozen=True)
@@ -57,10 +88,10 @@ class JoinedTensor:
 
 
 @dataclass(frozen=True)
-class StackedTensor:
-    """A tensor (n, rows, columns) whose matrices lie in stored tensors of their own."""
+class StackedTensor(Generic[M]):
+    """A tensor (n, rows, columns) whose matrices are read one by one."""
 
-    matrices: tuple[JoinedTensor, ...]
+    matrices: tuple[M, ...]
 
     @property
     def file(self) -> Any:
@@ -96,7 +127,7 @@ class StackedTensor:
         """Returns whether a value is beyond the range of `dtype`."""
         return any(matrix.overflows(dtype) for matrix in self.matrices)
 
-    def row(self, shape: tuple[int, ...], index: int) -> JoinedTensor:
+    def row(self, shape: tuple[int, ...], index: int) -> M:
         """Returns one matrix. Raises ValueError for another shape than this tensor's."""
         if tuple(shape) != self.shape:
             raise ValueError(f"{self.shape} is not {tuple(shape)}")
@@ -111,7 +142,7 @@ def only_stacks(mapping: Sequence[WeightTransform]) -> bool:
 
 def stacked_tensors(
     model: Any, names: Sequence[str], stored: Mapping[str, StoredTensor]
-) -> dict[str, StackedTensor] | None:
+) -> dict[str, StackedTensor[JoinedTensor]] | None:
     """Returns where the parameters `names` lie, of three dimensions each; None where that is not seen of one of them.
 
     transformers is asked: it turns numbers back into what it would save, and the numbers tell which part of a parameter a
