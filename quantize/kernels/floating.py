@@ -1,6 +1,6 @@
 """Kernels of whole Linears: they read a weight as it is stored and an activation in floating point."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -55,6 +55,15 @@ class StoredWeight:
         count = self.stored["scale"].numel()
         zero = unpack(self.stored["zero_point"], self.spec.bits, count).reshape(-1)
         return (zero.reshape(1, 1) if count == 1 else zero.reshape(self.shape[0], -1)).expand(self.shape[0], -1)
+
+
+def group_of(spec: QuantSpec, columns: int, sizes: Sequence[int]) -> int | None:
+    """Returns the group size that a kernel which takes `sizes` is given for a weight of `columns`: its own, or for one scale a row
+    the first that divides it; None where none fits.
+    """
+    if spec.granularity == "group":
+        return spec.group_size if spec.group_size in sizes else None
+    return next((size for size in sizes if columns % size == 0), None)
 
 
 class FloatKernel(Protocol):

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from quantize.codecs.packing import pack
-from quantize.kernels.floating import Product, StoredWeight, register_floating
+from quantize.kernels.floating import Product, StoredWeight, group_of, register_floating
 from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = (256, 128, 64, 32, 16)
@@ -38,7 +38,7 @@ class MatMulNBits:
             return f"it runs on CPUs, not on {device.type}"
         if not weight.affine or weight.granularity not in {"channel", "tensor", "group"}:
             return "it takes integers with one scale a row or a group"
-        if _group(weight, shape[1]) is None:
+        if group_of(weight, shape[1], GROUPS) is None:
             return f"it takes groups of {', '.join(map(str, sorted(GROUPS)))}"
         if inputs is None and weight.bits > 4:
             return "it is slow above 4 bits with inputs in floating point"
@@ -73,13 +73,6 @@ def _rounds_so(inputs: QuantSpec, weight: QuantSpec) -> bool:
     return plain and same and inputs.clip == 1 and inputs.range == "minmax"
 
 
-def _group(spec: QuantSpec, columns: int) -> int | None:
-    """Returns the group size that the kernel is given, or None where it takes none that fits."""
-    if spec.granularity == "group":
-        return spec.group_size if spec.group_size in GROUPS else None
-    return next((size for size in GROUPS if columns % size == 0), None)
-
-
 def _container(spec: QuantSpec) -> int:
     return 4 if spec.bits <= 4 else 8
 
@@ -89,7 +82,7 @@ def _session(weight: StoredWeight) -> Any:
     from onnx import TensorProto, helper, numpy_helper
 
     spec, (rows, columns) = weight.spec, weight.shape
-    group, bits = _group(spec, columns) or min(GROUPS), _container(spec)
+    group, bits = group_of(spec, columns, GROUPS) or min(GROUPS), _container(spec)
     blocks = columns // group
     # Symmetric codes count from the middle, where it expects its zero point unless it is given others.
     codes = (weight.codes().int() + 2 ** (bits - 1) if spec.symmetric else weight.codes()).to(torch.uint8)

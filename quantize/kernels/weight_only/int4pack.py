@@ -2,7 +2,7 @@
 
 import torch
 
-from quantize.kernels.floating import Product, StoredWeight, register_floating
+from quantize.kernels.floating import Product, StoredWeight, group_of, register_floating
 from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = (256, 128, 64, 32)
@@ -32,7 +32,7 @@ class Int4Pack:
             return f"it runs on CPUs, not on {device.type}"
         if not weight.affine or not weight.symmetric or weight.bits > 4:
             return "it takes symmetric integers up to 4 bits"
-        if weight.granularity not in {"channel", "tensor", "group"} or _group(weight, shape[1]) is None:
+        if weight.granularity not in {"channel", "tensor", "group"} or group_of(weight, shape[1], GROUPS) is None:
             return f"it takes groups of {', '.join(map(str, sorted(GROUPS)))}"
         if shape[0] % ROWS:
             return f"it takes weights whose rows (here {shape[0]}) are a multiple of {ROWS}"
@@ -46,7 +46,7 @@ class Int4Pack:
 
     def prepare(self, weight: StoredWeight) -> Product:
         """Packs the codes its own way."""
-        group = _group(weight.spec, weight.shape[1]) or min(GROUPS)
+        group = group_of(weight.spec, weight.shape[1], GROUPS) or min(GROUPS)
         packed = torch.ops.aten._convert_weight_to_int4pack_for_cpu(weight.codes().to(torch.int32) + MIDDLE, 1)
         scale = weight.scales().repeat_interleave(weight.shape[1] // group // weight.scales().shape[1], 1)
         pairs = torch.stack([scale, torch.zeros_like(scale)], -1).transpose(0, 1).to(torch.bfloat16).contiguous()
@@ -58,13 +58,6 @@ class Int4Pack:
             return result
 
         return multiply
-
-
-def _group(spec: QuantSpec, columns: int) -> int | None:
-    """Returns the group size that the kernel is given, or None where it takes none that fits."""
-    if spec.granularity == "group":
-        return spec.group_size if spec.group_size in GROUPS else None
-    return next((size for size in GROUPS if columns % size == 0), None)
 
 
 register_floating(Int4Pack())
