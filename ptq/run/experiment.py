@@ -35,8 +35,8 @@ from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
-from ptq.run.one_pass.quantize import Quantized, check_devices, goes_in_one_pass, quantize_in_one_pass
-from ptq.run.planning import check_steps, open_context, plan_steps
+from ptq.run.one_pass.quantize import Passed, check_devices, goes_in_one_pass, quantize_in_one_pass
+from ptq.run.planning import check_steps, open_context, plan_steps, uncalibrated
 from ptq.run.preflight import check_apart, check_before, check_model, check_ranks, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.record.findings import report
@@ -159,6 +159,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         for note in check_export(recipe, session.network):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
+        for line in uncalibrated(recipe.scheme, steps):
+            journal.say(line)
         tokens = session.evaluation_tokens()
         check_tokens(recipe, session.loaded.tokenizer, session.seen_tokens(), tokens, session.network.vocabulary)
         if goes_in_one_pass(recipe, steps, world):
@@ -198,7 +200,7 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
         yield
 
 
-def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Quantized:
+def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Passed:
     """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
     context = open_context(session, steps)
     baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
@@ -213,7 +215,7 @@ def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, fold
     if targets is not None:
         flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
     learned = None if tuner is None else context.plans[tuner[0]].figures
-    return Quantized(visitor, flow, baseline, answers, learned)
+    return Passed(visitor, flow, baseline, answers, learned)
 
 
 def _quantize(
@@ -317,7 +319,8 @@ def dry_run(recipe: Recipe) -> None:
         network = skeleton(recipe.model, store_of(recipe), weights)
         for part in forecast(recipe, network, steps):
             journal.say(part) if isinstance(part, str) else journal.show(part)
-    for line in (*lines, *check_model(recipe, steps, network=network, weights=weights)):
+    about = uncalibrated(recipe.scheme, steps)
+    for line in (*lines, *check_model(recipe, steps, network=network, weights=weights), *about):
         print(line)
     print(f"ok: {recipe.name} would write to {folder_of(recipe, sources_of(steps))}")
 

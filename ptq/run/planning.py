@@ -31,6 +31,7 @@ from ptq.steps._step import (
     SAMPLES,
     STATISTICS,
     TRANSFORM,
+    TUNER,
     Context,
     Step,
     StepPlan,
@@ -85,6 +86,13 @@ def context_of(
             )
         rotary = rotary_layouts(network, stream, attentions)
     return Context(network, stream, scheme, traces, attentions=attentions, rotary=rotary, note=note)
+
+
+def uncalibrated(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:
+    """Returns a line for people where no step looks at calibration samples, so that what is asked of them changes nothing."""
+    if captures_of_steps(scheme, steps) or any(step.kind in {TRANSFORM, TUNER} for step in steps.values()):
+        return []
+    return ["calibration: no step of this recipe looks at samples; their text, number, length and seed change nothing"]
 
 
 def wants_sums(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:

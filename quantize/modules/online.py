@@ -11,7 +11,7 @@ INPUT, OUTPUT = "online_input", "online_output"
 """Names of the children of a Linear that hold what acts on its input and on its output."""
 
 
-class Shared(nn.Module):
+class OnlineShared(nn.Module):
     """A transform of a tensor (..., channels) that remembers the last one: Linears that read the same tensor share it.
 
     What it gives for one tensor is one object, so that input quantizers behind it are shared too.

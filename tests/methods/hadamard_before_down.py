@@ -7,7 +7,7 @@ from torch import nn
 
 from ptq.network.network import weight_of
 from ptq.steps import INPUT, Transform
-from quantize.modules.online import Shared, attach_input
+from quantize.modules.online import OnlineShared, attach_input
 
 
 @dataclass(frozen=True)
@@ -48,4 +48,4 @@ class Step(Transform):
                 weight = weight_of(linear)
                 transform = BlockHadamard(weight.shape[1]).to(weight.device)
                 weight.copy_(transform(weight))
-                attach_input(linear, Shared(transform))
+                attach_input(linear, OnlineShared(transform))

@@ -16,7 +16,7 @@ from ptq.network.attention import CHILD, PREFIX, AttentionQuantizers, CacheForma
 from ptq.network.network import Block, Network, replace_module
 from quantize.modules.cache import CacheFormat
 from quantize.modules.hadamard import OnlineHadamard
-from quantize.modules.online import INPUT, OUTPUT, Shared, attach_input, attach_output
+from quantize.modules.online import INPUT, OUTPUT, OnlineShared, attach_input, attach_output
 from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
 from quantize.modules.reordered import Reordered
 from quantize.modules.simulated import InputQuantizer, QuantLinear
@@ -192,7 +192,7 @@ def _spec(spec: QuantSpec | None) -> dict[str, Any] | None:
 
 
 def _online(module: nn.Module) -> dict[str, Any]:
-    if isinstance(module, Shared):
+    if isinstance(module, OnlineShared):
         return {"class": _class(module), "description": _online(module.inner)}
     facts = module.description() if hasattr(module, "description") else None  # type: ignore[operator]
     return {"class": _class(module), "description": facts}
@@ -201,8 +201,8 @@ def _online(module: nn.Module) -> dict[str, Any]:
 def _built(facts: Mapping[str, Any]) -> nn.Module:
     """Builds an online transform of this package's own classes again; its tensors are read by name afterwards."""
     # Only classes that have registered themselves: a file names a class, and must not choose what is imported.
-    if facts["class"] == "quantize.modules.online.Shared":
-        return Shared(_built(facts["description"]))
+    if facts["class"] == "quantize.modules.online.OnlineShared":
+        return OnlineShared(_built(facts["description"]))
     kind = ONLINE.get(facts["class"])
     if kind is None or facts["description"] is None:
         raise Unbuildable(f"{facts['class']} has no description to be built from again")

@@ -33,7 +33,7 @@ PASS = "quantize"
 
 
 @dataclass(frozen=True)
-class Quantized:
+class Passed:
     """What the passes of a run have done, one or several.
 
     Attributes:
@@ -96,7 +96,7 @@ def writes_shards(recipe: Recipe) -> bool:
 
 def quantize_in_one_pass(
     session: Session, steps: Mapping[str, Step], sources: Mapping[str, str], tokens: Tokens, folder: pathlib.Path
-) -> Quantized:
+) -> Passed:
     """Finds links, evaluates the baseline, calibrates and quantizes block by block, from where an interrupted run has come to.
 
     The bits are those of one pass after another. What is known of these weights already (links, the baseline) is not done again.
@@ -162,7 +162,7 @@ def quantize_in_one_pass(
     session.journal.note(describe_kernels(visitor.kernels.ran, visitor.kernels.refused))
     if kept is not None and shards is None and needs_saved_weights(recipe):
         kept.hand_over(network.blocks, folder / QUANTIZED)
-    return Quantized(visitor, flow, baseline, blocks=blocks, shards=shards)
+    return Passed(visitor, flow, baseline, blocks=blocks, shards=shards)
 
 
 def _beginning(session: Session, files: WholeBlocks | Shards, traced: bool, evaluated: bool) -> Beginning:

@@ -15,7 +15,7 @@ from ptq.network.network import Block, weight_of
 from ptq.ranks.sample_sum import by_sample
 from ptq.steps._solving import Rows, specs_of
 from ptq.steps._step import INPUT, WEIGHT_INPUT, Context, StepPlan, Transform
-from quantize.modules.online import Shared, attach_input, online_input
+from quantize.modules.online import OnlineShared, attach_input, online_input
 from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
 from quantize.solvers.gptq import Hessian
 from quantize.spec.quant_spec import QuantSpec
@@ -84,7 +84,7 @@ class InputMaps(Transform):
                 made = _built(plan.tensors, names[0])
                 if made is None:
                     continue
-                shared = Shared(made.to(weight_of(context.module(names[0])).device))
+                shared = OnlineShared(made.to(weight_of(context.module(names[0])).device))
                 for name in names:
                     linear = context.module(name)
                     weight_of(linear).copy_(made.inverse_weight(weight_of(linear)))

@@ -34,7 +34,7 @@ from ptq.steps._step import (
 from ptq.steps.transforms._stream_rows import StreamRows
 from ptq.steps.transforms.smooth import kind_of
 from quantize.modules.hadamard import OnlineHadamard
-from quantize.modules.online import Shared, attach_input, attach_output
+from quantize.modules.online import OnlineShared, attach_input, attach_output
 from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.hadamard import factorise, hadamard_matrix, hadamard_transform, random_signs
 from quantize.transforms.learned_rotation import LOSSES, STEPS, learned_rotation, rotation_loss
@@ -253,7 +253,7 @@ class Step(Transform):
                 size = _size(name, width, self.options.block)
                 online = OnlineHadamard(width, block=None if size == width else size).to(weight_of(linear).device)
                 weight_of(linear).copy_(online(weight_of(linear).double()))
-                attach_input(linear, Shared(online))
+                attach_input(linear, OnlineShared(online))
         if "heads" in self.options.online:
             for name in context.attentions.get(block.index, []):
                 device = next(context.module(name).parameters()).device

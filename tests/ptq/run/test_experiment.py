@@ -237,3 +237,18 @@ def test_a_stopped_run_keeps_its_finished_parts(tmp_path, tiny_opt, monkeypatch)
     assert "baseline" not in resumed["seconds"] and "calibration" not in resumed["seconds"]
     fresh = metrics_of(run(make(tmp_path / "fresh", tiny_opt, STATIC)))
     assert resumed["window_losses"] == fresh["window_losses"]
+
+
+def test_a_run_that_looks_at_no_samples_says_that_their_options_change_nothing(tmp_path, tiny_llama, capsys):
+    weights = {"weight": {"bits": 4}}
+    for name, scheme, steps, said in (
+        ("rounded", weights, {"rtn": {}}, True),
+        ("fitted", weights, {"gptq": {}}, False),
+        ("static", {**weights, "input": {"bits": 8, "granularity": "tensor"}}, {"rtn": {}}, False),
+    ):
+        recipe = tiny_recipe(tmp_path / name, tiny_llama, scheme, steps)
+        capsys.readouterr()
+        dry_run(recipe)
+        assert ("no step of this recipe looks at samples" in capsys.readouterr().out) is said
+        folder = run(recipe)
+        assert ("no step of this recipe looks at samples" in (folder / "run.log").read_text()) is said

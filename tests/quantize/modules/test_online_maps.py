@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize.modules.online import Shared, attach_input, online_bytes
+from quantize.modules.online import OnlineShared, attach_input, online_bytes
 from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
 
 
@@ -38,7 +38,7 @@ def test_a_description_and_the_tensors_build_the_map_again(kind):
 
 
 def test_a_map_that_linears_share_counts_once_and_a_seed_counts_nothing():
-    shared, linears = Shared(make(OnlineKronecker)), [torch.nn.Linear(24, 4) for _ in range(3)]
+    shared, linears = OnlineShared(make(OnlineKronecker)), [torch.nn.Linear(24, 4) for _ in range(3)]
     for linear in linears[:2]:
         attach_input(linear, shared)
     assert online_bytes(linears) == 2 * (16 + 36 + 24)
