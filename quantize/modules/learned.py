@@ -1,5 +1,6 @@
 """Linears whose quantized weight is being learned: gradients pass through the rounding of weight and input (`LearnedLinear`), or
-its codes stand still and its scales are tuned (`TunedLinear`; EfficientQAT, Chen et al. 2024, section 3.3).
+its codes stand still and its scales are tuned (`TunedLinear`; EfficientQAT, Chen et al. 2024, section 3.3), those of its input too
+(`TunedInput`).
 """
 
 from typing import Any
@@ -49,6 +50,48 @@ class LearnedLinear(nn.Module):
         return functional.linear(x, self.learned().to(x.dtype), bias)
 
 
+class TunedInput(nn.Module):
+    """Rounds as a static `InputQuantizer` does, with each scale times exp of a parameter that has the derivative of learned step sizes
+    (Esser et al. 2020, equation 3): what lies within the range passes its own gradient, what is clipped moves the range alone.
+
+    Args:
+        inputs: the quantizer, which is left as it is.
+
+    Raises:
+        ValueError: for one without static scales of integers.
+    """
+
+    start: torch.Tensor
+    zero_point: torch.Tensor | None
+    labels: torch.Tensor | None
+
+    def __init__(self, inputs: InputQuantizer):
+        super().__init__()
+        if inputs.spec.dynamic or not inputs.spec.affine:
+            raise ValueError(f"{inputs.spec}: has no static scales of integers to tune")
+        self.limits = inputs.limits
+        self.register_buffer("start", inputs.scale.detach().clone())
+        self.register_buffer("zero_point", inputs.zero_point)
+        self.register_buffer("labels", inputs.labels)
+        self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
+
+    def scale(self) -> torch.Tensor:
+        """Returns the scales in the shape of the quantizer's, differentiable."""
+        return self.start * torch.exp(self.log_ratio)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns `x` (..., channels) rounded, in its type."""
+        grid = Grid(self.scale(), self.zero_point, *self.limits)
+        grid = grid if self.labels is None else grid.of_channels(self.labels)
+        steps = x.float() / grid.scale
+        codes = valued(steps, steps.detach().round())
+        if grid.zero_point is None:
+            codes = codes.clamp(grid.low, grid.high)
+        else:
+            codes = (codes + grid.zero_point).clamp(grid.low, grid.high) - grid.zero_point
+        return (codes * grid.scale).to(x.dtype)
+
+
 class TunedLinear(nn.Module):
     """Computes what a `QuantLinear` does with each scale times exp of a parameter, straight through the rounding of its input.
 
@@ -57,6 +100,7 @@ class TunedLinear(nn.Module):
     Args:
         quantized: its weight has an integer format; it is left as it is.
         dtype: type of the products, forward and backward.
+        inputs: rounds the input in place of its quantizer; readers of one tensor share it. None for the quantizer.
 
     Raises:
         ValueError: for a weight of another format, or one that a product of low rank is added to.
@@ -67,14 +111,15 @@ class TunedLinear(nn.Module):
     steps: torch.Tensor
     start: torch.Tensor
 
-    def __init__(self, quantized: QuantLinear, dtype: torch.dtype = torch.float32):
+    def __init__(self, quantized: QuantLinear, dtype: torch.dtype = torch.float32, inputs: TunedInput | None = None):
         super().__init__()
         spec = quantized.weight_spec
         if spec is None or not spec.affine:
             raise ValueError(f"format: {spec.format if spec else 'floating point'} has no scales to tune: use int")
         if quantized.corrected:
             raise ValueError("a product of low rank is added to the weight, which was fitted to its scales")
-        self.spec, self.shape, self.dtype, self.inputs = spec, quantized.codes.shape, dtype, quantized.inputs
+        self.spec, self.shape, self.dtype = spec, quantized.codes.shape, dtype
+        self.inputs = quantized.inputs if inputs is None else inputs
         codes, zero = grouped(quantized.codes, spec).to(torch.int16), quantized.zero_point
         self.register_buffer("labels", quantized.labels)
         if zero is not None:
@@ -98,7 +143,9 @@ class TunedLinear(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Returns the output (..., out) for `x` (..., in), in the type of `x`."""
-        if self.inputs is not None:
+        if isinstance(self.inputs, TunedInput):
+            x = self.inputs(x)
+        elif self.inputs is not None:
             x = valued(x, self.inputs(x.detach()))
         return product_in(self.dtype, x, self.weight(), self.bias)
 

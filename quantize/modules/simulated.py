@@ -100,6 +100,17 @@ class InputQuantizer(nn.Module):
         self._last = (weakref.ref(x, self._forget), x._version, result)
         return result
 
+    def rescale(self, scale: torch.Tensor) -> None:
+        """Gives the static grid another scale, of the shape of the old one.
+
+        Raises:
+            ValueError: for another shape, NaN or inf, or a quantizer without static scales.
+        """
+        if self.spec.dynamic or scale.shape != self.scale.shape or not all_finite(scale):
+            raise ValueError(f"scale: {tuple(scale.shape)} is no finite scale of {self.spec}")
+        self.scale = scale.to(self.scale)
+        self._last = self._last_integers = None
+
     def integers(self, x: torch.Tensor) -> IntegerRows:
         """Returns `x` (..., channels) as integer kernels take it: codes of what `forward` gives, remembered likewise."""
         grid = None if self.spec.dynamic else self.grid
@@ -299,6 +310,14 @@ class QuantLinear(nn.Module):
             raise ValueError("scale: holds NaN or inf")
         self.scale = scale.to(self.scale)
         self.weight = self._decoded(self.weight.dtype)
+        if self._multiplier is not None:
+            self._multiplier.forget()
+
+    def rescale_input(self, scale: torch.Tensor) -> None:
+        """Gives the static quantizer of the input another scale, to all Linears that share it. See `InputQuantizer.rescale`."""
+        if self.inputs is None:
+            raise ValueError("the input is not quantized")
+        self.inputs.rescale(scale)
         if self._multiplier is not None:
             self._multiplier.forget()
 

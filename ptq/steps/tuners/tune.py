@@ -8,6 +8,7 @@ was fitted to. Here gradients pass through the whole quantized network, on sampl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -25,9 +26,9 @@ from ptq.steps._learning import Learned
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.error import kl_divergence
 from quantize.kernels.matmul import fast_linears
-from quantize.modules.learned import TunedGain, TunedLinear, product_in
+from quantize.modules.learned import TunedGain, TunedInput, TunedLinear, product_in
 from quantize.modules.online import carry_online
-from quantize.modules.simulated import QuantLinear
+from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.rounding import warmed_cosine
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -46,8 +47,9 @@ class Options:
     Attributes:
         steps: of Adam, each on one batch; 0 leaves everything as the solver left it.
         batch: samples of a batch.
-        rate: of the logarithm of a scale, at its greatest; it rises over the first eighth and falls to 0 by a cosine.
+        rate: of the logarithm of a weight's scale, at its greatest; it rises over the first eighth and falls to 0 by a cosine.
         norm_rate: of the logarithm of what the gains of the blocks' norms are multiplied by; 0 leaves them.
+        input_rate: of the logarithm of a static input scale; 0 leaves them.
         held_out: one batch in so many is only looked at; what is kept is the least divergence met on these.
         precision: type of the products: ``float32``, or ``bfloat16``, which some processors multiply faster.
         seed: of the order of the batches.
@@ -57,13 +59,14 @@ class Options:
     batch: int = option(2, least=1)
     rate: float = option(1e-3, least=0, most=0.1)
     norm_rate: float = option(0.0, least=0, most=0.1)
+    input_rate: float = option(0.0, least=0, most=0.1)
     held_out: int = option(16, least=2)
     precision: str = option("float32", choices=tuple(PRECISIONS))
     seed: int = seed_option()
 
 
 class Step(Tuner):
-    """Learns scales of the blocks' quantized weights, and gains of their norms where asked, by gradients of the whole network."""
+    """Learns scales of the blocks' quantized weights, and of static inputs and gains of norms where asked, by gradients of the whole network."""
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing on the way. `UserError` for what gradients do not pass, and weights that have no scales to tune."""
@@ -72,6 +75,14 @@ class Step(Tuner):
         if others or not any(specs):
             found = f"format: {others[0]!r}" if others else "weight: null"
             raise UserError(f"scheme.{found} has no integer codes whose scales steps.tune could learn: ~steps.tune")
+        inputs = [
+            spec for spec in (scheme.input, *(o.tensors.get("input") for o in scheme.overrides)) if spec is not None
+        ]
+        if self.options.input_rate and not any(spec.affine and not spec.dynamic for spec in inputs):
+            raise UserError(
+                f"steps.tune.input_rate: {self.options.input_rate:g}, but the scheme has no static integer inputs: use 0, or "
+                "scheme.input.dynamic=false"
+            )
         if rounded := sorted(attention_tensors(scheme)):
             raise UserError(
                 f"scheme.{rounded[0]}: rounded inside attentions, where no gradient of steps.tune passes: null, or ~steps.tune"
@@ -91,7 +102,9 @@ class Step(Tuner):
         return options.steps * options.batch, (1 + min(LOOKS, options.steps)) * len(apart) * options.batch
 
     def tune(self, context: Context, tuning: Tuning) -> StepPlan:
-        """Returns what was learned: ``<Linear>|scale`` and ``<norm>|weight`` by full names, as they are to stand there."""
+        """Returns what was learned: ``<Linear>|scale``, ``<Linear>|input_scale`` and ``<norm>|weight`` by full names, as they are to
+        stand there.
+        """
         options = self.options
         batches = -(-len(tuning.flow.ids) // options.batch)
         if batches < 2:
@@ -112,10 +125,12 @@ class Step(Tuner):
 
     @torch.no_grad()
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
-        """Gives the block's quantized Linears their scales, and its norms their gains."""
+        """Gives the block's quantized Linears their scales, their inputs theirs, and its norms their gains."""
         for name, module in block.module.named_modules(prefix=block.name):
             if isinstance(module, QuantLinear) and (scale := plan.tensors.get(f"{name}|scale")) is not None:
                 module.rescale(scale)
+                if (by_input := plan.tensors.get(f"{name}|input_scale")) is not None:
+                    module.rescale_input(by_input)
             elif (gain := plan.tensors.get(f"{name}|weight")) is not None:
                 set_weight(module, "weight", gain)
 
@@ -125,18 +140,22 @@ class _Tuned:
     """What is learned: in the places of Linears, and on norms, by full name."""
 
     linears: Mapping[str, TunedLinear]
+    inputs: Mapping[str, TunedInput]
     gains: Mapping[str, tuple[nn.Module, TunedGain]]
 
     def groups(self, options: Options) -> list[tuple[list[nn.Parameter], float]]:
         """Returns parameters that have one rate, and that rate."""
         scales = [linear.log_ratio for linear in self.linears.values()]
+        inputs = [found.log_ratio for found in dict.fromkeys(self.inputs.values())]
         gains = [gain.log_ratio for _, gain in self.gains.values()]
-        return [(group, rate) for group, rate in ((scales, options.rate), (gains, options.norm_rate)) if group and rate]
+        rated = ((scales, options.rate), (inputs, options.input_rate), (gains, options.norm_rate))
+        return [(group, rate) for group, rate in rated if group and rate]
 
     @torch.no_grad()
     def tensors(self) -> dict[str, torch.Tensor]:
         """Returns what is to stand there in the end, by place."""
         scales = {f"{name}|scale": linear.scale().clone() for name, linear in self.linears.items()}
+        scales |= {f"{name}|input_scale": found.scale().clone() for name, found in self.inputs.items()}
         return scales | {f"{name}|weight": norm.weight.clone() for name, (norm, _) in self.gains.items()}  # type: ignore[operator]
 
 
@@ -144,13 +163,17 @@ class _Tuned:
 def _tuned(context: Context, options: Options) -> Iterator[_Tuned]:
     """Inside the context what is learned stands in the network; then everything is as it was."""
     model, linears, before = context.network.model, {}, {}
+    inputs: dict[str, TunedInput] = {}
+    shared: dict[InputQuantizer, TunedInput] = {}
     gains: dict[str, tuple[nn.Module, TunedGain]] = {}
     try:
         for block in context.network.blocks:
             for name, module in list(block.module.named_modules(prefix=block.name)):
                 if isinstance(module, QuantLinear) and module.weight_spec is not None:
+                    if options.input_rate and _tunable(module.inputs):
+                        inputs[name] = shared.setdefault(module.inputs, TunedInput(module.inputs))
                     try:
-                        linears[name] = TunedLinear(module, PRECISIONS[options.precision])
+                        linears[name] = TunedLinear(module, PRECISIONS[options.precision], inputs.get(name))
                     except ValueError as error:
                         raise UserError(f"steps.tune: {name}: {error}") from None
                     carry_online(module, linears[name])
@@ -159,12 +182,16 @@ def _tuned(context: Context, options: Options) -> Iterator[_Tuned]:
                 elif options.norm_rate and (offset := _gain_of(module)) is not None:
                     gains[name] = module, TunedGain(module.weight, offset)  # type: ignore[arg-type]
                     parametrize.register_parametrization(module, "weight", gains[name][1])
-        yield _Tuned(linears, gains)
+        yield _Tuned(linears, inputs, gains)
     finally:
         for name, module in before.items():
             replace_module(model, name, module)
         for norm, _ in gains.values():
             parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
+
+
+def _tunable(inputs: InputQuantizer | None) -> TypeGuard[InputQuantizer]:
+    return inputs is not None and inputs.spec.affine and not inputs.spec.dynamic
 
 
 def _gain_of(module: nn.Module) -> float | None:

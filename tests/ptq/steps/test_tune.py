@@ -103,6 +103,31 @@ def test_gains_of_norms_are_tuned_where_asked(tmp_path, tiny_llama, plain):
     assert len(changed) == 8 and all(key.endswith("layernorm.weight") for key in changed)
 
 
+def test_scales_of_static_inputs_are_tuned_where_asked_and_readers_of_one_tensor_keep_one(tmp_path, tiny_llama):
+    scheme = {"weight": {"bits": 8}, "input": {"bits": 4, "granularity": "tensor", "symmetric": False}}
+    found = {}
+    for rate in (0.0, 1e-2):
+        options = {"steps": 32, "rate": 0.0, "norm_rate": 1e-9 if not rate else 0.0, "input_rate": rate}
+        found[rate] = results(run(make(tmp_path, tiny_llama, {"rtn": {}, "tune": options}, scheme)))
+    assert found[1e-2][0]["kl_mean"] < 0.93 * found[0.0][0]["kl_mean"]
+    saved, before = found[1e-2][2], found[0.0][2]
+    moved = [
+        key
+        for name, ts in before.items()
+        for key, t in ts.items()
+        if not torch.equal(t, saved[name][key]) and "norm" not in key
+    ]
+    assert len(moved) == 28 and all(key.endswith("inputs.scale") for key in moved)
+    for name, tensors in saved.items():
+        for part, readers in (("self_attn", "qkv"), ("mlp", ("gate", "up"))):
+            scales = [
+                t
+                for key, t in tensors.items()
+                if key.endswith("inputs.scale") and any(f"{part}.{r}_" in key for r in readers)
+            ]
+            assert len(scales) == len(readers) and all(torch.equal(t, scales[0]) for t in scales), name
+
+
 def test_gradients_pass_rounded_inputs_rotations_and_a_stream_in_another_basis(tmp_path, tiny_llama):
     token = {"bits": 4, "granularity": "token", "dynamic": True, "symmetric": False}
     steps = {"rotate": {"online": ["down", "out"]}, "clip": {}, "gptq": {}, "tune": TUNE}
@@ -215,6 +240,7 @@ NF4 = {"weight": {"format": "nf4", "bits": 4, "granularity": "group", "group_siz
         ({"rtn": {}, "tune": {}}, NF4, {}, "scheme.format: 'nf4' has no integer codes.*~steps.tune"),
         ({"rtn": {}, "tune": {}}, GROUPS | {"key": {"bits": 8, "granularity": "token", "dynamic": True}}, {}, "scheme.key: rounded inside"),
         ({"rtn": {}, "tune": {"precision": "bf16"}}, GROUPS, {}, "steps.tune.precision: 'bf16' .*bfloat16"),
+        ({"rtn": {}, "tune": {"input_rate": 1e-3}}, GROUPS, {}, "steps.tune.input_rate: 0.001, but .*use 0, or scheme.input.dynamic"),
         ({"rtn": {}, "tune": {"rates": 1}}, GROUPS, {}, "steps.tune.rates.*rate"),
         ({"rtn": {}, "tune": {}}, GROUPS, {"execution": {"weights": "offloaded"}}, "execution.weights: 'offloaded', but steps.tune .* use resident"),
         ({"rtn": {}}, GROUPS, {"calibration": {"samples": 4, "tuning_samples": 4}}, "calibration.tuning_samples: 4, but no step learns"),

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.nn import functional
 
-from quantize.modules.learned import TunedGain, TunedLinear, product_in
+from quantize.modules.learned import TunedGain, TunedInput, TunedLinear, product_in
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
 
@@ -79,6 +79,68 @@ def test_gradients_pass_straight_through_the_rounding_of_the_input():
     quantized, x = made(QuantSpec(bits=4), inputs=InputQuantizer(INPUT)), torch.randn(3, 32, requires_grad=True)
     (found,) = torch.autograd.grad(TunedLinear(quantized)(x).sum(), x)
     torch.testing.assert_close(found, quantized.weight.sum(0).expand(3, -1), rtol=1e-5, atol=1e-5)
+
+
+STATIC = [
+    QuantSpec(bits=4, granularity="tensor"),
+    QuantSpec(bits=3, granularity="tensor", symmetric=False),
+    QuantSpec(bits=4, granularity="cluster", symmetric=False),
+]
+every_static = pytest.mark.parametrize("spec", STATIC, ids=str)
+
+
+def static(spec, columns=32):
+    """A quantizer of what lies within 1.5 standard deviations, so that something is clipped."""
+    labels = torch.arange(columns) % 3 if spec.granularity == "cluster" else None
+    ends = torch.linspace(1, 1.5, columns)
+    return InputQuantizer(spec, (-ends, ends), labels)
+
+
+@every_static
+@given(seed=st.integers(0, 999))
+@settings(max_examples=15, deadline=None)
+def test_a_tuned_input_starts_with_the_bits_of_its_quantizer_and_ends_with_those_of_the_rescaled_one(spec, seed):
+    generator = torch.Generator().manual_seed(seed)
+    quantizer, x = static(spec), torch.randn(4, 7, 32, generator=generator)
+    tuned = TunedInput(quantizer)
+    assert torch.equal(tuned(x), quantizer(x))
+    with torch.no_grad():
+        tuned.log_ratio.normal_(0, 0.3, generator=generator)
+    linears = [QuantLinear(torch.randn(3, 32), None, QuantSpec(bits=4), quantizer) for _ in range(2)]
+    linears[0].rescale_input(tuned.scale().detach())
+    assert torch.equal(tuned(x), linears[1].inputs(x))
+
+
+@every_static
+def test_the_derivative_by_an_input_scale_is_that_of_learned_step_sizes(spec):
+    quantizer, x = static(spec), torch.randn(50, 32, requires_grad=True)
+    tuned, by_output = TunedInput(quantizer), torch.randn(50, 32)
+    by_scale, by_input = torch.autograd.grad(tuned(x), (tuned.log_ratio, x), by_output)
+    grid, low, high = quantizer.grid, *quantizer.limits
+    grid = grid if quantizer.labels is None else grid.of_channels(quantizer.labels)
+    zero = 0 if grid.zero_point is None else grid.zero_point
+    steps = x.detach() / grid.scale
+    codes = steps.round() + zero
+    within = (codes >= low) & (codes <= high)
+    # By the logarithm of the scale: the scale times equation 3.
+    parts = by_output * grid.scale * torch.where(within, steps.round() - steps, codes.clamp(low, high) - zero)
+    assert 0.01 < float(within.float().mean()) < 0.99
+    torch.testing.assert_close(by_input, by_output * within)
+    if quantizer.labels is None:
+        wanted = parts.sum()
+    else:
+        wanted = torch.stack([parts[:, quantizer.labels == k].sum() for k in range(3)])
+    torch.testing.assert_close(by_scale.flatten(), wanted.flatten(), rtol=1e-4, atol=1e-4)
+
+
+def test_inputs_without_static_integer_scales_are_not_tuned_and_no_wrong_scale_is_taken():
+    with pytest.raises(ValueError, match="static scales"):
+        TunedInput(InputQuantizer(INPUT))
+    for scale in (torch.ones(3), torch.full_like(static(STATIC[0]).scale, torch.inf)):
+        with pytest.raises(ValueError, match="scale"):
+            static(STATIC[0]).rescale(scale)
+    with pytest.raises(ValueError, match="not quantized"):
+        made(QuantSpec(bits=4)).rescale_input(torch.ones(()))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2), (torch.float64, 1e-5)])
