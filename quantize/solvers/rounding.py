@@ -54,7 +54,8 @@ class LearnedWeight(nn.Module):
         plain = weight_grid(checked(weight).float(), spec, labels) if start is None else start
         self.low_code, self.high_code = integer_range(spec.bits, spec.symmetric)
         zero = torch.zeros_like(plain.scale) if plain.zero_point is None else plain.zero_point
-        self.register_buffer("values", grouped(weight.detach().float(), spec))
+        # Its own: a step that learns scales too writes them into the module's weight before it asks for `final`.
+        self.register_buffer("values", grouped(weight.detach().to(torch.float32, copy=True), spec))
         self.register_buffer("minimum", (self.low_code - zero) * plain.scale)
         self.register_buffer("maximum", (self.high_code - zero) * plain.scale)
         self.register_buffer("labels", labels if spec.granularity == "cluster" else None)

@@ -10,6 +10,8 @@ from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.steps._learning import trainable
 from ptq.steps._solving import BlockInputs
+from ptq.steps._step import StepPlan
+from ptq.steps.solvers import omniquant
 from quantize.spec.quant_spec import QuantSpec
 from tests.ptq.steps.test_solvers import figures
 from tests.ptq.steps.test_steps import Prepared
@@ -56,6 +58,21 @@ def test_scales_learned_behind_norms_are_in_the_norms_and_the_output_errors_are_
     for path in (tmp_path / "outputs").rglob("layers.csv"):
         errors = [float(row["output_error"]) for row in csv.DictReader(path.open())]
         assert max(errors) < 1.5
+
+
+@torch.no_grad()
+def test_scales_learned_behind_norms_are_once_in_the_weights_that_are_stored():
+    prepared = Prepared("llama", SchemeConfig(weight=QuantSpec(bits=3)))
+    block, scales = prepared.network.blocks[0], {}
+    prepared.context.rescaled = scales.__setitem__
+    before = {name: module.weight.clone() for name, module in block.linears.items()}
+    options = omniquant.Options(steps=8, scale_rate=0.05)
+    omniquant.Step(options).apply(block, StepPlan(), prepared.context)
+    assert scales and max(float((scale - 1).abs().max()) for scale in scales.values()) > 0.1
+    for name, scale in scales.items():
+        stored = prepared.context.module(name).weight
+        off = [float((stored - before[name] * scale**times).norm()) for times in (0, 1, 2)]
+        assert min(off) == off[1]
 
 
 def test_learning_to_the_original_output_goes_through_the_blocks(tmp_path, tiny_opt):
