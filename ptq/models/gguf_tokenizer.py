@@ -59,6 +59,15 @@ def as_llama_cpp(tokenizer: Any, path: pathlib.Path) -> str | None:
     return None if pre else f"{path.name} names no pre-tokenizer: its text is split by llama.cpp's default"
 
 
+def pre_of(splitting: Any) -> str | None:
+    """Returns llama.cpp's name for how `as_llama_cpp` has a tokenizer split, by its ``pre_tokenizer`` in tokenizers' JSON; None for
+    any other.
+    """
+    steps = splitting.get("pretokenizers", []) if isinstance(splitting, dict) else []
+    patterns = tuple(step["pattern"].get("Regex") for step in steps if step.get("type") == "Split")
+    return next((name for name, known in PATTERNS.items() if known == patterns), None)
+
+
 def _put_around(tokenizer: Any, backend: Any, bos: Any, eos: Any) -> None:
     """Has the tokenizer put its BOS before a text and its EOS after it; None leaves both to transformers."""
     if backend is None or bos is None:

@@ -8,6 +8,7 @@ import gguf
 
 from ptq.errors import UserError
 from ptq.export.vocabulary import UNUSED, Vocabulary, vocabulary_of
+from ptq.models.gguf_tokenizer import pre_of
 
 NO_SCORE = -1e6
 """Score of a SentencePiece token that nothing is merged into: below every merge."""
@@ -107,7 +108,10 @@ def add_tokenizer(writer: gguf.GGUFWriter, tokenizer: Any, rows: int, pre: str |
 def _pre_tokenizer(found: Vocabulary) -> str:
     if not found.byte_level or not found.merges:
         return "default"
-    text = json.dumps(found.state.get("pre_tokenizer"))
+    splitting = found.state.get("pre_tokenizer")
+    if (name := pre_of(splitting)) is not None:
+        return name
+    text = json.dumps(splitting)
     for part, name in PRE_TOKENIZERS:
         if part in text or json.dumps(part)[1:-1] in text:
             return name

@@ -7,6 +7,7 @@ import pathlib
 import gguf
 import pytest
 import tokenizers
+import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import pre_tokenizers
@@ -14,6 +15,7 @@ from tokenizers import pre_tokenizers
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
+from ptq.export.packing.gguf_metadata import add_tokenizer
 from ptq.files.gguf_header import metadata_of
 from ptq.models.gguf_tokenizer import PATTERNS
 from ptq.models.loading import load, load_tokenizer
@@ -78,6 +80,16 @@ def test_digits_are_split_as_the_files_pre_tokenizer_says(tmp_path):
     assert split["gpt-2"] == ["12", "34", "'", "LL"]
     assert split["qwen2"] == ["1", "2", "3", "4", "'L", "L"]
     assert split["llama-bpe"] == ["12", "3", "4", "'L", "L"]
+
+
+@pytest.mark.parametrize("pre", ["smollm", "gpt-2", "qwen2", "llama-bpe", "default"])
+def test_a_tokenizer_that_was_read_out_of_a_file_is_written_into_another_as_splitting_the_same(tmp_path, pre):
+    tokenizer = load_tokenizer(write(tmp_path / "first.gguf", pre))
+    tokenizer.save_pretrained(tmp_path / "folder")
+    for read in (tokenizer, transformers.AutoTokenizer.from_pretrained(tmp_path / "folder")):
+        writer = gguf.GGUFWriter(None, "llama")
+        add_tokenizer(writer, read, len(read), None)
+        assert writer.kv_data[0]["tokenizer.ggml.pre"].value == pre
 
 
 @given(st.text(alphabet=st.characters(codec="utf-8"), max_size=40), st.sampled_from(sorted(PLAIN)))
