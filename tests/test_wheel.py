@@ -46,7 +46,7 @@ def test_the_wheel_holds_the_packages_the_configs_and_the_licence(unpacked):
         "experiments/__init__.py",
     } <= files
     assert any(name.endswith("licenses/LICENSE") for name in files)
-    assert not any(name.startswith(("tests/", "outputs/")) for name in files)
+    assert not any(name.startswith(("tests/", "outputs/", "docs/")) for name in files)
     [points] = unpacked.glob("*.dist-info/entry_points.txt")
     assert "ptq = ptq.cli.app:main" in points.read_text()
 
