@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import json
+import os
 import pathlib
 import platform
 from collections.abc import Mapping
@@ -23,7 +24,9 @@ def timings_key(device: torch.device) -> dict[str, object]:
     key: dict[str, object] = {"torch": torch.__version__, "onnxruntime": _version("onnxruntime"), "device": device.type}
     if device.type == "cuda":
         return {**key, "gpu": torch.cuda.get_device_name(device)}
-    return {**key, "processor": processor(), "threads": torch.get_num_threads(),
+    # Whether OpenMP's threads spin or sleep while they wait decides who can have the cores meanwhile.
+    waiting = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
+    return {**key, **waiting, "processor": processor(), "threads": torch.get_num_threads(),
             "capability": torch.backends.cpu.get_cpu_capability()}  # fmt: skip
 
 

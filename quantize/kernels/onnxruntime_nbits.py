@@ -2,6 +2,7 @@
 
 import functools
 import importlib.util
+import os
 from typing import Any
 
 import torch
@@ -105,11 +106,23 @@ def _session(weight: StoredWeight) -> Any:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if _pool(torch.get_num_threads()):
+    if _pool(threads()):
         options.use_per_session_threads = False
     else:
-        options.intra_op_num_threads = torch.get_num_threads()
+        options.intra_op_num_threads = threads()
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
+
+
+def threads() -> int:
+    """Returns how many threads it has: torch's number where there are cores for both, or where torch's sleep when they are done; else one.
+
+    OpenMP's threads spin for milliseconds behind each product of torch's, on the cores that these would need: with two threads on
+    two cores a token took three times as long as with torch's asleep (docs/speed.md).
+    """
+    wanted = torch.get_num_threads()
+    asleep = os.environ.get("OMP_WAIT_POLICY", "").upper() == "PASSIVE" or os.environ.get("GOMP_SPINCOUNT") == "0"
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return wanted if asleep or cores >= 2 * wanted else 1
 
 
 @functools.cache

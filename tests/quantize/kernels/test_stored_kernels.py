@@ -279,3 +279,27 @@ def test_digits_of_zeros_are_zero_and_what_is_not_finite_spreads_to_its_row():
 def test_products_without_a_weight_say_so():
     with pytest.raises(ValueError, match="call take first"):
         Products((registered_floating()["dequantized"],), "w", None, {})(normal(1, 4), None)
+
+
+@pytest.mark.parametrize(
+    ("variables", "cores", "threads"),
+    [
+        ({}, 2, 1),
+        ({}, 3, 1),
+        ({}, 4, 2),
+        ({"OMP_WAIT_POLICY": "active"}, 2, 1),
+        ({"OMP_WAIT_POLICY": "passive"}, 2, 2),
+        ({"GOMP_SPINCOUNT": "0"}, 2, 2),
+        ({"GOMP_SPINCOUNT": "1000"}, 2, 1),
+    ],
+)
+def test_onnxruntime_has_one_thread_where_torchs_would_hold_its_cores(monkeypatch, variables, cores, threads):
+    from quantize.kernels import onnxruntime_nbits
+
+    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(onnxruntime_nbits.os, "sched_getaffinity", lambda _: set(range(cores)), raising=False)
+    assert onnxruntime_nbits.threads() == threads
