@@ -92,7 +92,7 @@ BEST = sorted(path.stem for path in (catalog.config_folder() / "method" / "best"
 def test_the_best_method_goes_by_the_scheme_and_says_what_it_measured(scheme):
     recipe = compose("demo", "method=best", f"scheme={scheme}")
     assert recipe == compose("demo", f"scheme={scheme}", f"method=best/{scheme}")
-    assert list(recipe.steps)[-1] in {"rtn", "gptq"}
+    assert list(recipe.steps)[-1] in {"rtn", "gptq", "tune"}
     said = catalog.describe(catalog.config_folder() / "method" / "best" / f"{scheme}.yaml")
     assert re.search(r"\d\.\d{2,4} x", said)
 
