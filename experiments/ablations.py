@@ -55,9 +55,23 @@ def finding(done: Sequence[Row]) -> str:
     if worse:
         said = ", ".join(f"{_words(rows[number])} by {pair.paired.difference:.1%}" for number, pair, _ in worse)
         text += f" Worse, paired over {compared[0][1].paired.windows} windows (log perplexity, p < {TELLS} after Holm): {said}."
+    if alike and (few := too_few(compared)):
+        return f"{text} {few}"
     if alike:
         text += f" Not told apart from it: {', '.join(_words(rows[number]) for number in alike)}."
     return text
+
+
+def too_few(compared: Sequence[tuple[int, RunPair, float]]) -> str:
+    """Returns a sentence for windows of which no difference, however great, could be told from chance among so many points; else ''."""
+    paired = compared[0][1].paired
+    least = min(1.0, 2.0 ** (1 - paired.clusters) * len(compared))
+    if least < TELLS:
+        return ""
+    return (
+        f"{paired.windows} windows of {paired.clusters} documents are too few to tell {len(compared) + 1} points apart: p is "
+        f"{least:.2g} at least after Holm."
+    )
 
 
 def with_section(text: str, name: str, section: str) -> str:
