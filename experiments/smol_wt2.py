@@ -44,6 +44,8 @@ EVERY = ["scheme.cache.window=0", "scheme.cache.first=0"]
 """No token of the cache stays exact, but those whose group is not full."""
 ROTATED = ["method=rotate_clip_gptq"]
 """The stream rotated, what down and o read rotated online, inputs clipped, GPTQ."""
+TRELLIS = ["scheme=w2a16_trellis", "method=rotate_gptq", "steps.rotate.online=[]", "steps.gptq.target=residual"]
+"""The stream rotated for good, so that weights are near Gaussian; then GPTQ by columns of tiles."""
 NARROW = ["steps.tune.precision=bfloat16"]
 """Products of tuning in 16 bits, which a processor with such instructions multiplies two to three times as fast."""
 WEIGHT_METHODS = {
@@ -203,6 +205,10 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         "FP4, blocks of 64": (["scheme=fp4"], ""),
         "MXFP4": (["scheme=mxfp4"], ""),
         "NVFP4": (["scheme=nvfp4"], ""),
+        "Trellis, 2 bits; rotate, gptq, target residual, held out, relative": (
+            [*TRELLIS, "steps.gptq.held_out=8", "steps.gptq.relative=true"],
+            "1.8",
+        ),
     },
 }
 

@@ -41,7 +41,7 @@ def test_a_worked_example_is_what_the_code_computes(label, scale, codes, values)
 
 
 def test_every_format_has_an_example():
-    assert {label.split()[0] for label, *_ in EXAMPLES} == set(formats()) - {"llm_int8", *FORMS}
+    assert {label.split()[0] for label, *_ in EXAMPLES} == set(formats()) - {"llm_int8", "trellis", *FORMS}
 
 
 def test_the_examples_in_the_text_hold_too():

@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec
 from quantize.spec.rules import TENSORS
 
@@ -58,7 +59,8 @@ def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]], h
     """Checks a scheme against a model: the shapes (out, in) of its Linears by full name, and its attention heads' channels.
 
     Raises:
-        UserError: for a pattern that matches no Linear and no module that holds some, or a group size that does not divide.
+        UserError: for a pattern that matches no Linear and no module that holds some, or a group size, or columns of tiles, that
+            do not divide.
     """
     parents = {name.rpartition(".")[0] for name in linears}
     names = [*linears, *sorted(parents)]
@@ -71,6 +73,11 @@ def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]], h
         specs = linear_specs(scheme, name)
         for tensor, spec in (("weight", specs.weight), ("input", specs.input)):
             _divides(f"scheme.{tensor}.group_size", spec, columns, f"the {columns} channels of {name}")
+        if specs.weight is not None and columns % formats()[specs.weight.format].columns:
+            raise UserError(
+                f"scheme.weight.format: {specs.weight.format!r} takes columns in multiples of "
+                f"{formats()[specs.weight.format].columns}, and {name} has {columns}: use int there, by an override"
+            )
     for parent in sorted(parents):
         for tensor, spec in attention_specs(scheme, parent).items():
             if tensor != "attention_probs":

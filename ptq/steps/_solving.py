@@ -24,6 +24,8 @@ Solved = tuple[torch.Tensor, Grid] | Encoded
 """What a solver chose for a weight: codes (out, in) on an integer grid, or what `Codec.encode` would give for its format."""
 WITHOUT_LEVELS = ("q8_0", "q8_0_gguf", "llm_int8")
 """Formats that are rounded by a rule of their own."""
+OF_TILES = ("trellis",)
+"""Formats in which many weights are coded together, which GPTQ does by columns of tiles."""
 OBSERVED_VALUES = 1 << 21
 """Numbers of one tensor that the percentile and mse estimators look at: evenly spaced tokens of all samples."""
 
@@ -188,10 +190,10 @@ def weight_specs(scheme: SchemeConfig) -> list[QuantSpec]:
     return _specs(scheme, "weight")
 
 
-def refuse_without_levels(scheme: SchemeConfig, option: str) -> None:
-    """Raises `UserError` when a weight's format is rounded by a rule of its own, and the step's `option` needs levels."""
+def refuse_without_levels(scheme: SchemeConfig, option: str, tiles: bool = False) -> None:
+    """Raises `UserError` when a weight's format is rounded by a rule of its own, and the step's `option` needs levels, or `tiles`."""
     for spec in weight_specs(scheme):
-        if spec.format in WITHOUT_LEVELS:
+        if spec.format in WITHOUT_LEVELS or (spec.format in OF_TILES and not tiles):
             raise UserError(
                 f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.{option} to choose among: "
                 f"use int with granularity group, or steps.rtn={{}}"

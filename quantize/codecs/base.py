@@ -29,6 +29,8 @@ class Codec:
     """Bits of a code, where codes are packed integers; 8 where they are stored as they are."""
     signed = False
     """Whether the codes are int8 rather than uint8."""
+    stacked_rows: int | None = None
+    """Of a format of tiles: rows whose multiples can be coded one below the other as one weight, and taken apart again."""
 
     def couples_tokens(self, spec: QuantSpec) -> bool:
         """Returns whether what becomes of a value depends on other tokens that are rounded with it."""

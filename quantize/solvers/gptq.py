@@ -13,6 +13,7 @@ import torch
 from quantize.checks import all_finite
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
+from quantize.codecs.trellis.codec import Trellis
 from quantize.grid.affine import Grid, dequantize, grouped, quantize
 from quantize.grid.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.grid.ranges import weight_grid
@@ -22,6 +23,7 @@ from quantize.solvers.descent import descend
 from quantize.solvers.factorisation import Factor, Failure, factorise
 from quantize.solvers.feedback import round_with_feedback
 from quantize.solvers.levels import IntegerLevels, Levels
+from quantize.solvers.tiles.block_feedback import code_with_feedback, factorise_blocks
 from quantize.spec.quant_spec import QuantSpec
 
 SCALES = ("range", "diagonal", "pivots", "block")
@@ -69,6 +71,13 @@ class GptqOptions:
             raise ValueError(f"scales: {self.scales!r} are fitted first: use static_groups true, or scales range")
         if self.descent < 0:
             raise ValueError(f"descent: {self.descent!r} is not valid: expected 0 or more sweeps: use 0")
+
+    def check_tiles(self, spec: QuantSpec) -> None:
+        """Raises `ValueError`, naming the option, for what a format of tiles has no levels for."""
+        for name, usual in (("scales", "range"), ("descent", 0)):
+            if getattr(self, name) != usual:
+                value = getattr(self, name)
+                raise ValueError(f"{name}: {value!r} needs levels, and format {spec.format!r} has none: use {usual}")
 
 
 class Hessian:
@@ -238,25 +247,34 @@ def solve_format(
 
     Scales are fitted to the weight first, by `options.scales`, among those that the format can store; ``range`` is the
     format's own rule. No row's loss is above that of rounding to nearest; where rows cannot be told apart (one scale for
-    all, double quantization) the whole weight's is not.
+    all, double quantization, tiles) the whole weight's is not. A format of tiles (trellis) carries errors from one column of
+    tiles to the next, whatever `options.block`, and a `factor` of single columns is not used.
 
     Raises:
-        ValueError: as `solve`, or for a format that has no levels and scales alone.
+        ValueError: as `solve`, or for a format that has no levels and scales alone; for options that need levels, of tiles.
     """
     if spec.affine:
         raise ValueError(f"format: {spec.format!r} is an integer grid: use solve")
     problem, codec = _problem(weight, hessian, spec, None), codec_of(spec)
+    tiled = isinstance(codec, Trellis)
+    if tiled:
+        options.check_tiles(spec)
     shape = problem.weight.shape
     nearest = codec.encode(problem.weight, spec)
     rtn_loss = problem.row_losses(codec.decode(nearest, spec, shape))
+    if tiled:
+        factor = factorise_blocks(problem.hessian, options.damping, options.act_order)
     factor = factor or factorise(problem.hessian, options.damping, options.act_order)
     if isinstance(factor, Failure):
         mean = float(rtn_loss.mean())
         return FormatSolution(nearest, factor.damping, factor.failures, True, mean, mean, len(problem.weight))
-    levels = clipped_levels(problem.weight, spec, _weighing(problem, factor, options))
-    stored = levels.encoded(_rounded(problem, levels, factor, options, None).t())
+    if tiled:
+        stored, together = code_with_feedback(problem.wanted, problem.hessian, factor, spec), True
+    else:
+        levels = clipped_levels(problem.weight, spec, _weighing(problem, factor, options))
+        stored, together = levels.encoded(_rounded(problem, levels, factor, options, None).t()), levels.shared
     loss = problem.row_losses(codec.decode(stored, spec, shape))
-    worse = _worse(loss, rtn_loss, levels.shared or spec.double_quant)
+    worse = _worse(loss, rtn_loss, together or spec.double_quant)
     if worse.any():
         stored = {name: _with_rows(part, worse, nearest[name]) for name, part in stored.items()}
         loss = torch.where(worse, rtn_loss, loss)

@@ -22,6 +22,7 @@ class Format:
         double_quant: whether its scales can be quantized in turn.
         affine: integer codes on a grid, which a solver or statistics may choose.
         static: an activation may also have one scale for the tensor that comes from statistics, where it is not affine.
+        columns: what the number of a weight's columns has to be a multiple of, whatever shares a scale.
     """
 
     bits: tuple[int, ...]
@@ -34,6 +35,7 @@ class Format:
     double_quant: bool = False
     affine: bool = False
     static: bool = False
+    columns: int = 1
 
 
 INTEGER = "int"

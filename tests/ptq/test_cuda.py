@@ -173,6 +173,10 @@ CASES = {
         },
         {"rtn": {}},
     ),
+    "trellis, gptq": (
+        {"weight": {"format": "trellis", "bits": 2}, "exclude": ["*.layers.[!0].*", "*.mlp.*"]},
+        {"rotate": {"online": []}, "gptq": {"target": "residual"}},
+    ),
     "embedding and head": ({"weight": {"bits": 8}, "embedding": {"bits": 8}, "head": {"bits": 8}}, {"rtn": {}}),
 }
 CASES |= {
@@ -258,7 +262,7 @@ EXPORTS = {
 
 def test_every_step_format_and_exporter_of_ours_is_among_them():
     assert {name for _, steps in CASES.values() for name in steps} == set(steps_of_ours())
-    specs = [spec for scheme, _ in CASES.values() for spec in scheme.values()]
+    specs = [spec for scheme, _ in CASES.values() for spec in scheme.values() if isinstance(spec, dict)]
     assert {spec.get("format", "int") for spec in specs} == set(formats())
     assert set(EXPORTS) == {name.replace("_", "-") for name in exporters_of_ours()}
 

@@ -15,6 +15,7 @@ from ptq.ranks.reduction import by_cost, done_by
 from ptq.ranks.world import Message
 from ptq.steps._solved import heard, told
 from ptq.steps._solving import (
+    OF_TILES,
     BlockInputs,
     Solved,
     captures_of,
@@ -22,10 +23,11 @@ from ptq.steps._solving import (
     quantize_linear,
     refuse_without_levels,
     specs_of,
+    weight_specs,
 )
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.solvers._target_moments import Moments, Part
-from quantize.codecs.base import checked
+from quantize.codecs.base import Encoded, checked
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import dequantize, grouped
 from quantize.modules.simulated import InputQuantizer
@@ -125,8 +127,18 @@ class Step(Solver):
         self.solving, self.sequential, self.target = solving, options.sequential, options.target
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
-        """Needs the calibration samples, and what static input ranges need. `UserError` for formats without levels."""
-        refuse_without_levels(scheme, "gptq")
+        """Needs the calibration samples, and what static input ranges need.
+
+        Raises:
+            UserError: for formats without levels, and options that need levels for a format of tiles.
+        """
+        refuse_without_levels(scheme, "gptq", tiles=True)
+        for spec in weight_specs(scheme):
+            if spec.format in OF_TILES:
+                try:
+                    self.solving.check_tiles(spec)
+                except ValueError as error:
+                    raise UserError(f"steps.gptq.{error}") from None
         return captures_of(scheme) | {SAMPLES} | (frozenset() if self.target == "present" else {REFERENCE})
 
     @property
@@ -267,7 +279,7 @@ class _Solving:
         for name in moments.names:
             spec = specs_of(self.context, name).weight
             if spec is not None:
-                stacked = spec.affine and spec.granularity in STACKED
+                stacked = _stacked(spec, len(weight_of(self.context.module(name))))
                 together.setdefault((spec, "" if stacked else name), []).append(name)
         solved: dict[str, Solved] = {}
         for (spec, _), names in together.items():
@@ -286,7 +298,7 @@ class _Solving:
             if not spec.affine:
                 of_format = solve_format(weight, hessian, spec, options)
                 self._note(names, of_format)
-                return {names[0]: of_format.stored}
+                return dict(zip(names, _taken_apart(of_format.stored, [len(w) for w in weights]), strict=True))
             solution: Solution = solve(weight, hessian, spec, options, labels)
         except ValueError as error:
             raise UserError(f"{', '.join(names)}: {error}") from None
@@ -342,6 +354,22 @@ class _Solving:
                 self.notes.append(
                     f"gptq: {name}: damping raised to {solution.damping:g} after {solution.failures} failures"
                 )
+
+
+def _stacked(spec: QuantSpec, rows: int) -> bool:
+    """Whether a weight of so many rows is solved as one with others of this format that read the same input."""
+    if spec.affine:
+        return spec.granularity in STACKED
+    unit = codec_of(spec).stacked_rows
+    return unit is not None and rows % unit == 0
+
+
+def _taken_apart(stored: Encoded, rows: list[int]) -> list[Encoded]:
+    """Returns what is stored of weights of so many rows that were solved as one, each tensor's rows in proportion."""
+    if len(rows) == 1:
+        return [stored]
+    parts = {name: tensor.split([n * len(tensor) // sum(rows) for n in rows]) for name, tensor in stored.items()}
+    return [{name: part[i].contiguous() for name, part in parts.items()} for i in range(len(rows))]
 
 
 def _chosen(solved: Solved, weight: torch.Tensor) -> Solved:

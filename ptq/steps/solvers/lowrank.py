@@ -63,7 +63,7 @@ class Step(Solver):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the samples, and what static input ranges need. `UserError` for weights without levels, or none at all."""
-        refuse_without_levels(scheme, "lowrank")
+        refuse_without_levels(scheme, "lowrank", tiles=True)
         if not weight_specs(scheme):
             raise UserError("scheme.weight: null, so steps.lowrank has nothing to correct: use steps.rtn={}")
         return captures_of(scheme) | {SAMPLES}

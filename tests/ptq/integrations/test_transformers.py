@@ -29,6 +29,7 @@ CONFIGS = [
     {"scheme": "fp8"},
     {"scheme": "q8_0", "group_size": 16},
     {"scheme": SchemeConfig(weight=QuantSpec(bits=2, granularity="group", group_size=16, symmetric=False))},
+    {"scheme": SchemeConfig(weight=QuantSpec(bits=2, format="trellis"))},
 ]
 
 

@@ -79,7 +79,7 @@ REFERENCES = {
 BITS = {
     "int": 8.125, "fp8_e4m3": 8.125, "fp8_e5m2": 8.125, "mxfp4": 4.25, "mxfp8": 8.25, "mxfp8_e5m2": 8.25,
     "nvfp4": 4.5 + 32 / 2**16, "q8_0": 8.5, "q8_0_gguf": 8.5, "nf4": 4.5, "fp4": 4.5,
-    "q4_k": 4.625, "q5_k": 5.625, "q6_k": 6.5625,
+    "trellis": 2.125, "q4_k": 4.625, "q5_k": 5.625, "q6_k": 6.5625,
 }  # fmt: skip
 WEIGHTS = [name for name, form in formats().items() if form.weight]
 INPUTS = [name for name, form in formats().items() if form.activation]
