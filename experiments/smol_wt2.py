@@ -156,6 +156,17 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
                 ("W2A16 g64", "w2a16_g64", "2.5"),
             )
         },
+        "Trellis, 2 bits; rotate, gptq, tune": (
+            [
+                "scheme=w2a16_trellis",
+                "method=rotate_gptq_tune",
+                "steps.gptq.scales=range",
+                "steps.gptq.descent=0",
+                "steps.tune.rate=2e-3",
+                *NARROW,
+            ],
+            "1.8",
+        ),
         "W4A4 per channel, dynamic per token asymmetric; affine, clip, gptq, tune": (
             [
                 "scheme=w4a4_asym",

@@ -29,6 +29,8 @@ class Codec:
     """Bits of a code, where codes are packed integers; 8 where they are stored as they are."""
     signed = False
     """Whether the codes are int8 rather than uint8."""
+    proportional = False
+    """Whether a weight is proportional to the floats that are stored as ``scale``, which may then be changed: codes stay."""
     stacked_rows: int | None = None
     """Of a format of tiles: rows whose multiples can be coded one below the other as one weight, and taken apart again."""
 

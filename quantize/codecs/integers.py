@@ -26,6 +26,8 @@ SCALE_TYPES = {"float32": torch.float32, "float16": torch.float16, "float16_min"
 class Integer(Codec):
     """Absmax and zero point, 2 to 8 bits, of weights (out, in). A solver's codes are packed by `store`."""
 
+    proportional = True
+
     def store(self, codes: torch.Tensor, grid: Grid, spec: QuantSpec) -> Encoded:
         """Returns what is stored of codes (out, in) on `grid`: both packed, the scales in the type that `spec` names, which holds them exactly."""
         stored = {"codes": pack(codes, spec.bits), "scale": grid.scale.to(SCALE_TYPES[spec.scales])}

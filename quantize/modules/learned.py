@@ -9,11 +9,13 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
 from quantize.grid.scales import rounded_scales
 from quantize.kernels.matmul import linear, product
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.rounding import LearnedWeight, valued
+from quantize.spec.quant_spec import QuantSpec
 
 
 class LearnedLinear(nn.Module):
@@ -98,7 +100,7 @@ class TunedLinear(nn.Module):
     Steps of an optimizer are relative to a scale's own size that way, and no scale changes its sign.
 
     Args:
-        quantized: its weight has an integer format; it is left as it is.
+        quantized: its weight has an integer format, or another one that is proportional to its scales; it is left as it is.
         dtype: type of the products, forward and backward.
         inputs: rounds the input in place of its quantizer; readers of one tensor share it. None for the quantizer.
 
@@ -114,18 +116,14 @@ class TunedLinear(nn.Module):
     def __init__(self, quantized: QuantLinear, dtype: torch.dtype = torch.float32, inputs: TunedInput | None = None):
         super().__init__()
         spec = quantized.weight_spec
-        if spec is None or not spec.affine:
+        if spec is None or not codec_of(spec).proportional:
             raise ValueError(f"format: {spec.format if spec else 'floating point'} has no scales to tune: use int")
         if quantized.corrected:
             raise ValueError("a product of low rank is added to the weight, which was fitted to its scales")
-        self.spec, self.shape, self.dtype = spec, quantized.codes.shape, dtype
+        self.spec, self.shape, self.dtype = spec, quantized.weight.shape, dtype
         self.inputs = quantized.inputs if inputs is None else inputs
-        codes, zero = grouped(quantized.codes, spec).to(torch.int16), quantized.zero_point
         self.register_buffer("labels", quantized.labels)
-        if zero is not None:
-            codes -= (zero if self.labels is None else zero[..., self.labels]).to(torch.int16)
-        # Whole numbers up to 255 are exact in 16 bits of either kind.
-        self.register_buffer("steps", codes.to(torch.bfloat16))
+        self.register_buffer("steps", _steps(quantized, spec))
         self.register_buffer("start", quantized.scale.detach().clone())
         self.register_buffer("bias", quantized.bias)
         self.log_ratio = nn.Parameter(torch.zeros_like(self.start))
@@ -148,6 +146,19 @@ class TunedLinear(nn.Module):
         elif self.inputs is not None:
             x = valued(x, self.inputs(x.detach()))
         return product_in(self.dtype, x, self.weight(), self.bias)
+
+
+def _steps(quantized: QuantLinear, spec: QuantSpec) -> torch.Tensor:
+    """Returns what the scales are multiplied by, in the weight's `grouped` shape."""
+    if not spec.affine:
+        stored = {name: getattr(quantized, name) for name in quantized.stored_names}
+        stored["scale"] = torch.ones_like(quantized.scale)
+        return grouped(codec_of(spec).decode(stored, spec, quantized.weight.shape), spec)
+    codes, zero, labels = grouped(quantized.codes, spec).to(torch.int16), quantized.zero_point, quantized.labels
+    if zero is not None:
+        codes -= (zero if labels is None else zero[..., labels]).to(torch.int16)
+    # Whole numbers up to 255 are exact in 16 bits of either kind.
+    return codes.to(torch.bfloat16)
 
 
 class TunedGain(nn.Module):

@@ -302,10 +302,10 @@ class QuantLinear(nn.Module):
         """Gives the codes another scale, of the shape of the old one.
 
         Raises:
-            ValueError: for another shape, NaN or inf, or a weight whose format has no integer codes.
+            ValueError: for another shape, NaN or inf, or a weight whose format is not proportional to its scales.
         """
-        if self.weight_spec is None or not self.weight_spec.affine or scale.shape != self.scale.shape:
-            raise ValueError(f"scale: {tuple(scale.shape)} is not the shape of the scale of integer codes here")
+        if self.weight_spec is None or not codec_of(self.weight_spec).proportional or scale.shape != self.scale.shape:
+            raise ValueError(f"scale: {tuple(scale.shape)} is not the shape of a scale that could be changed here")
         if not all_finite(scale):
             raise ValueError("scale: holds NaN or inf")
         self.scale = scale.to(self.scale)

@@ -24,6 +24,7 @@ from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
 from ptq.steps._learning import Learned
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
+from quantize.codecs.registry import codec_of
 from quantize.error import kl_divergence
 from quantize.kernels.matmul import fast_linears
 from quantize.modules.learned import TunedGain, TunedInput, TunedLinear, product_in
@@ -71,7 +72,7 @@ class Step(Tuner):
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing on the way. `UserError` for what gradients do not pass, and weights that have no scales to tune."""
         specs = [scheme.weight, *(o.tensors.get("weight") for o in scheme.overrides)]
-        others = sorted({spec.format for spec in specs if spec is not None and not spec.affine})
+        others = sorted({spec.format for spec in specs if spec and not codec_of(spec).proportional})
         if others or not any(specs):
             found = f"format: {others[0]!r}" if others else "weight: null"
             raise UserError(f"scheme.{found} has no integer codes whose scales steps.tune could learn: ~steps.tune")

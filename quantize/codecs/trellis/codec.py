@@ -37,6 +37,7 @@ MULTIPLIERS = tuple(1.0 + 0.05 * i for i in range(41))
 class Trellis(Codec):
     """Codes of tiles under one float32 scale a row, which is the standard deviation of its weights or, with outliers, more."""
 
+    proportional = True
     stacked_rows = SIDE
 
     def viterbi(self, spec: QuantSpec, device: torch.device) -> Viterbi:

@@ -66,6 +66,19 @@ def test_saved_blocks_hold_the_codes_and_give_the_weight_back(recipe):
     assert torch.isfinite(linear.weight).all() and linear.weight.abs().max() > 0
 
 
+def test_tuning_learns_the_rows_scales_and_leaves_the_codes(recipe):
+    tensors, kl = [], []
+    for steps in ({"gptq": {}}, {"gptq": {}, "tune": {"steps": 16, "rate": 1e-2, "norm_rate": 1e-2, "held_out": 4}}):
+        folder = run(recipe(TRELLIS, steps, execution={"save": True}))
+        kl.append(json.loads((folder / "metrics.json").read_text())["kl_mean"])
+        tensors.append(load_file(folder / "quantized" / "block-00000.safetensors"))
+    assert kl[1] < 0.97 * kl[0]
+    before, after = tensors
+    assert all(torch.equal(t, after[name]) for name, t in before.items() if name.endswith(".codes"))
+    ratios = torch.cat([(after[name] / t).flatten() for name, t in before.items() if name.endswith(".scale")])
+    assert 0.7 < ratios.min() < 0.999 and 1.001 < ratios.max() < 1.4
+
+
 def test_options_of_gptq_that_need_levels_are_refused_before_the_work(recipe):
     for options, message in (
         ({"scales": "pivots"}, "steps.gptq.scales: 'pivots' needs levels, and format 'trellis' has none: use range"),

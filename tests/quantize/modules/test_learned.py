@@ -18,6 +18,7 @@ SPECS = [
     QuantSpec(bits=4, granularity="group", group_size=8, scales="float16"),
     QuantSpec(bits=4, granularity="group", group_size=8, symmetric=False, scales="float16_min"),
     QuantSpec(bits=3, granularity="cluster", symmetric=False),
+    QuantSpec(bits=2, format="trellis"),
 ]
 every_spec = pytest.mark.parametrize("spec", SPECS, ids=str)
 INPUT = QuantSpec(bits=4, granularity="token", dynamic=True)
