@@ -17,6 +17,8 @@ from ptq.sweep.points import read_sweep
 from ptq.sweep.table import rows_of
 
 MOST_LINES = 6
+DECADES = 30.0
+"""Quotient of the greatest to the least difference from which on the axis is logarithmic."""
 
 
 def lines_of(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], option: str) -> dict[str, list[Mapping[str, Any]]]:
@@ -53,8 +55,18 @@ def draw(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], option: str, pa
         axes.legend(fontsize="x-small")
     axes.set_xlabel(option)
     axes.set_ylabel("difference of perplexity")
-    axes.axhline(0.0, linewidth=0.8, color="grey", linestyle=":")
+    if spans_decades([row for found in lines.values() for row in found]):
+        axes.set_yscale("log")
+    else:
+        axes.axhline(0.0, linewidth=0.8, color="grey", linestyle=":")
     write_atomic(path, lambda place: figure.savefig(place, format="png"))
+
+
+def spans_decades(rows: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether all differences, and the lower ends of their intervals, are above 0, and the greatest one many times the least."""
+    ends = [float(row["difference"] if row["difference_low"] is None else row["difference_low"]) for row in rows]
+    middle = [float(row["difference"]) for row in rows]
+    return min(ends) > 0 and max(middle) > DECADES * min(middle)
 
 
 def main(arguments: Sequence[str] | None = None) -> None:

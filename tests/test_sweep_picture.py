@@ -2,7 +2,7 @@
 
 import pytest
 
-from experiments.sweep_picture import draw, lines_of
+from experiments.sweep_picture import draw, lines_of, spans_decades
 from ptq.errors import UserError
 
 
@@ -39,3 +39,8 @@ def test_a_sweep_without_a_finished_point_has_no_picture(tmp_path):
     with pytest.raises(UserError, match="no point of this sweep"):
         draw([ROWS[4]], ["alpha"], "alpha", tmp_path / "a.png")
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(("differences", "low", "decades"), [((1, 40), 0.5, True), ((1, 20), 0.5, False), ((1, 40), -0.5, False), ((-1, 40), None, False)])  # fmt: skip
+def test_the_axis_is_logarithmic_where_differences_above_zero_span_decades(differences, low, decades):
+    assert spans_decades([{"difference": d, "difference_low": low} for d in differences]) is decades
