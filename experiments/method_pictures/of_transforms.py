@@ -1,6 +1,6 @@
 """Pictures of the transforms: what each does to channels, to tokens and to the output's error before anything is quantized."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import torch
@@ -104,8 +104,7 @@ def awq(material: Material) -> Drawn:
         found[read.label] = awq_scale(mean, [read.weight], read.hessian, rounded)
         errors, ratio = found[read.label].errors, found[read.label].ratio
         best = min(errors)
-        axes[1].plot(RATIOS, errors, color=colour, label=read.label, linewidth=1.2)
-        axes[1].plot([ratio], [best], "o", color=colour, markersize=5)
+        _searched(axes[1], RATIOS, errors, ratio, read.label, colour)
         lines.append(f"{read.label}: exponent {ratio:g}, error {errors[0]:.3%} without, {best:.3%} with the scale")
     read = material.reads["q, k, v"]
     chosen, mean = found[read.label], read.x.abs().mean(0)
@@ -242,8 +241,7 @@ def clip(material: Material) -> Drawn:
             [read.weight], read.x, lambda x, share: fake_quantize_dynamic(x, replace(TOKEN, clip=share))
         )
         chosen[read.label] = ratio
-        axes[1].plot(INPUT_RATIOS, errors, color=colour, label=read.label, linewidth=1.2)
-        axes[1].plot([ratio], [min(errors)], "o", color=colour, markersize=5)
+        _searched(axes[1], INPUT_RATIOS, errors, ratio, read.label, colour)
         lines.append(
             f"{read.label}: keeps {ratio:.0%}, error {errors[0]:.2%} with all of the range, {min(errors):.2%} so"
         )
@@ -313,6 +311,14 @@ def cluster(material: Material) -> Drawn:
     )
     legend(figure, *axes)
     return Drawn(figure, lines)
+
+
+def _searched(
+    axis: Axes, tried: Sequence[float], errors: Sequence[float], chosen: float, words: str, colour: str
+) -> None:
+    """Draws the errors over what a search has tried, and a dot at what it has chosen, which has the least."""
+    axis.plot(tried, errors, color=colour, label=words, linewidth=1.2)
+    axis.plot([chosen], [min(errors)], "o", color=colour, markersize=5)
 
 
 def _ranges(axis: Axes, x: torch.Tensor) -> None:

@@ -19,12 +19,12 @@ from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.network.outside import check_outside
 from ptq.report.results import LayerResult
-from ptq.run.planning import captures_of_steps, check_steps, context_of, open_samples, plan_all
+from ptq.run.planning import captures_of_steps, check_steps, context_of, looks_at_samples, open_samples, plan_all
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.tuned.tuning import put_into_blocks, tuner_of
 from ptq.steps._proof import Proof
 from ptq.steps._registry import build_steps
-from ptq.steps._step import STATISTICS, TRANSFORM, Tuning
+from ptq.steps._step import STATISTICS, Tuning
 
 
 @dataclass(frozen=True)
@@ -62,7 +62,7 @@ def quantize(
     check_steps(scheme, built)
     wanted = captures_of_steps(scheme, built)
     tuner = tuner_of(built)
-    if ids is None and (wanted or tuner or any(step.kind == TRANSFORM for step in built.values())):
+    if ids is None and looks_at_samples(scheme, built):
         raise UserError("ids: null, but the steps look at activations: give token ids (samples, length)")
     tokens = _tiny(model) if ids is None else ids
     if tokens.dim() != 2 or tokens.dtype != torch.int64 or not len(tokens):

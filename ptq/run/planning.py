@@ -88,9 +88,14 @@ def context_of(
     return Context(network, stream, scheme, traces, attentions=attentions, rotary=rotary, note=note)
 
 
+def looks_at_samples(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether a step captures something of the calibration samples, or passes some by itself, as transforms and tuners do."""
+    return bool(captures_of_steps(scheme, steps)) or any(step.kind in {TRANSFORM, TUNER} for step in steps.values())
+
+
 def uncalibrated(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:
     """Returns a line for people where no step looks at calibration samples, so that what is asked of them changes nothing."""
-    if captures_of_steps(scheme, steps) or any(step.kind in {TRANSFORM, TUNER} for step in steps.values()):
+    if looks_at_samples(scheme, steps):
         return []
     return ["calibration: no step of this recipe looks at samples; their text, number, length and seed change nothing"]
 

@@ -18,14 +18,13 @@ from quantize.grid.ranges import RunningRange, observed_grid
 from quantize.modules.online import carry_online
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.lowrank import Factors
+from quantize.solvers.tiles.block_feedback import has_tiles
 from quantize.spec.quant_spec import QuantSpec
 
 Solved = tuple[torch.Tensor, Grid] | Encoded
 """What a solver chose for a weight: codes (out, in) on an integer grid, or what `Codec.encode` would give for its format."""
 WITHOUT_LEVELS = ("q8_0", "q8_0_gguf", "llm_int8")
 """Formats that are rounded by a rule of their own."""
-OF_TILES = ("trellis",)
-"""Formats in which many weights are coded together, which GPTQ does by columns of tiles."""
 OBSERVED_VALUES = 1 << 21
 """Numbers of one tensor that the percentile and mse estimators look at: evenly spaced tokens of all samples."""
 
@@ -179,7 +178,7 @@ def captures_of(scheme: SchemeConfig) -> frozenset[str]:
     """Returns what static ranges need: statistics for inputs by minmax; the samples for other estimators, and for query,
     key and value, which no Linear reads.
     """
-    ranges = {spec.range for spec in _specs(scheme, "input") if not spec.dynamic}
+    ranges = {spec.range for spec in input_specs(scheme) if not spec.dynamic}
     wanted = {STATISTICS} if "minmax" in ranges else set()
     watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in _specs(scheme, tensor))
     return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
@@ -190,10 +189,15 @@ def weight_specs(scheme: SchemeConfig) -> list[QuantSpec]:
     return _specs(scheme, "weight")
 
 
+def input_specs(scheme: SchemeConfig) -> list[QuantSpec]:
+    """Returns every spec that the scheme has for inputs."""
+    return _specs(scheme, "input")
+
+
 def refuse_without_levels(scheme: SchemeConfig, option: str, tiles: bool = False) -> None:
     """Raises `UserError` when a weight's format is rounded by a rule of its own, and the step's `option` needs levels, or `tiles`."""
     for spec in weight_specs(scheme):
-        if spec.format in WITHOUT_LEVELS or (spec.format in OF_TILES and not tiles):
+        if spec.format in WITHOUT_LEVELS or (has_tiles(spec) and not tiles):
             raise UserError(
                 f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.{option} to choose among: "
                 f"use int with granularity group, or steps.rtn={{}}"

@@ -106,10 +106,11 @@ def _session(weight: StoredWeight) -> Any:
     model = helper.make_model(graph, opset_imports=opsets, ir_version=IR_VERSION)
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
-    if _pool(threads()):
+    count = threads()
+    if _pool(count):
         options.use_per_session_threads = False
     else:
-        options.intra_op_num_threads = threads()
+        options.intra_op_num_threads = count
     return onnxruntime.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
 
 

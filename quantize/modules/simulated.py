@@ -109,7 +109,7 @@ class InputQuantizer(nn.Module):
         if self.spec.dynamic or scale.shape != self.scale.shape or not all_finite(scale):
             raise ValueError(f"scale: {tuple(scale.shape)} is no finite scale of {self.spec}")
         self.scale = scale.to(self.scale)
-        self._last = self._last_integers = None
+        self._forget(self)
 
     def integers(self, x: torch.Tensor) -> IntegerRows:
         """Returns `x` (..., channels) as integer kernels take it: codes of what `forward` gives, remembered likewise."""

@@ -13,7 +13,6 @@ import torch
 from quantize.checks import all_finite
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
-from quantize.codecs.trellis.codec import Trellis
 from quantize.grid.affine import Grid, dequantize, grouped, quantize
 from quantize.grid.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.grid.ranges import weight_grid
@@ -23,7 +22,7 @@ from quantize.solvers.descent import descend
 from quantize.solvers.factorisation import Factor, Failure, factorise
 from quantize.solvers.feedback import round_with_feedback
 from quantize.solvers.levels import IntegerLevels, Levels
-from quantize.solvers.tiles.block_feedback import code_with_feedback, factorise_blocks
+from quantize.solvers.tiles.block_feedback import code_with_feedback, factorise_blocks, has_tiles
 from quantize.spec.quant_spec import QuantSpec
 
 SCALES = ("range", "diagonal", "pivots", "block")
@@ -255,15 +254,13 @@ def solve_format(
     """
     if spec.affine:
         raise ValueError(f"format: {spec.format!r} is an integer grid: use solve")
-    problem, codec = _problem(weight, hessian, spec, None), codec_of(spec)
-    tiled = isinstance(codec, Trellis)
+    problem, codec, tiled = _problem(weight, hessian, spec, None), codec_of(spec), has_tiles(spec)
     if tiled:
         options.check_tiles(spec)
+        factor = factorise_blocks(problem.hessian, options.damping, options.act_order)
     shape = problem.weight.shape
     nearest = codec.encode(problem.weight, spec)
     rtn_loss = problem.row_losses(codec.decode(nearest, spec, shape))
-    if tiled:
-        factor = factorise_blocks(problem.hessian, options.damping, options.act_order)
     factor = factor or factorise(problem.hessian, options.damping, options.act_order)
     if isinstance(factor, Failure):
         mean = float(rtn_loss.mean())

@@ -15,7 +15,6 @@ from ptq.ranks.reduction import by_cost, done_by
 from ptq.ranks.world import Message
 from ptq.steps._solved import heard, told
 from ptq.steps._solving import (
-    OF_TILES,
     BlockInputs,
     Solved,
     captures_of,
@@ -43,6 +42,7 @@ from quantize.solvers.gptq import (
     solve,
     solve_format,
 )
+from quantize.solvers.tiles.block_feedback import has_tiles
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -134,7 +134,7 @@ class Step(Solver):
         """
         refuse_without_levels(scheme, "gptq", tiles=True)
         for spec in weight_specs(scheme):
-            if spec.format in OF_TILES:
+            if has_tiles(spec):
                 try:
                     self.solving.check_tiles(spec)
                 except ValueError as error:

@@ -8,7 +8,6 @@ was fitted to. Here gradients pass through the whole quantized network, on sampl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import TypeGuard
 
 import torch
 from torch import nn
@@ -23,6 +22,7 @@ from ptq.network.network import Block, replace_module, replaced_forward
 from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
 from ptq.steps._learning import Learned
+from ptq.steps._solving import input_specs, weight_specs
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.codecs.registry import codec_of
 from quantize.error import kl_divergence
@@ -31,6 +31,7 @@ from quantize.modules.learned import TunedGain, TunedInput, TunedLinear, product
 from quantize.modules.online import carry_online
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.rounding import warmed_cosine
+from quantize.spec.quant_spec import QuantSpec
 
 PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHUNK = 256
@@ -71,15 +72,12 @@ class Step(Tuner):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing on the way. `UserError` for what gradients do not pass, and weights that have no scales to tune."""
-        specs = [scheme.weight, *(o.tensors.get("weight") for o in scheme.overrides)]
-        others = sorted({spec.format for spec in specs if spec and not codec_of(spec).proportional})
-        if others or not any(specs):
+        specs = weight_specs(scheme)
+        others = sorted({spec.format for spec in specs if not codec_of(spec).proportional})
+        if others or not specs:
             found = f"format: {others[0]!r}" if others else "weight: null"
             raise UserError(f"scheme.{found} has no integer codes whose scales steps.tune could learn: ~steps.tune")
-        inputs = [
-            spec for spec in (scheme.input, *(o.tensors.get("input") for o in scheme.overrides)) if spec is not None
-        ]
-        if self.options.input_rate and not any(spec.affine and not spec.dynamic for spec in inputs):
+        if self.options.input_rate and not any(map(_static, input_specs(scheme))):
             raise UserError(
                 f"steps.tune.input_rate: {self.options.input_rate:g}, but the scheme has no static integer inputs: use 0, or "
                 "scheme.input.dynamic=false"
@@ -171,8 +169,9 @@ def _tuned(context: Context, options: Options) -> Iterator[_Tuned]:
         for block in context.network.blocks:
             for name, module in list(block.module.named_modules(prefix=block.name)):
                 if isinstance(module, QuantLinear) and module.weight_spec is not None:
-                    if options.input_rate and _tunable(module.inputs):
-                        inputs[name] = shared.setdefault(module.inputs, TunedInput(module.inputs))
+                    if options.input_rate and module.inputs is not None and _static(module.inputs.spec):
+                        inputs[name] = shared.get(module.inputs) or TunedInput(module.inputs)
+                        shared[module.inputs] = inputs[name]
                     try:
                         linears[name] = TunedLinear(module, PRECISIONS[options.precision], inputs.get(name))
                     except ValueError as error:
@@ -191,8 +190,9 @@ def _tuned(context: Context, options: Options) -> Iterator[_Tuned]:
             parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
 
 
-def _tunable(inputs: InputQuantizer | None) -> TypeGuard[InputQuantizer]:
-    return inputs is not None and inputs.spec.affine and not inputs.spec.dynamic
+def _static(spec: QuantSpec) -> bool:
+    """Whether an input of this format has static scales of integers."""
+    return spec.affine and not spec.dynamic
 
 
 def _gain_of(module: nn.Module) -> float | None:

@@ -19,6 +19,11 @@ from quantize.solvers.factorisation import Factor, Failure, factorise
 from quantize.spec.quant_spec import QuantSpec
 
 
+def has_tiles(spec: QuantSpec) -> bool:
+    """Whether a format codes the weights of a tile together, and has no levels for single ones."""
+    return isinstance(codec_of(spec), Trellis)
+
+
 def factorise_blocks(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor | Failure:
     """Returns `factorise` with the columns in blocks of 16 that stay together.
 
