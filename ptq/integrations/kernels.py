@@ -10,6 +10,7 @@ from torch import nn
 
 from ptq.errors import UserError, nearest
 from ptq.files.kernel_timings import KeptTimings
+from ptq.integrations.attention import use_attention_in_parts_
 from quantize.codecs.llm_int8 import WEIGHT
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import AUTO, Choice
@@ -37,6 +38,8 @@ def use_kernels_(
     model: nn.Module, kernels: str = AUTO, hold_bits: float = HOLD_BITS, cache: pathlib.Path | None = None
 ) -> KernelUse:
     """Lets kernels multiply in the packed Linears of `model`; the fastest for a number of rows is found by a short timing.
+
+    The attention of a model of transformers that has the usual one (`sdpa`) computes causal windows in parts beside them.
 
     Args:
         model: with packed Linears.
@@ -70,6 +73,7 @@ def use_kernels_(
     shared = SharedInput()
     for module in packed.values():
         module.use_kernels(choice if kernels != SIMULATED else None, shared)
+    use_attention_in_parts_(model, bool(packed) and kernels != SIMULATED)
     return kernel_use(model)
 
 
