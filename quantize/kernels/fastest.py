@@ -7,7 +7,11 @@ from typing import Generic, Protocol, TypeVar
 import torch
 
 ROUNDS, MOST_ROUNDS, ENOUGH = 3, 20, 5.0
-"""Calls of a kernel whose least time counts, after one that warms it up: at least so many, more up to so many milliseconds."""
+"""Calls of each kernel, in turn, whose least time counts, after one that warms it up: at least so many, more up to so many milliseconds."""
+ALIKE, PATIENCE = 1.25, 100.0
+"""A least time counts when another call came within this factor of it. Where none does, something else has the cores, and calls go
+on up to so many milliseconds of all kernels together: what is kept from a disturbed moment would be taken ever after.
+"""
 Given = TypeVar("Given")
 Timings = dict[str, dict[str, float]]
 """Milliseconds of each kernel by what was multiplied."""
@@ -106,13 +110,10 @@ class Fastest(Generic[Given]):
         return multiply(given)
 
     def _time(self, given: Given, rows: int) -> torch.Tensor:
-        timings, results = {}, {}
-        for name in self.names:
-            multiply = self._of(name)
-            results[name] = multiply(given)
-            timings[name] = _least_milliseconds(multiply, given, results[name].device)
+        products = {name: self._of(name) for name in self.names}
+        results = {name: multiply(given) for name, multiply in products.items()}
         self._check(results, given)
-        self._timings[self._key(rows)] = timings
+        self._timings[self._key(rows)] = _least_milliseconds(products, given, results[self.names[0]].device)
         self._keeper.keep(self._timings)
         winners = {min(t, key=t.__getitem__) for key, t in self._timings.items() if key.startswith(f"{self._what} ")}
         self._prepared = {name: multiply for name, multiply in self._prepared.items() if name in winners}
@@ -128,11 +129,24 @@ class Fastest(Generic[Given]):
         return {**self.__dict__, "_prepared": {}, "_by_size": {}}
 
 
-def _least_milliseconds(multiply: Callable[[Given], torch.Tensor], given: Given, device: torch.device) -> float:
-    times: list[float] = []
-    while len(times) < ROUNDS or (len(times) < MOST_ROUNDS and sum(times) < ENOUGH):
-        times.append(_milliseconds(multiply, given, device))
-    return min(times)
+def _least_milliseconds(
+    products: Mapping[str, Callable[[Given], torch.Tensor]], given: Given, device: torch.device
+) -> dict[str, float]:
+    """Returns the least time of each kernel; they take turns, so that what disturbs one disturbs the others."""
+    times: dict[str, list[float]] = {name: [] for name in products}
+    while any(len(found) < ROUNDS for found in times.values()) or (
+        not all(map(_enough, times.values())) and sum(map(sum, times.values())) < PATIENCE
+    ):
+        for name, multiply in products.items():
+            times[name].append(_milliseconds(multiply, given, device))
+    return {name: min(found) for name, found in times.items()}
+
+
+def _enough(times: Sequence[float]) -> bool:
+    if len(times) < MOST_ROUNDS and sum(times) < ENOUGH:
+        return False
+    least, second = sorted(times)[:2]
+    return second <= ALIKE * least
 
 
 def _milliseconds(multiply: Callable[[Given], torch.Tensor], given: Given, device: torch.device) -> float:
