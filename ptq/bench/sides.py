@@ -21,10 +21,11 @@ from ptq.integrations.outside import choose_outside, quantize_outside_
 from ptq.integrations.replace import pack_, remember, tied_of
 from ptq.models.loading import load
 from ptq.network.network import build_network
-from ptq.network.outside import RoundedOutside
+from ptq.network.outside import RoundedOutside, set_weight
 from ptq.run.exports import QUANTIZED
 from ptq.run.in_memory import quantize
 from ptq.run.kept.block_file import rebuild
+from ptq.run.kept.outside_file import read_outside
 from quantize.kernels.choice import Choice
 from quantize.modules.simulated import QuantLinear
 
@@ -85,9 +86,8 @@ def sides_of(
 
 
 def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
-    """Returns `model` with the blocks that a finished run has saved in its folder, in place; embedding and head are rounded anew.
-
-    What transforms have done to embedding, final norm and head is not among what a run saves: it changes no product's speed.
+    """Returns `model` with the blocks that a finished run has saved in its folder, in place, and what steps that turn the residual
+    stream have left outside them; embedding and head are rounded anew.
 
     Raises:
         UserError: for a file that is missing, damaged, or of modules that are not known.
@@ -99,6 +99,10 @@ def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
             rebuild(block, path, network, torch.device("cpu"))
         except (OSError, ValueError, SafetensorError) as error:
             raise UserError(f"--run: {path} cannot be used ({str(error).splitlines()[0]}): run it again") from None
+    device = torch.device("cpu")
+    for name, stored in read_outside(network, run / QUANTIZED).items():
+        owner, _, last = name.rpartition(".")
+        set_weight(model.get_submodule(owner), last, stored.read(stored.dtype, stored.dtype, device))
     RoundedOutside(scheme, network)()
     return model
 

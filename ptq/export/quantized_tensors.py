@@ -13,6 +13,7 @@ from ptq.errors import UserError
 from ptq.network.attention import AttentionQuantizers
 from ptq.network.experts.linears import Expert
 from ptq.network.network import Block, Network, weight_of
+from ptq.network.outside import tied_parameters
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, grouped, integer_range
@@ -119,7 +120,7 @@ def walked(
         without: names of those that are left out.
     """
     model, linears = source.network.model, source.network.linears.keys()
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_parameters(model)
     for owner, module in model.named_modules():
         if not _inside(owner, within) or _inside(owner, without):
             continue
@@ -143,10 +144,18 @@ def _inside(owner: str, names: Sequence[str]) -> bool:
 
 
 class ResidentSource:
-    """A quantized model that is in memory."""
+    """A quantized model that is in memory. Matrices outside its blocks are rounded to the type `narrow`, where there is one."""
 
-    def __init__(self, network: Network, tokenizer: Any, scheme: SchemeConfig, origin: pathlib.Path | None = None):
+    def __init__(
+        self,
+        network: Network,
+        tokenizer: Any,
+        scheme: SchemeConfig,
+        origin: pathlib.Path | None = None,
+        narrow: torch.dtype | None = None,
+    ):
         self.network, self.tokenizer, self.scheme, self.origin = network, tokenizer, scheme, origin
+        self._narrow, self._outside = narrow, frozenset(network.outside)
         for block in network.blocks:
             refuse_foreign(block)
 
@@ -155,12 +164,13 @@ class ResidentSource:
         return tensors_of(name, self.network.model.get_submodule(name))
 
     def tensor(self, name: str) -> torch.Tensor:
-        """Returns the parameter or buffer `name` itself."""
+        """Returns the parameter or buffer `name` itself, or rounded."""
         owner, _, last = name.rpartition(".")
         value = getattr(self.network.model.get_submodule(owner), last)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} is no tensor")
-        return value
+        narrowed = self._narrow is not None and value.dim() > 1 and owner in self._outside
+        return value.to(self._narrow) if narrowed else value
 
 
 def rounded(name: str, weight: torch.Tensor, spec: QuantSpec) -> LinearTensors:

@@ -29,7 +29,7 @@ from ptq.export.packing.k_blocks import TYPES, superblock_columns
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
 from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
-from ptq.network.outside import outside_weights
+from ptq.network.outside import outside_weights, tied_parameters
 from quantize.spec.quant_spec import QuantSpec
 
 FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "F32": 0}
@@ -289,7 +289,7 @@ def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[f
     model, names = source.network.model, _names(source.network)
     config = model.config
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tied = set(getattr(model, "all_tied_weights_keys", None) or {})
+    tied = tied_parameters(model)
     specs = {name: s.weight for name, s in specs_by_linear(source.scheme, source.network).items()}
     outside = {w.name: w for w in outside_weights(source.scheme, source.network) if w.spec is not None}
     stacked, gates = _stacked(source.network), {name for block in source.network.blocks for name in block.gates}

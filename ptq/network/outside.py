@@ -22,6 +22,17 @@ def set_weight(module: nn.Module, name: str, value: torch.Tensor | None) -> None
     module.register_parameter(name, None if value is None else nn.Parameter(value, requires_grad=False))
 
 
+def tied_parameters(model: nn.Module) -> frozenset[str]:
+    """Returns the full names of parameters of a model of transformers that are another's once more: none where a step has untied them."""
+    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # type: ignore[operator, union-attr]
+    return frozenset(getattr(model, "all_tied_weights_keys", None) or ()) if tied else frozenset()
+
+
+def untie(model: nn.Module) -> None:
+    """Lets embedding and head of a model of transformers be stored apart from now on."""
+    model.config.get_text_config().tie_word_embeddings = False  # type: ignore[operator, union-attr]
+
+
 @dataclass(frozen=True)
 class OutsideState:
     """Which modules, parameters and buffers stand outside the blocks at one moment; no tensor is copied."""

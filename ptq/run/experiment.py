@@ -28,11 +28,20 @@ from ptq.ranks.world import ALONE, World, led
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.tables import summary
 from ptq.run.baseline import Baseline, baseline_of
-from ptq.run.exports import adapted, check_export, check_places, export_session, needs_saved_weights
+from ptq.run.exports import (
+    QUANTIZED,
+    adapted,
+    check_export,
+    check_places,
+    check_turned,
+    export_session,
+    needs_saved_weights,
+)
 from ptq.run.forecast.forecast import forecast, has_weights
 from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
+from ptq.run.kept.outside_file import stored_type, write_outside
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.one_pass.quantize import Passed, check_devices, goes_in_one_pass, quantize_in_one_pass
@@ -156,7 +165,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
     write_text(folder / "recipe.yaml", yaml.safe_dump(recipe.as_dict(), sort_keys=False))
     tracked = _tracked(recipe if world.leads else dataclasses.replace(recipe, trackers=()), folder, journal)
     with tracked, open_session(recipe, journal, places.kept, shared, world) as session:
-        for note in check_export(recipe, session.network):
+        for note in check_export(recipe, session.network, steps):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
         for line in uncalibrated(recipe.scheme, steps):
@@ -179,7 +188,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         results = compared_answers(session, visitor, passed.answers, folder)
         report(session, visitor, tokens, baseline, compared, folder, identity, results, passed.learned)
         journal.figures(numbers(parse_json((folder / METRICS).read_text(encoding="utf-8"))))
-        export_session(session, folder, passed.shards, passed.blocks)
+        export_session(session, folder, steps, passed.shards, passed.blocks)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
         whole = session.loaded.weights.resident and not visitor.unbuildable
@@ -202,6 +211,7 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
 
 def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Passed:
     """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
+    recipe = session.recipe
     context = open_context(session, steps)
     baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
     targets = None if tuner is None else targets_of(session)
@@ -209,6 +219,7 @@ def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, fold
     taken, identity = context.statistics, session.identity(sources_of(steps))
     context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
     plan_steps(session, steps, context)
+    check_turned(recipe, steps, context)
     if taken is not None and context.statistics is not None:
         save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
     visitor, flow = _quantize(session, steps, context, tokens, folder)
@@ -238,7 +249,8 @@ def _quantize(
         keep_timings(session, kernels)
         session.journal.note(describe(kernels.ran, kernels.refused))
         if kept is not None and needs_saved_weights(recipe) and not tuned:
-            kept.hand_over(session.network.blocks, folder / "quantized")
+            kept.hand_over(session.network.blocks, folder / QUANTIZED)
+            write_outside(stream, stored_type(session.loaded, steps), folder / QUANTIZED)
     return visitor, flow
 
 
@@ -258,7 +270,8 @@ def _tune(
     flow = tune(session, steps, context, targets, tokens, identity)
     check_quantized(flow)
     if needs_saved_weights(session.recipe):
-        save_blocks(context, folder / "quantized")
+        save_blocks(context, folder / QUANTIZED)
+        write_outside(session.stream, stored_type(session.loaded, steps), folder / QUANTIZED)
     return flow
 
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import yaml
+from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from ptq.calibration.statistics import Statistics
@@ -23,9 +25,12 @@ from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import check as check_model
 from ptq.network.attention import CHILD
 from ptq.network.network import Block, Network
+from ptq.run.kept.outside_file import FILE as OUTSIDE
+from ptq.run.kept.outside_file import read_outside, stored_type, turns_stream
 from ptq.run.record.journal import Journal
 from ptq.run.session import Session, open_session
-from ptq.steps._step import WEIGHT_INPUT, WEIGHT_OUTPUT, Step
+from ptq.steps._registry import TARGET, build_steps
+from ptq.steps._step import RESIDUAL, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, Step
 from quantize.codecs.registry import codec_of
 
 QUANTIZED = "quantized"
@@ -39,13 +44,39 @@ def adapted(recipe: Recipe) -> Recipe:
     return dataclasses.replace(recipe, scheme=build_exporter(recipe.export).adapt(recipe.scheme))
 
 
-def check_export(recipe: Recipe, network: Network) -> tuple[str, ...]:
-    """Raises `UserError` when the recipe's export cannot express its scheme or its model. Needs no weights.
+def check_export(recipe: Recipe, network: Network, steps: Mapping[str, Step]) -> tuple[str, ...]:
+    """Raises `UserError` when the recipe's export cannot express its scheme or its model, or what is left of it. Needs no weights.
 
     Returns:
         Sentences on what a runtime will compute otherwise.
     """
-    return () if recipe.export is None else build_exporter(recipe.export).check(recipe.scheme, network)
+    if recipe.export is None:
+        return ()
+    turned = turns_stream(steps)
+    norms = (name for name in network.outside if isinstance(network.model.get_submodule(name), nn.LayerNorm))
+    if turned is not None and (norm := next(norms, None)) is not None:
+        _refuse_turned(recipe.export, turned, f"makes an RMSNorm of {norm}, which this model's architecture has not")
+    return build_exporter(recipe.export).check(recipe.scheme, network)
+
+
+def check_turned(recipe: Recipe, steps: Mapping[str, Step], context: Context) -> None:
+    """Raises `UserError` where steps, which have planned, leave a model that its architecture has no modules for, and an export is to."""
+    turned = turns_stream(steps)
+    if recipe.export is None or turned is None:
+        return
+    if any(plan.basis is not None and plan.basis.centred for plan in context.plans.values()):
+        _refuse_turned(recipe.export, turned, "makes RMSNorms of norms that take the mean out")
+    block = next((block for block in context.network.blocks if context.norm_sums(block)), None)
+    if block is not None:
+        norm = sorted(context.norm_sums(block))[0]
+        _refuse_turned(recipe.export, turned, f"turns online what {norm} adds to the residual stream")
+
+
+def _refuse_turned(export: ExportConfig, step: str, why: str) -> None:
+    raise UserError(
+        f"export.format: {export.format} holds the modules of the model's own architecture, and steps.{step} {why}: "
+        f"use export=null, or ~steps.{step}"
+    )
 
 
 def check_places(recipe: Recipe, steps: Mapping[str, Step]) -> None:
@@ -53,7 +84,7 @@ def check_places(recipe: Recipe, steps: Mapping[str, Step]) -> None:
     if recipe.export is None:
         return
     for name, step in steps.items():
-        online = sorted(step.acts - {WEIGHT_INPUT, WEIGHT_OUTPUT})
+        online = sorted(step.acts - {WEIGHT_INPUT, WEIGHT_OUTPUT, RESIDUAL})
         if online:
             raise UserError(
                 f"export.format: {recipe.export.format} has no place for what steps.{name} does at the {' and the '.join(online)}: "
@@ -67,13 +98,18 @@ def needs_saved_weights(recipe: Recipe) -> bool:
 
 
 def export_session(
-    session: Session, folder: pathlib.Path, shards: BlockShards | None = None, blocks: Sequence[pathlib.Path] = ()
+    session: Session,
+    folder: pathlib.Path,
+    steps: Mapping[str, Step],
+    shards: BlockShards | None = None,
+    blocks: Sequence[pathlib.Path] = (),
 ) -> Exported | None:
     """Writes the export that the session's recipe asks for into the run's `folder`; None when it asks for none.
 
     Args:
         session: the run's.
         folder: of its results.
+        steps: the run's.
         shards: where finished blocks are shards of the export: what makes it of them.
         blocks: their files.
     """
@@ -85,7 +121,13 @@ def export_session(
     if shards is not None:
         with session.journal.phase("export"):
             return _said(shards.finish(path, blocks), session.journal)
-    source: QuantizedTensors = ResidentSource(session.network, loaded.tokenizer, recipe.scheme, origin_of(session))
+    narrow = stored_type(loaded, steps)
+    if narrow is not None and narrow != torch.float32:
+        words = f"export: embedding and head, which steps.{turns_stream(steps)} has turned, are stored in {loaded.baseline_dtype}"
+        session.journal.say(f"{words}; the run had them in {loaded.arithmetic_dtype}")
+    source: QuantizedTensors = ResidentSource(
+        session.network, loaded.tokenizer, recipe.scheme, origin_of(session), narrow
+    )
     if not loaded.weights.resident:
         source = SavedSource(session, folder / QUANTIZED)
     with session.journal.phase("export"):
@@ -109,6 +151,11 @@ def export_run(
             the format cannot express, or an output that exists.
     """
     recipe, fingerprint = saved_run(folder)
+    steps = _steps_of(recipe, trust)
+    check_places(dataclasses.replace(recipe, export=config), steps)
+    turned = turns_stream(steps)
+    if turned is not None and not (folder / QUANTIZED / OUTSIDE).is_file():
+        raise UserError(f"--run: {folder} kept nothing of what steps.{turned} did outside the blocks: run it again")
     if recipe.model.trust_remote_code and not trust:
         raise UserError(
             f"--run: model.trust_remote_code is true in {folder}, so that the model's own code would run: "
@@ -123,7 +170,7 @@ def export_run(
         if session.loaded.fingerprint != fingerprint:
             raise UserError(f"--run: {recipe.model.path} holds other weights than when {folder} was run: run it again")
         try:
-            notes = exporter.check(recipe.scheme, session.network)
+            notes = check_export(dataclasses.replace(recipe, export=config), session.network, steps)
         except UserError as error:
             again = (
                 ": a finished run keeps its scheme, so run it again with that"
@@ -217,12 +264,10 @@ class SavedSource:
         self._saved: dict[str, StoredTensor] = {}
         for block in self.network.blocks:
             path = folder / f"block-{block.index:05d}.safetensors"
-            try:
-                saved = read_header(path)
-            except (OSError, ValueError) as error:
-                raise UserError(f"--run: {path} is missing or damaged ({error}): run it again") from None
+            saved = _readable(path, partial(read_header, path))
             _refuse_unknown_tensors(block, saved)
             self._saved |= saved
+        self._saved |= _readable(folder / OUTSIDE, partial(read_outside, self.network, folder))
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`, read from the run's folder."""
@@ -259,6 +304,19 @@ class SavedSource:
     def _maybe(self, name: str) -> torch.Tensor | None:
         stored = self._saved.get(name)
         return None if stored is None else stored.read(stored.dtype, stored.dtype, torch.device("cpu"))
+
+
+def _readable(path: pathlib.Path, read: Callable[[], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+    """Returns what `read` gives. Raises `UserError`, naming the file, where it is missing or damaged."""
+    try:
+        return read()
+    except (OSError, ValueError) as error:
+        raise UserError(f"--run: {path} is missing or damaged ({error}): run it again") from None
+
+
+def _steps_of(recipe: Recipe, trust: bool) -> dict[str, Step]:
+    """Returns a finished run's steps; those from outside, whose code would run, only where they are trusted."""
+    return build_steps({n: o for n, o in recipe.steps.items() if trust or TARGET not in (o or {})})
 
 
 def _refuse_unknown_tensors(block: Block, saved: dict[str, StoredTensor]) -> None:

@@ -120,7 +120,7 @@ def check_model(
             check_tokens(recipe, tokenizer, seen, evaluation, network.vocabulary)
     else:
         lines.append("texts: not tokenized, since the model's tokenizer is not here")
-    notes = check_export(recipe, network)
+    notes = check_export(recipe, network, steps or {})
     if recipe.export is not None:
         lines.append(f"export: {recipe.export.format} can hold the model and the scheme")
         lines += (f"export: {note}" for note in notes)

@@ -19,7 +19,7 @@ from ptq.network.basis import Basis
 from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.network.norms import gain_offset, is_centring
-from ptq.network.outside import set_weight
+from ptq.network.outside import set_weight, untie
 from ptq.steps._step import (
     INPUT,
     KEY,
@@ -232,7 +232,7 @@ class Step(Transform):
                 rows = center_embedding(module.weight) if plan.basis.centred else module.weight
                 set_weight(module, "weight", rotate_reader(rows, plan.basis.matrix))
         _neutral(model, name, norm, plan.basis.centred)
-        model.config.get_text_config().tie_word_embeddings = False
+        untie(model)
 
     @torch.no_grad()
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
