@@ -35,13 +35,16 @@ pytestmark = pytest.mark.skipif(not LIBRARIES, reason="PTQ_LLAMA_CPP names no fo
 TEXT = "def f(x):\n    return x ** 2  # naïve\n"
 
 
-@pytest.mark.parametrize(("bits", "symmetric"), [(8, True), (4, True), (4, False)])
-def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama, bits, symmetric, capsys):
+@pytest.mark.parametrize(
+    ("bits", "symmetric", "turned"), [(8, True, False), (4, True, False), (4, False, False), (4, False, True)]
+)
+def test_llama_cpp_has_our_perplexity_within_half_a_percent(tmp_path, tiny_llama, bits, symmetric, turned, capsys):
+    steps = {"rotate": {"online": []}, "rtn": {}} if turned else {"rtn": {}}
     weight = {"bits": bits, "granularity": "group", "group_size": 32, "symmetric": symmetric}
     recipe = recipe_from(
         {
             "name": "client", "model": {"path": str(tiny_llama)}, "evaluation": {"windows": 2, "length": 256},
-            "calibration": {"samples": 1, "length": 64}, "steps": {"rtn": {}}, "scheme": {"weight": weight},
+            "calibration": {"samples": 1, "length": 64}, "steps": steps, "scheme": {"weight": weight},
             "export": {"format": "gguf"}, "outputs": str(tmp_path / "outputs"), "store": str(tmp_path / "store"),
         }
     )  # fmt: skip
