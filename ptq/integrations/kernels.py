@@ -10,7 +10,7 @@ from torch import nn
 
 from ptq.errors import UserError, nearest
 from ptq.files.kernel_timings import KeptTimings
-from ptq.integrations.attention import use_attention_in_parts_
+from ptq.integrations.attention_parts import use_attention_in_parts_
 from quantize.codecs.llm_int8 import WEIGHT
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import AUTO, Choice

@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from ptq.integrations import attention
+from ptq.integrations import attention_parts
 from ptq.integrations.kernels import use_kernels_
 from ptq.integrations.transformers import PtqConfig
 
@@ -16,13 +16,13 @@ LONG = torch.arange(1, 201)[None] % 60
 @pytest.fixture
 def calls(monkeypatch):
     """The numbers of tokens that attention in parts was called with."""
-    seen, own = [], attention.attention_in_parts
+    seen, own = [], attention_parts.attention_in_parts
 
     def counted(query, *others):
         seen.append(query.shape[2])
         return own(query, *others)
 
-    monkeypatch.setattr(attention, "attention_in_parts", counted)
+    monkeypatch.setattr(attention_parts, "attention_in_parts", counted)
     return seen
 
 
@@ -50,7 +50,7 @@ def test_padding_and_tokens_after_a_prompt_take_the_usual_attention(tiny_llama, 
 
 def test_without_kernels_a_model_has_its_own_attention_again(tiny_llama):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=PtqConfig(scheme="w8a16"))
-    assert model.config._attn_implementation == attention.NAME
+    assert model.config._attn_implementation == attention_parts.NAME
     use_kernels_(model, "simulated")
     assert model.config._attn_implementation == "sdpa"
 
@@ -65,4 +65,4 @@ def test_an_attention_that_a_user_chose_stays(tiny_llama):
 def test_saved_models_do_not_name_it(tiny_llama, tmp_path):
     model = AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=PtqConfig(scheme="w8a16"))
     model.save_pretrained(tmp_path)
-    assert attention.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))
+    assert attention_parts.NAME not in json.dumps(json.loads((tmp_path / "config.json").read_text()))

@@ -1,7 +1,7 @@
 """Causal attention on CPUs, query by query no further than it may look.
 
 torch's own computes all keys of up to 512 tokens for each query and masks half of them: in parts of `PART` queries, each with the
-keys up to its last one, attention over 512 tokens takes some 0.7 of its time, over 1024 some 0.9 (`python -m experiments.bench.attention`).
+keys up to its last one, attention over 512 tokens takes some 0.7 of its time, over 1024 some 0.9 (`python -m experiments.bench.attention_parts`).
 """
 
 import torch

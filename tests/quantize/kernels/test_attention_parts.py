@@ -4,7 +4,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from quantize.kernels.attention import LONGEST, PART, attention_in_parts, wins_in_parts
+from quantize.kernels.attention_parts import LONGEST, PART, attention_in_parts, wins_in_parts
 
 
 def heads_of(count, tokens, channels, seed):

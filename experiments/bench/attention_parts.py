@@ -1,6 +1,6 @@
-"""What `quantize.kernels.attention` gains over torch's own causal attention on this machine's CPU.
+"""What `quantize.kernels.attention_parts` gains over torch's own causal attention on this machine's CPU.
 
-    python -m experiments.bench.attention [--rounds 5]
+    python -m experiments.bench.attention_parts [--rounds 5]
 
 Heads of SmolLM2-135M, of OPT-1.3B and of LLaMA-3-8B, float32; both sides in turn, medians of the rounds.
 """
@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from experiments.bench.speed import in_turn
-from quantize.kernels.attention import LONGEST, PART, attention_in_parts
+from quantize.kernels.attention_parts import LONGEST, PART, attention_in_parts
 
 HEADS = ((9, 3, 64), (32, 32, 64), (32, 8, 128))
 """(heads, kv heads, channels of a head)."""

@@ -7,7 +7,7 @@ import torch
 import transformers
 from torch import nn
 
-from quantize.kernels.attention import attention_in_parts, wins_in_parts
+from quantize.kernels.attention_parts import attention_in_parts, wins_in_parts
 
 NAME, USUAL = "ptq_parts", "sdpa"
 
