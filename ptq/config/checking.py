@@ -4,7 +4,7 @@ import re
 
 from ptq.config.cache import check_cache, check_rounded
 from ptq.config.options import check_fields
-from ptq.config.schema import CalibrationConfig, Recipe, SchemeConfig, TextConfig
+from ptq.config.schema import AT_MOST, CalibrationConfig, Recipe, SchemeConfig, TextConfig
 from ptq.errors import UserError, nearest
 from quantize.spec.quant_spec import QuantSpec, SpecError
 from quantize.spec.rules import OUTSIDE, TENSORS, TensorRuleError, check_tensor
@@ -25,6 +25,7 @@ def check(recipe: Recipe) -> None:
     _check_text("data.evaluation", recipe.data.evaluation)
     _check_seed(recipe.calibration, recipe.data.calibration)
     _check_experts(recipe.calibration.experts)
+    _check_tuning_samples(recipe.calibration.tuning_samples)
     if recipe.evaluation.task_samples is not None and not recipe.evaluation.tasks:
         raise UserError(
             f"evaluation.task_samples: {recipe.evaluation.task_samples} changes nothing without evaluation.tasks: leave it out"
@@ -59,6 +60,14 @@ def _check_seed(calibration: CalibrationConfig, text: TextConfig) -> None:
             f"calibration.seed: {calibration.seed} changes nothing beside calibration.sampling={calibration.sampling}: "
             "leave it out, or use calibration.sampling=random"
         )
+
+
+def _check_tuning_samples(samples: int | str) -> None:
+    known = "0 or more windows, or at-most-N, such as at-most-256"
+    if isinstance(samples, bool) or (isinstance(samples, int) and samples < 0):
+        raise UserError(f"calibration.tuning_samples: {samples!r} is not valid: expected {known}: use 0")
+    if isinstance(samples, str) and not re.fullmatch(rf"{AT_MOST}[1-9][0-9]{{0,8}}", samples):
+        raise UserError(f"calibration.tuning_samples: {samples!r} is not valid: expected {known}")
 
 
 def _check_experts(experts: str) -> None:

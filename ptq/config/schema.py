@@ -67,6 +67,10 @@ class DataConfig:
     allow_overlap: bool = False
 
 
+AT_MOST = "at-most-"
+"""Before a number of windows: as many as the text has will do."""
+
+
 @dataclass(frozen=True)
 class CalibrationConfig:
     """How calibration samples are drawn: `samples` windows of `length` tokens, ``contiguous`` from the start or ``random``.
@@ -74,7 +78,8 @@ class CalibrationConfig:
     Attributes:
         samples: how many windows.
         tuning_samples: windows of the same draw after those, for a step that learns on the finished network (tune), which then does
-            not learn from what its solver has seen; 0: it learns from the solver's.
+            not learn from what its solver has seen: a number, or ``at-most-N`` where a shorter text will do; 0: it learns from the
+            solver's.
         length: tokens of a window.
         sampling: ``contiguous``, one after another from the start of the text, or ``random``, from places drawn by `seed`.
         seed: of random sampling.
@@ -87,7 +92,7 @@ class CalibrationConfig:
     """
 
     samples: int = option(64, least=1)
-    tuning_samples: int = option(0, least=0)
+    tuning_samples: int | str = 0
     length: int = option(512, least=2)
     sampling: str = option("contiguous", choices=("contiguous", "random"))
     seed: int = seed_option()
@@ -95,6 +100,11 @@ class CalibrationConfig:
     batch_size: int = option(4, least=1)
     statistics: str | None = None
     experts: str = "routed"
+
+    @property
+    def most_tuning_samples(self) -> int:
+        """The number of `tuning_samples`, or the N of ``at-most-N``."""
+        return int(str(self.tuning_samples).removeprefix(AT_MOST))
 
 
 @dataclass(frozen=True)

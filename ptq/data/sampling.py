@@ -66,6 +66,7 @@ class Draw:
         seed: of what is random.
         bos: what begins each window.
         field: the text's place in the recipe, for errors.
+        least: windows that will do where the text has fewer than `samples`, one after another; None for no fewer.
     """
 
     text: TextConfig
@@ -75,6 +76,7 @@ class Draw:
     seed: int = 0
     bos: bool | str = False
     field: str = "data"
+    least: int | None = None
 
     @property
     def parts(self) -> list[tuple[TextConfig, str]]:
@@ -108,8 +110,16 @@ class Draw:
             return [self]
         texts = self.text.mix
         share, rest = divmod(self.samples or 0, len(texts))
+        least = None if self.least is None else -(-self.least // len(texts))
         return [
-            replace(self, text=text, samples=share + (i < rest), seed=self.seed + i, field=f"{self.field}.mix[{i}]")
+            replace(
+                self,
+                text=text,
+                samples=share + (i < rest),
+                seed=self.seed + i,
+                field=f"{self.field}.mix[{i}]",
+                least=least,
+            )
             for i, text in enumerate(texts)
         ]
 
@@ -180,6 +190,8 @@ def _windows(tokenizer: Any, draw: Draw, read: Read) -> _Part:
     ids = torch.tensor(encoded.input_ids, dtype=torch.int64)
     there = len(ids) // length
     wanted = min(there, text.windows or there) if draw.samples is None else draw.samples
+    if draw.least is not None:
+        wanted = min(wanted, max(there, draw.least))
     if wanted < 1 or wanted > there:
         fewer = f"ask for {there} or fewer, shorten" if there else "shorten"
         raise UserError(

@@ -146,7 +146,8 @@ def calibration_draw(recipe: Recipe) -> Draw:
 def seen_draw(recipe: Recipe) -> Draw:
     """Returns which windows a run learns from in any way: its calibration samples, and what is tuned on after them."""
     c = recipe.calibration
-    return dataclasses.replace(calibration_draw(recipe), samples=c.samples + c.tuning_samples)
+    least = c.samples + 1 if c.tuning_samples != c.most_tuning_samples else None
+    return dataclasses.replace(calibration_draw(recipe), samples=c.samples + c.most_tuning_samples, least=least)
 
 
 def evaluation_draw(recipe: Recipe) -> Draw:

@@ -216,7 +216,7 @@ def _tuning(sizes: Sizes, recipe: Recipe, batch: int, width: int, value: int) ->
     c = recipe.calibration
     codes = (1 + 2 + value) * sum(block.parameters for block in sizes.blocks)
     graph = 2 * value * batch * c.length * sum(block.channels for block in sizes.blocks)
-    return codes + graph + 2 * value * width * (c.tuning_samples or c.samples) * c.length
+    return codes + graph + 2 * value * width * (c.most_tuning_samples or c.samples) * c.length
 
 
 def _solving(block: _BlockSizes, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:

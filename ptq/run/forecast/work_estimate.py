@@ -94,7 +94,7 @@ def work_of(
         a_token * (evaluated + carried * passes) + solving.products, solving.columns, a_pass + moved, saved + moved
     )
     if (tuner := next((step for step in steps.values() if isinstance(step, Tuner)), None)) is not None:
-        samples = c.tuning_samples or c.samples
+        samples = c.most_tuning_samples or c.samples
         work["targets"] = Work(a_token * samples * c.length)
         learned, looked = tuner.passes(samples)
         # Backward is two products for each of forward's; the unquantized head gives what predictions are compared with.

@@ -57,6 +57,9 @@ def targets_of(session: Session) -> torch.Tensor:
         UserError: when the network gives NaN or inf.
     """
     tokens, store, journal = session.tuning_tokens(), session.store, session.journal
+    asked, there = session.recipe.calibration.most_tuning_samples, len(tokens.ids)
+    if there < asked:
+        journal.say(f"tuning: on {there} windows, fewer than the {asked} asked for: {tokens.source} has no more")
     key = {**session.key(tokens), "batch_size": session.recipe.calibration.batch_size}
     with store.found_or_mine("states", key, lambda line: journal.say(f"targets: {line}")) as found:
         if found is not None:

@@ -36,8 +36,8 @@ class Bytes:
         return [{256: "<s>"}[i] for i in ids]
 
 
-def draw(config, samples=3, length=8, sampling="contiguous", seed=0, bos=False):
-    return Draw(config, samples, length, sampling, seed, bos, "data.x").tokens(Bytes())
+def draw(config, samples=3, length=8, sampling="contiguous", seed=0, bos=False, least=None):
+    return Draw(config, samples, length, sampling, seed, bos, "data.x", least).tokens(Bytes())
 
 
 @pytest.fixture
@@ -128,6 +128,13 @@ def test_a_missing_file_names_the_nearest(tmp_path, text):
         check_source(TextConfig("file", path=str(tmp_path / "txet.txt")), "data.x")
     with pytest.raises(UserError, match="is a folder"):
         check_source(TextConfig("file", path=str(tmp_path)), "data.x")
+
+
+def test_fewer_windows_will_do_down_to_the_least(text):
+    assert torch.equal(draw(text, samples=13, least=5).ids, draw(text, samples=12).ids)
+    assert torch.equal(draw(text, samples=7, least=5).ids, draw(text, samples=7).ids)
+    with pytest.raises(UserError, match="12 windows of 8; 13 were asked for"):
+        draw(text, samples=20, least=13)
 
 
 def test_too_little_text_says_how_much_there_is(text):

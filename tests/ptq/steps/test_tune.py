@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 
 import ptq
 from ptq.config.building import recipe_from
-from ptq.config.schema import ExportConfig
+from ptq.config.schema import ExportConfig, TextConfig
+from ptq.data.sources import read_text
 from ptq.errors import UserError
 from ptq.run.experiment import check_recipe, checked, run
 from ptq.run.exports import export_run
@@ -244,11 +245,29 @@ NF4 = {"weight": {"format": "nf4", "bits": 4, "granularity": "group", "group_siz
         ({"rtn": {}, "tune": {"rates": 1}}, GROUPS, {}, "steps.tune.rates.*rate"),
         ({"rtn": {}, "tune": {}}, GROUPS, {"execution": {"weights": "offloaded"}}, "execution.weights: 'offloaded', but steps.tune .* use resident"),
         ({"rtn": {}}, GROUPS, {"calibration": {"samples": 4, "tuning_samples": 4}}, "calibration.tuning_samples: 4, but no step learns"),
+        ({"rtn": {}, "tune": {}}, GROUPS, {"calibration": {"tuning_samples": -1}}, "tuning_samples: -1 .* 0 or more windows"),
+        ({"rtn": {}, "tune": {}}, GROUPS, {"calibration": {"tuning_samples": "at-most-0"}}, "'at-most-0' .* such as at-most-256"),
+        ({"rtn": {}, "tune": {}}, GROUPS, {"calibration": {"tuning_samples": "all"}}, "'all' .* such as at-most-256"),
+        ({"rtn": {}, "tune": {}}, GROUPS, {"calibration": {"tuning_samples": True}}, "tuning_samples: (True|true)"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_tuned_is_refused_before_the_work(tmp_path, tiny_llama, steps, scheme, changes, words):
     with pytest.raises(UserError, match=words):
         checked(make(tmp_path, tiny_llama, steps, scheme, **changes))
+
+
+def test_a_shorter_text_will_do_where_the_number_is_at_most(tmp_path, tiny_llama, capsys):
+    text = tmp_path / "text.txt"
+    text.write_text(read_text(TextConfig(split="train"), "data").joined[:1000])
+    own = {"source": "file", "path": str(text)}
+    calibration = {"samples": 4, "tuning_samples": "at-most-100000", "length": 64}
+    steps = {"rtn": {}, "tune": {"steps": 1, "batch": 2, "held_out": 2}}
+    run(make(tmp_path, tiny_llama, steps, calibration=calibration, data={"calibration": own}))
+    # 1000 bytes are 15 windows, of which the solver has the first 4.
+    assert "tuning: on 11 windows, fewer than the 100000 asked for" in capsys.readouterr().out
+    too_few = {**calibration, "samples": 15}
+    with pytest.raises(UserError, match="15 windows of 64; 16 were asked for"):
+        check_recipe(make(tmp_path, tiny_llama, steps, calibration=too_few, data={"calibration": own}))
 
 
 def test_too_little_text_one_batch_and_several_ranks_are_refused(tmp_path, tiny_llama):
