@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch.nn import functional
 
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
@@ -48,8 +47,7 @@ class LearnedLinear(nn.Module):
             x = x * torch.exp(-self.log_scale).to(x.dtype)
         if self.inputs is not None:
             x = valued(x, self.inputs(x.detach()))
-        bias = None if self.bias is None else self.bias.to(x.dtype)
-        return functional.linear(x, self.learned().to(x.dtype), bias)
+        return product_in(x.dtype, x, self.learned(), self.bias)
 
 
 class TunedInput(nn.Module):
