@@ -190,6 +190,10 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         "KV 2 bits: in groups of 32, least squared error; 128 recent, 4 first exact": (["scheme=kv2"], "1.08"),
         "KV 2 bits, keys before rotary embeddings": (["scheme=kv2", "scheme.cache.before_rope=true"], "1.08"),
         "KV 2 bits, ranges of the values": (["scheme=kv2", "scheme.key.range=minmax", "scheme.value.range=minmax"], ""),
+        "W4A4KV4 dynamic per token asymmetric; affine, clip, gptq": (
+            ["scheme=w4a4kv4", "scheme.input.symmetric=false", "scheme.weight.range=mse", "method=affine_gptq"],
+            "1.03 x W4A4",
+        ),
         "W4A4KV4 dynamic per token symmetric; rotate, clip, gptq": (
             ["scheme=w4a4kv4", "scheme.weight.range=mse", *ROTATED],
             "1.03 x W4A4",
