@@ -66,7 +66,7 @@ WEIGHT_METHODS = {
 BEST_GOALS = {
     "w8a8": "1.004", "w8a8_static": "1.015", "w4a16_g64": "1.055", "w4a16": "1.10", "w4a8": "1.12", "w4a8_g64": "1.07",
     "w3a16_g64": "1.22", "w2a16_g64": "2.5", "w4a4_asym": "1.5", "w4a4_g64": "1.30", "kv4": "1.01", "kv2": "1.08",
-    "nvfp4_w4a4": "1.35", "w2a16_trellis": "1.8", "w4a4_static": "1.8",
+    "nvfp4_w4a4": "1.35", "mxfp4_w4a4": "1.45", "w2a16_trellis": "1.8", "w4a4_static": "1.8",
 }  # fmt: skip
 """Schemes for which a recipe was measured as the best so far, `method=best`, and what is aimed at."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
