@@ -7,6 +7,7 @@ import os
 import pathlib
 import pkgutil
 from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from ptq.network.outside import RoundedOutside, set_weight
 from ptq.run.exports import QUANTIZED
 from ptq.run.in_memory import quantize
 from ptq.run.kept.block_file import rebuild
+from ptq.run.kept.outside_file import FILE as OUTSIDE
 from ptq.run.kept.outside_file import read_outside
 from quantize.kernels.choice import Choice
 from quantize.modules.simulated import QuantLinear
@@ -92,19 +94,26 @@ def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
     Raises:
         UserError: for a file that is missing, damaged, or of modules that are not known.
     """
-    network = build_network(model)
+    network, device = build_network(model), torch.device("cpu")
     for block in network.blocks:
         path = run / QUANTIZED / f"block-{block.index:05d}.safetensors"
-        try:
-            rebuild(block, path, network, torch.device("cpu"))
-        except (OSError, ValueError, SafetensorError) as error:
-            raise UserError(f"--run: {path} cannot be used ({str(error).splitlines()[0]}): run it again") from None
-    device = torch.device("cpu")
-    for name, stored in read_outside(network, run / QUANTIZED).items():
-        owner, _, last = name.rpartition(".")
-        set_weight(model.get_submodule(owner), last, stored.read(stored.dtype, stored.dtype, device))
+        with _usable(path):
+            rebuild(block, path, network, device)
+    with _usable(run / QUANTIZED / OUTSIDE):
+        for name, stored in read_outside(network, run / QUANTIZED).items():
+            owner, _, last = name.rpartition(".")
+            set_weight(model.get_submodule(owner), last, stored.read(stored.dtype, stored.dtype, device))
     RoundedOutside(scheme, network)()
     return model
+
+
+@contextmanager
+def _usable(path: pathlib.Path) -> Iterator[None]:
+    """Inside the context a file that is missing or damaged ends in a line that names it."""
+    try:
+        yield
+    except (OSError, ValueError, SafetensorError) as error:
+        raise UserError(f"--run: {path} cannot be used ({str(error).splitlines()[0]}): run it again") from None
 
 
 def by_kernels(model: Any, scheme: SchemeConfig) -> str:

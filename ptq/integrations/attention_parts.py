@@ -7,6 +7,7 @@ import torch
 import transformers
 from torch import nn
 
+from ptq.network.attention import use_attention
 from quantize.kernels.attention_parts import attention_in_parts, wins_in_parts
 
 NAME, USUAL = "ptq_parts", "sdpa"
@@ -17,14 +18,14 @@ def use_attention_in_parts_(model: nn.Module, enabled: bool) -> None:
 
     Another attention that a user chose, and a model of another library, are left alone.
     """
-    before, after = (USUAL, NAME) if enabled else (NAME, USUAL)
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
     switch: Callable[[str], None] | None = getattr(model, "set_attn_implementation", None)
-    if chosen != before or switch is None:
+    if switch is None:
         return
-    transformers.AttentionInterface.register(NAME, _attention)
-    transformers.AttentionMaskInterface.register(NAME, transformers.masking_utils.sdpa_mask)
-    switch(after)
+    if enabled and chosen == USUAL:
+        use_attention(model, NAME, _attention)
+    elif not enabled and chosen == NAME:
+        switch(USUAL)
 
 
 def _attention(

@@ -298,10 +298,15 @@ def unquantized_attention(block: Block) -> Iterator[None]:
 
 def use_simulated_attention(network: Network) -> None:
     """Lets the model call `simulated_attention` from now on."""
+    use_attention(network.model, NAME, simulated_attention)
+
+
+def use_attention(model: Any, name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> None:
+    """Lets a model of transformers call `attention` from now on, registered as `name`, with the masks of transformers' usual one."""
     # Not when this module is imported: transformers reads its models' code then, for seconds, which finished runs do without.
-    transformers.AttentionInterface.register(NAME, simulated_attention)
-    transformers.AttentionMaskInterface.register(NAME, transformers.masking_utils.sdpa_mask)
-    network.model.set_attn_implementation(NAME)
+    transformers.AttentionInterface.register(name, attention)
+    transformers.AttentionMaskInterface.register(name, transformers.masking_utils.sdpa_mask)
+    model.set_attn_implementation(name)
 
 
 def attentions_of(network: Network, stream: BlockStream) -> dict[int, list[str]]:

@@ -24,13 +24,16 @@ def set_weight(module: nn.Module, name: str, value: torch.Tensor | None) -> None
 
 def tied_parameters(model: nn.Module) -> frozenset[str]:
     """Returns the full names of parameters of a model of transformers that are another's once more: none where a step has untied them."""
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))  # type: ignore[operator, union-attr]
-    return frozenset(getattr(model, "all_tied_weights_keys", None) or ()) if tied else frozenset()
+    return frozenset(getattr(model, "all_tied_weights_keys", None) or ()) if _is_tied(model) else frozenset()
 
 
-def untie(model: nn.Module) -> None:
+def untie(model: Any) -> None:
     """Lets embedding and head of a model of transformers be stored apart from now on."""
-    model.config.get_text_config().tie_word_embeddings = False  # type: ignore[operator, union-attr]
+    model.config.get_text_config().tie_word_embeddings = False
+
+
+def _is_tied(model: Any) -> bool:
+    return bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
 
 
 @dataclass(frozen=True)
@@ -85,7 +88,7 @@ def outside_weights(scheme: SchemeConfig, network: Network) -> list[OutsideWeigh
     """Returns the weights of embedding and head with their formats, those that the model has; needs no weights."""
     model = network.model
     names = {id(module): name for name, module in model.named_modules()}
-    tied = bool(getattr(model.config.get_text_config(), "tie_word_embeddings", False))
+    tied = _is_tied(model)
     found = []
     for tensor, module in zip(OUTSIDE, (model.get_input_embeddings(), model.get_output_embeddings()), strict=True):
         weight = getattr(module, "weight", None)

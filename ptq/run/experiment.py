@@ -211,7 +211,6 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
 
 def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Passed:
     """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
-    recipe = session.recipe
     context = open_context(session, steps)
     baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
     targets = None if tuner is None else targets_of(session)
@@ -219,7 +218,7 @@ def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, fold
     taken, identity = context.statistics, session.identity(sources_of(steps))
     context.keep = lambda what, flows, visitor: session.kept(what, identity, flows, visitor)
     plan_steps(session, steps, context)
-    check_turned(recipe, steps, context)
+    check_turned(session.recipe, steps, context)
     if taken is not None and context.statistics is not None:
         save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
     visitor, flow = _quantize(session, steps, context, tokens, folder)

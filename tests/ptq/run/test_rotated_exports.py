@@ -5,10 +5,12 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
+from ptq.bench.sides import saved_model
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig
 from ptq.errors import UserError
+from ptq.models.loading import load
 from ptq.run.experiment import dry_run, run, run_recipe
 from ptq.run.exports import export_run
 from ptq.testing import random_tiny
@@ -84,6 +86,16 @@ def test_a_step_after_it_is_saved_as_it_left_the_blocks(recipe, tmp_path):
     result = run_recipe(made)
     again = export_run(result.folder, ExportConfig("compressed-tensors"), tmp_path / "again", False).path
     assert near(logits(AutoModelForCausalLM.from_pretrained(again)), logits(result.model))
+
+
+def test_a_bench_of_a_turned_run_has_the_runs_model_or_says_what_is_damaged(recipe):
+    made = recipe(export=None, execution={"save": True})
+    result = run_recipe(made)
+    model = load(made.model, made.execution).model
+    assert near(logits(saved_model(model, made.scheme, result.folder)), logits(result.model))
+    (result.folder / "quantized" / "outside.safetensors").write_bytes(b"no")
+    with pytest.raises(UserError, match=r"--run: .*outside.safetensors cannot be used .*: run it again"):
+        saved_model(load(made.model, made.execution).model, made.scheme, result.folder)
 
 
 def test_a_run_that_kept_nothing_outside_its_blocks_is_refused(recipe, tmp_path):
