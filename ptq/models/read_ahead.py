@@ -1,11 +1,44 @@
 """Tensors that a thread reads while the arithmetic goes on, and copies to the device without waiting for it."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import torch
 
 from ptq.errors import UserError
+
+
+def waiting_type(stored: torch.dtype, rounding: torch.dtype, arithmetic: torch.dtype) -> torch.dtype:
+    """Returns the type in which a tensor waits until it is used: `rounding` where `arithmetic` follows from it exactly, which in
+    16 bits takes half the memory of float32, and half the way to a device; else `arithmetic`.
+
+    Args:
+        stored: the file's.
+        rounding: what floating point is rounded to.
+        arithmetic: what it is computed with.
+    """
+    # A resident model goes through the arithmetic type first: from float32 the same values come out, rounded once, unless the
+    # file has more than 32 bits.
+    narrow = arithmetic == torch.float32 and stored.is_floating_point and stored.itemsize <= arithmetic.itemsize
+    return rounding if narrow else arithmetic
+
+
+def widened(tensors: dict[str, torch.Tensor], arithmetic: torch.dtype) -> Callable[[str], torch.Tensor]:
+    """Returns a function that takes a tensor out of `tensors` by its name and gives it as `arithmetic`; integers stay.
+
+    What several names share is shared after it too; all else is freed as it is taken.
+    """
+    count = Counter(map(id, tensors.values()))
+    shared = {id(t): (t, t.to(arithmetic)) for t in tensors.values() if count[id(t)] > 1 and t.is_floating_point()}
+
+    def take(name: str) -> torch.Tensor:
+        tensor = tensors.pop(name)
+        if id(tensor) in shared:
+            return shared[id(tensor)][1]
+        return tensor.to(arithmetic) if tensor.is_floating_point() else tensor
+
+    return take
 
 
 class ReadAhead:

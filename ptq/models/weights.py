@@ -11,7 +11,7 @@ from torch import nn
 from ptq.errors import UserError
 from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
-from ptq.models.read_ahead import ReadAhead
+from ptq.models.read_ahead import ReadAhead, waiting_type, widened
 from ptq.models.resident_memory import return_freed_memory
 from ptq.models.stored.mxfp4 import Mxfp4Matrix
 from ptq.models.stored.stacked import JoinedTensor, StackedTensor
@@ -137,12 +137,14 @@ class OffloadedWeights:
         read: dict[Stored, torch.Tensor] = {}
         missing = list(self._missing(names))
         ready = self._taken([full for *_, full in missing])
+        take = widened(ready, self._arithmetic)
         try:
             for owner, name, full in missing:
                 held.append((owner, name, owner[name]))
-                value = ready.pop(full) if full in ready else self._read(full, read, self._device_of(full))
+                value = take(full) if full in ready else self._read(full, read, self._device_of(full))
                 owner[name] = _in_place_of(owner[name], value)
                 del value
+            del take
             # From here on the model alone holds the tensors: whoever takes one out of it frees its memory.
             read.clear()
             yield
@@ -159,7 +161,7 @@ class OffloadedWeights:
         if wanted:
             read: dict[Stored, torch.Tensor] = {}
             self._reading = ReadAhead(
-                wanted, lambda full, device: self._read(full, read, device), self._device_of(wanted[0])
+                wanted, lambda full, device: self._read(full, read, device, waits=True), self._device_of(wanted[0])
             )
 
     def _device_of(self, full: str) -> torch.device:
@@ -174,14 +176,19 @@ class OffloadedWeights:
         reading, self._reading = self._reading, None
         return reading.result()
 
-    def _read(self, full: str, read: dict[Stored, torch.Tensor], device: torch.device) -> torch.Tensor:
+    def _read(
+        self, full: str, read: dict[Stored, torch.Tensor], device: torch.device, waits: bool = False
+    ) -> torch.Tensor:
         piece = self._pieces.get(full)
         stored: Stored = self._stored[full if piece is None else piece.source]
         if piece is not None:
             stored = self._stored[piece.source].row(piece.shape, piece.expert)
         if stored not in read:
+            held_as = self._arithmetic
+            if waits:
+                held_as = waiting_type(stored.dtype, self._rounding, self._arithmetic)
             try:
-                read[stored] = stored.read(self._rounding, self._arithmetic, device, self._digests)
+                read[stored] = stored.read(self._rounding, held_as, device, self._digests)
             except (OSError, ValueError) as error:
                 raise UserError(
                     f"model.path: {stored.file}, which holds {full}, cannot be read any more ({' '.join(str(error).split())}): "

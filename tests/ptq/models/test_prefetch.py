@@ -4,13 +4,14 @@ import threading
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from ptq.config.building import recipe_from
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
-from ptq.files.safetensors_file import StoredTensor
+from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import load
-from ptq.models.read_ahead import ReadAhead
+from ptq.models.read_ahead import ReadAhead, waiting_type, widened
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.run.experiment import run
@@ -116,3 +117,36 @@ def test_what_cannot_be_read_ahead_is_left_to_whoever_needs_it():
         return torch.ones(1)
 
     assert list(ReadAhead(["a", "b", "c"], read, torch.device("cpu")).result()) == ["a"]
+
+
+FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
+
+
+@pytest.mark.parametrize("stored", FLOATS)
+@pytest.mark.parametrize("rounding", FLOATS[1:])
+@pytest.mark.parametrize("arithmetic", FLOATS[1:])
+def test_a_tensor_that_waits_in_fewer_bits_comes_out_as_one_that_is_read_at_once(tmp_path, stored, rounding, arithmetic):
+    # Values around the middle between two numbers of 16 bits, where rounding twice differs from rounding once.
+    steps = torch.tensor([2.0**-11, 2.0**-8]).to(torch.float64)
+    values = (1 + steps[:, None] * (1 + torch.linspace(-1e-3, 1e-3, 257, dtype=torch.float64) ** 3)).to(stored)
+    save_file({"w": values}, tmp_path / "w.safetensors")
+    tensor = read_header(tmp_path / "w.safetensors")["w"]
+    cpu = torch.device("cpu")
+    at_once = tensor.read(rounding, arithmetic, cpu)
+    waited = widened({"w": tensor.read(rounding, waiting_type(stored, rounding, arithmetic), cpu)}, arithmetic)("w")
+    assert waited.dtype == arithmetic
+    assert torch.equal(waited, at_once)
+
+
+def test_what_waits_takes_two_bytes_a_weight_where_the_model_has_sixteen_bits(tiny_llama):
+    loaded = load(ModelConfig(str(tiny_llama), dtype="float16"), ExecutionConfig("cpu", "offloaded"))
+    block = next(iter(build_network(loaded.model).blocks)).name
+    loaded.weights.prefetch([block])
+    assert {t.dtype for t in loaded.weights._reading.result().values()} == {torch.float16}
+
+
+def test_tensors_that_share_their_memory_share_it_when_widened_and_integers_stay():
+    tied, number = torch.ones(2, dtype=torch.float16), torch.tensor([1, 2])
+    take = widened({"a": tied, "b": tied, "c": number}, torch.float32)
+    assert take("a") is take("b")
+    assert take("c") is number
