@@ -124,7 +124,7 @@ def work(recipe: dict[str, Any], log: str, every_block: bool, kill_at: tuple[int
 def results_of(folder: pathlib.Path) -> tuple[dict[str, Any], str, dict[str, dict[str, torch.Tensor]]]:
     """Returns everything that must have the same bits."""
     metrics = json.loads((folder / "metrics.json").read_text(encoding="utf-8"))
-    for field in ("seconds", "memory", "identity"):
+    for field in ("seconds", "memory", "made", "identity"):
         del metrics[field]
     saved = {path.name: load_file(path) for path in sorted((folder / "quantized").glob("block-*.safetensors"))}
     return metrics, (folder / "layers.csv").read_text(encoding="utf-8"), saved

@@ -125,6 +125,21 @@ class Memory:
 
 
 @dataclass(frozen=True)
+class Made:
+    """How a result was made; environment.json has the rest.
+
+    Attributes:
+        date: when the run ended, ISO 8601 with its time zone.
+        command: command line of the process.
+        threads: threads that torch computes with.
+    """
+
+    date: str
+    command: str
+    threads: int
+
+
+@dataclass(frozen=True)
 class Kernels:
     """Who has multiplied in Linears.
 
@@ -208,6 +223,7 @@ class Facts:
         seconds: wall time of each phase, by its name.
         memory: the most memory that the process has held.
         kernels: who has multiplied.
+        made: when, by which command and with how many threads.
         tasks: baseline and quantized model on each task; empty without tasks.
         tuned: what the step that learned on the finished network says of that, such as the held out divergence before and after; null
             without one. `layers.csv` describes the Linears before it.
@@ -234,6 +250,7 @@ class Facts:
     seconds: dict[str, float]
     memory: Memory
     kernels: Kernels
+    made: Made
     tasks: list[TaskResult]
     tuned: dict[str, float] | None = None
 
@@ -253,12 +270,10 @@ class Git:
 
 @dataclass(frozen=True)
 class Environment:
-    """Where a result was made: what may explain a difference between two runs. What environment.json holds.
+    """Where a result was made, beside what metrics.json says of it in ``made``: what may explain a difference between two runs. What environment.json holds.
 
     Attributes:
         ptq: version of this package.
-        date: when the run ended, ISO 8601 with its time zone.
-        command: command line of the process.
         python: version of Python.
         platform: operating system and processor family.
         packages: versions of the packages that matter, by name; null for one that is not installed.
@@ -267,15 +282,12 @@ class Environment:
         cpu_capability: vector instructions that torch uses.
         cpu_flags: features of the processor; empty where the system does not tell.
         cores: processors of the machine; null where the system does not tell.
-        threads: threads that torch computes with.
         ranks: processes that shared the samples.
         seeds: the recipe's seeds, by what they draw.
         git: state of the source tree; null outside of one.
     """
 
     ptq: str
-    date: str
-    command: str
     python: str
     platform: str
     packages: dict[str, str | None]
@@ -284,7 +296,6 @@ class Environment:
     cpu_capability: str
     cpu_flags: list[str]
     cores: int | None
-    threads: int
     ranks: int
     seeds: dict[str, int]
     git: Git | None

@@ -7,9 +7,9 @@ from safetensors.torch import load_file
 
 
 def results(folder, *but):
-    """Everything that must have the same bits, fields of metrics.json named in `but` left out beside seconds and memory."""
+    """Everything that must have the same bits, fields of metrics.json named in `but` left out beside seconds, memory and date."""
     metrics = json.loads((folder / "metrics.json").read_text())
-    for field in ("seconds", "memory", *but):
+    for field in ("seconds", "memory", "made", *but):
         del metrics[field]
     saved = {p.name: load_file(p) for p in sorted((folder / "quantized").glob("block-*.safetensors"))}
     return metrics, (folder / "layers.csv").read_text(), saved

@@ -90,7 +90,7 @@ def _point(point: PointOfPage, channels: bool) -> dict[str, Any]:
         "seconds": _mapping(metrics.get("seconds")),
         "size": _mapping(metrics.get("size")),
         "fingerprints": {name: metrics.get(name) for name in FINGERPRINTS if metrics.get(name)},
-        "versions": _versions(environment),
+        "versions": _versions(environment, _mapping(metrics.get("made"))),
         "errors": _errors(folder / "layers.csv") if done else [],
         "channels": _json(folder / "channels.json").get("links", []) if done and channels else [],
     }
@@ -117,10 +117,11 @@ def _mapping(value: Any) -> dict[str, Any]:
     return value if isinstance(value, dict) else {}
 
 
-def _versions(environment: Mapping[str, Any]) -> dict[str, Any]:
+def _versions(environment: Mapping[str, Any], made: Mapping[str, Any]) -> dict[str, Any]:
     packages = {name: version for name, version in _mapping(environment.get("packages")).items() if version}
-    names = ("ptq", "python", "platform", "device", "gpu", "threads", "cpu_capability", "date")
+    names = ("ptq", "python", "platform", "device", "gpu", "cpu_capability")
     facts = {name: environment[name] for name in names if environment.get(name) is not None}
+    facts |= {name: made[name] for name in ("threads", "date") if made.get(name) is not None}
     git = _mapping(environment.get("git"))
     return {**facts, **packages, **({"git": str(git.get("commit", ""))[:12]} if git else {})}
 

@@ -1,4 +1,4 @@
-"""Where a result was made: versions, processor, threads, command line, seeds, the state of the source tree."""
+"""How and where a result was made: command line, date and threads; versions, processor, seeds, the state of the source tree."""
 
 import importlib.metadata
 import os
@@ -13,7 +13,7 @@ import torch
 
 import ptq
 from ptq.config.schema import Recipe
-from ptq.report.results import Environment, Git
+from ptq.report.results import Environment, Git, Made
 
 PACKAGES = (
     "torch",
@@ -28,12 +28,16 @@ PACKAGES = (
 )
 
 
+def made() -> Made:
+    """Returns how a result was made; it is to be asked when the run has ended."""
+    date = datetime.now().astimezone().isoformat(timespec="seconds")
+    return Made(date, shlex.join(sys.orig_argv), torch.get_num_threads())
+
+
 def environment(recipe: Recipe, device: torch.device, ranks: int = 1) -> Environment:
-    """Returns what may explain a difference between two runs; it is to be asked when the run has ended."""
+    """Returns what may explain a difference between two runs."""
     return Environment(
         ptq=ptq.__version__,
-        date=datetime.now().astimezone().isoformat(timespec="seconds"),
-        command=shlex.join(sys.orig_argv),
         python=platform.python_version(),
         platform=platform.platform(),
         packages={name: _version(name) for name in PACKAGES},
@@ -42,7 +46,6 @@ def environment(recipe: Recipe, device: torch.device, ranks: int = 1) -> Environ
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
         cpu_flags=_cpu_flags(),
         cores=os.cpu_count(),
-        threads=torch.get_num_threads(),
         ranks=ranks,
         seeds={"calibration": recipe.calibration.seed, "evaluation": recipe.evaluation.seed},
         git=_git(pathlib.Path(ptq.__file__).resolve().parent.parent),

@@ -26,7 +26,7 @@ from ptq.report.results import (
 from ptq.report.tables import result_table, task_table, tensor_table, token_table
 from ptq.run.baseline import Baseline
 from ptq.run.quantize_visitor import QuantizeVisitor, size_of
-from ptq.run.record.environment import environment
+from ptq.run.record.environment import environment, made
 from ptq.run.session import Session
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import Choice
@@ -96,6 +96,7 @@ def report(
         seconds={name: round(value, 3) for name, value in journal.seconds.items()},
         memory=journal.memory.memory(),
         kernels=kernels,
+        made=made(),
         tasks=tasks,
         tuned=None if tuned is None else dict(tuned),
     )

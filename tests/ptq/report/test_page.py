@@ -30,6 +30,7 @@ def run_folder(folder: pathlib.Path, number: int, linears: int = 8) -> pathlib.P
         "token_statistics": {"kl": {"median": 0.001 * number, "p90": 0.01, "p95": 0.02, "p99": 0.05, "p99_9": 0.2, "max": 1.5}},
         "seconds": {"load": 0.5, "quantize": 1.0 + number, EVIL: 0.1},
         "size": {"before_bytes": 2_000_000, "after_bytes": 600_000 + number, "parameters": 1_000_000},
+        "made": {"date": "2026-11-26T08:00:00+00:00", "command": "python main.py", "threads": 2},
     }  # fmt: skip
     (folder / "metrics.json").write_text(json.dumps(metrics))
     (folder / "environment.json").write_text(
