@@ -1,9 +1,10 @@
 """The calibration samples as they reach the present block, for steps that look at them."""
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -18,6 +19,14 @@ from ptq.network.staged_pass import StagedPass
 
 Watcher = Callable[[torch.Tensor, slice], None]
 """Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
+
+
+@dataclass(frozen=True)
+class SumOf:
+    """The output of the Linear `linear` and the input of the module `rest`, by their full names, added up."""
+
+    linear: str
+    rest: str
 
 
 class _Seen(Exception):
@@ -41,10 +50,17 @@ class Samples:
         return self.flow.ids.numel()
 
     @torch.no_grad()
-    def feed(self, block: Block, watchers: Mapping[str, Watcher], shared: bool = False) -> None:
+    def feed(
+        self,
+        block: Block,
+        watchers: Mapping[str, Watcher],
+        shared: bool = False,
+        sums: Mapping[str, SumOf] = MappingProxyType({}),
+    ) -> None:
         """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
 
-        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with.
+        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with, nor for the sum of what the
+        present Linear gives and what is remembered: that is computed.
 
         Args:
             block: the present block, weights in memory.
@@ -52,15 +68,25 @@ class Samples:
                 last of them.
             shared: the watchers see this rank's batches only, and what they gather is added up (`ptq.calibration.sums`).
                 Otherwise they see all batches, in order, on every rank.
+            sums: by full name of a module among the watched ones, what its input is the sum of.
         """
-        if self._paused is not None and watchers and set(watchers) <= set(self._paused.stage):
+        if self._paused is not None and watchers and self._is_there(self._paused, watchers, sums, shared):
             for rows, x in self._paused.inputs() if shared else self._paused.all_inputs():
-                for watcher in watchers.values():
-                    watcher(x, _tokens(self.flow, rows))
+                tokens = _tokens(self.flow, rows)
+                for name, watcher in watchers.items():
+                    watcher(self._paused.sum_at(rows, sums[name].rest) if name in sums else x, tokens)
             return
         for i, rows in self.stream.own(self.flow) if shared else self.flow.slices():
             self._pass(self.flow, block, i, rows, watchers)
         self.stream.count_experts(self.flow)
+
+    def _is_there(
+        self, paused: StagedPass, watchers: Mapping[str, Watcher], sums: Mapping[str, SumOf], shared: bool
+    ) -> bool:
+        """Whether all that is watched is what the batches wait with, or can be computed of it."""
+        alone = shared or self.flow.shared is None
+        computed = {name for name, s in sums.items() if alone and paused.has_sum(s.linear, s.rest)}
+        return set(watchers) <= {*paused.stage, *computed} and not set(watchers) & (set(sums) - computed)
 
     @torch.no_grad()
     def carry(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
@@ -71,7 +97,7 @@ class Samples:
 
     @contextmanager
     def stage_by_stage(
-        self, block: Block, stages: Sequence[tuple[str, ...]]
+        self, block: Block, stages: Sequence[tuple[str, ...]], remember: Collection[str] = ()
     ) -> Iterator[Iterator[list[tuple[str, ...]]]]:
         """Gives the stages in order, those together that need nothing of one another, for a solver that replaces their Linears
         before it asks for the next.
@@ -83,11 +109,12 @@ class Samples:
         Args:
             block: the present block, weights in memory.
             stages: full names of the Linears that read one tensor, in the order of their calls.
+            remember: full names of modules that sums to be watched have a part from (`SumOf.rest`).
         """
         if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
             yield iter(abreast(block, stages))
             return
-        with StagedPass(self.stream, self.flow, block, stages) as paused:
+        with StagedPass(self.stream, self.flow, block, stages, remember) as paused:
             self._paused = paused
             try:
                 yield self._advanced(paused, stages)

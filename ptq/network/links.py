@@ -20,7 +20,7 @@ from ptq.network.experts.twins import Twins, in_stages
 from ptq.network.network import Block, Network, is_linear, weight_of
 from ptq.network.precise import Call, change_error, precise_block, telling_dtype, tolerance_of
 from ptq.network.replaced import hooked
-from ptq.network.residual import find_norm_sums, find_sums, find_weighed_sums
+from ptq.network.residual import find_norm_sums, find_rests, find_sums, find_weighed_sums
 
 PROBE_SCALES = (1 / 64, 1.0, 64.0)
 """Powers of two: scaling by them is exact, so a true link shows no error but the summation's."""
@@ -62,6 +62,7 @@ class Trace:
     """What a tiny input showed of a block: its links, its notes, the roles of its Linears, its `stages` (the Linears in the
     order of their calls, those that read one tensor together), and the `sums` that their outputs, and the norms' (`norm_sums`), are part of.
     `weighed_sums` are those of outputs that a number for each token is multiplied with first: experts', and what a gate weighs.
+    `rests` says which module reads what a Linear's output is added to.
     """
 
     links: list[Link] = field(default_factory=list)
@@ -71,6 +72,7 @@ class Trace:
     sums: dict[str, str] = field(default_factory=dict)
     norm_sums: dict[str, str] = field(default_factory=dict)
     weighed_sums: dict[str, str] = field(default_factory=dict)
+    rests: dict[str, str] = field(default_factory=dict)
 
 
 def trace_links(network: Network, stream: BlockStream, sums: bool = False) -> dict[int, Trace]:
@@ -136,6 +138,7 @@ class Tracer:
         if self.sums:
             trace.norm_sums = find_norm_sums(call, block, hidden)
             trace.sums = find_sums(call, block, hidden, trace.norm_sums)
+            trace.rests = find_rests(call, block, hidden, trace.sums)
             trace.weighed_sums = find_weighed_sums(call, block, hidden, set(trace.sums))
         return trace
 

@@ -34,6 +34,29 @@ def find_sums(call: Call, block: Block, hidden: torch.Tensor, norms: Collection[
     return _sums(call, block, hidden, found, norms)
 
 
+def find_rests(call: Call, block: Block, hidden: torch.Tensor, sums: Mapping[str, str]) -> dict[str, str]:
+    """Returns, by full name of a Linear of `sums`, a module that reads the rest: to the last bit the sum is that module's input
+    plus the Linear's output. Of several the first that is called, which may be the block itself. Linears whose rest no module
+    reads, such as those of an attention and an MLP that are added together, are left out.
+
+    Args:
+        call: gives the block's output.
+        block: its weights are in memory.
+        hidden: input of the block (1, tokens, channels).
+        sums: what `find_sums` gives.
+    """
+    own = _outputs(call, hidden, {name: block.linears[name] for name in sums})
+    tensors = _tensors(call, block, hidden, [], None)
+    read = {block.name: hidden, **{place: tensor for place, tensor in tensors.items() if place}}
+    found: dict[str, str] = {}
+    for name, output in own.items():
+        total = tensors[sums[name]]
+        rest = next((place for place, tensor in read.items() if torch.equal(tensor + output, total)), None)
+        if rest is not None:
+            found[name] = rest
+    return found
+
+
 def find_weighed_sums(call: Call, block: Block, hidden: torch.Tensor, known: Collection[str]) -> dict[str, str]:
     """Returns the same for Linears whose output is multiplied with a number for each token before it is added: experts, and
     what a gate weighs.

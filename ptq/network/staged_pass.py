@@ -1,6 +1,7 @@
 """One pass of many batches through a block that waits where a solver wants to look, and goes on through quantized Linears."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -10,6 +11,7 @@ from torch import nn
 
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, replaced_forward
+from ptq.network.replaced import hooked
 from ptq.ranks.world import Message
 
 
@@ -23,6 +25,8 @@ class _Batch:
     stage: int = -1
     tensor: torch.Tensor | None = None
     seen: set[int] = field(default_factory=set)
+    read: dict[str, torch.Tensor] = field(default_factory=dict)
+    """What modules have read that are to be remembered, by their full names."""
 
     def resume(self, *given: Any) -> None:
         """Goes on to the next stage, or to the end of the block."""
@@ -45,18 +49,31 @@ class StagedPass:
         flow: the samples; `flow.hidden` stays as it is.
         block: the block, weights in memory.
         stages: full names of the Linears that read one tensor together, in the order of their calls.
+        remember: full names of modules whose inputs are remembered until the batch has passed the block.
     """
 
-    def __init__(self, stream: BlockStream, flow: Flow, block: Block, stages: Sequence[tuple[str, ...]]):
+    def __init__(
+        self,
+        stream: BlockStream,
+        flow: Flow,
+        block: Block,
+        stages: Sequence[tuple[str, ...]],
+        remember: Collection[str] = (),
+    ):
         self._stream, self._flow, self._block, self._stages = stream, flow, block, list(stages)
         self._at = -1
         self._batches: list[_Batch] = []
         self._modules = [stream.network.model.get_submodule(stage[0]) for stage in stages]
         self._plain: list[Callable[..., Any]] = [module.forward for module in self._modules]
-        self._waiting = replaced_forward(self._modules, self._wait)
+        self._remember = sorted(remember)
+        self._around = ExitStack()
 
     def __enter__(self) -> "StagedPass":
-        self._waiting.__enter__()
+        self._around.enter_context(replaced_forward(self._modules, self._wait))
+        modules = {name: self._stream.network.model.get_submodule(name) for name in self._remember}
+        self._around.enter_context(
+            hooked(module.register_forward_pre_hook(self._look(name)) for name, module in modules.items())
+        )
         self._batches = [_Batch(i, rows, greenlet(self._call)) for i, rows in self._stream.own(self._flow)]
         return self
 
@@ -67,7 +84,7 @@ class StagedPass:
                     batch.call.throw(GreenletExit)
         finally:
             self._batches = []
-            self._waiting.__exit__(None, None, None)
+            self._around.close()
 
     @property
     def stage(self) -> tuple[str, ...]:
@@ -94,6 +111,27 @@ class StagedPass:
                     if found:
                         yield rows, found["input"].to(self._stream.device)
 
+    def has_sum(self, linear: str, rest: str) -> bool:
+        """Returns whether `sum_at` can be asked: every batch of this rank that waits at `linear` has passed the module `rest`."""
+        module = self._stream.network.model.get_submodule(linear)
+        waiting = [batch for batch in self._batches if batch.stage == self._at and batch.tensor is not None]
+        # What a hook makes of the output is not known here.
+        return (
+            self.stage[:1] == (linear,)
+            and self._modules[self._at] is module
+            and not module._forward_hooks
+            and all(rest in batch.read for batch in waiting)
+        )
+
+    @torch.no_grad()
+    def sum_at(self, rows: slice, rest: str) -> torch.Tensor:
+        """Returns what the present Linear's output, on the input that the batch of these rows waits with, and the input of the
+        module `rest` add up to, in the latter's shape: as when the batch passed on, to the last bit.
+        """
+        batch = next(batch for batch in self._batches if batch.rows == rows)
+        before = batch.read[rest]
+        return before + self._plain[self._at](batch.tensor).view(before.shape)
+
     @torch.no_grad()
     def advance(self) -> None:
         """Takes every batch to the next stage, or beyond where it does not call that."""
@@ -112,6 +150,17 @@ class StagedPass:
     def _call(self, index: int, rows: slice) -> tuple[int, torch.Tensor]:
         hidden = self._flow.hidden[rows].to(self._stream.device)
         return len(self._stages), self._stream.call(self._flow, self._block, index, hidden)
+
+    def _look(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        """The hook that remembers what a module reads, for the batch that calls it."""
+
+        def look(module: nn.Module, args: tuple[Any, ...]) -> None:
+            here = getcurrent()
+            own = next((batch for batch in self._batches if batch.call is here), None)
+            if own is not None and args and isinstance(args[0], torch.Tensor):
+                own.read.setdefault(name, args[0])
+
+        return look
 
     def _wait(self, stage: int) -> Callable[..., Any]:
         """The forward of the first Linear of a stage: waits, then does what stands in its place by then."""

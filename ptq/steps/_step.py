@@ -181,6 +181,10 @@ class Context:
         """Returns `ptq.network.residual.find_sums` of a block: where its Linears' outputs are added to the residual stream."""
         return self.traces[block.index].sums if block.index in self.traces else {}
 
+    def rests(self, block: Block) -> dict[str, str]:
+        """Returns `ptq.network.residual.find_rests` of a block: by Linear of `sums`, which module reads what it is added to."""
+        return self.traces[block.index].rests if block.index in self.traces else {}
+
     def norm_sums(self, block: Block) -> dict[str, str]:
         """Returns the same for the block's norms: those whose output is added to the residual stream."""
         return self.traces[block.index].norm_sums if block.index in self.traces else {}

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ptq.calibration.samples import Samples, Watcher
+from ptq.calibration.samples import Samples, SumOf, Watcher
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
@@ -61,7 +61,8 @@ class Options:
             is to give the original output on the original input, and makes up for the layers before it; ``residual``: as
             original, and a Linear whose output is added to the residual stream takes back what it can of the error that
             the stream carries there (only with `sequential`: otherwise two Linears take back the same error). The last two
-            carry the samples through the unquantized network too, and keep what they need of one block.
+            carry the samples through the unquantized network too, and keep what they need of one block. Experts have
+            ``present`` whatever is asked for, and the run's log says so: their tokens come in an order of the route.
         scales: how scales are fitted before the rounding: ``range``, as the scheme says, or by a search for the least error
             weighed by the Hessian's ``diagonal``, by its ``pivots`` (what an error costs once later columns have made up
             for it), or by the ``block`` of the Hessian that belongs to the columns of one scale.
@@ -166,10 +167,17 @@ class _Solving:
         self.step, self.options, self.block, self.context = step, step.solving, block, context
         self.samples: Samples = context.samples
         self.notes: list[str] = []
+        # Experts get rows of tokens in an order of the route, which is another one in the unquantized network.
+        routed = block.experts.values() if step.target != "present" else ()
+        self.by_route = {name for names in routed for name in names}
 
     def run(self) -> None:
         """Quantizes the block's Linears in place."""
         context, block, samples = self.context, self.block, self.samples
+        if self.by_route and block is next(b for b in context.network.blocks if b.experts):
+            context.note(
+                f"gptq: experts have target present, not {self.step.target}: the router may send their tokens elsewhere"
+            )
         stages = context.stages(block)
         sums = context.sums(block) if self.step.target == "residual" else {}
         originals = self._originals(stages, sums)
@@ -177,7 +185,7 @@ class _Solving:
         if not self.step.sequential:
             self._quantize(stages, inputs, sums, originals)
             return
-        with samples.stage_by_stage(block, stages) as present:
+        with samples.stage_by_stage(block, stages, set(context.rests(block).values()) if sums else ()) as present:
             for together in present:
                 self._quantize(together, inputs, sums, originals)
 
@@ -202,7 +210,7 @@ class _Solving:
         """Returns what the unquantized network has where the targets need it: inputs by first name of a stage, and sums."""
         if self.step.target == "present":
             return {}
-        plain = [stage[0] for stage in stages if not set(stage) <= set(sums)]
+        plain = [stage[0] for stage in stages if not set(stage) <= {*sums, *self.by_route}]
         return self.samples.advance_reference(self.block, list(dict.fromkeys([*plain, *sums.values()])))
 
     def _moments(
@@ -221,7 +229,7 @@ class _Solving:
             if key not in made:
                 weight = weight_of(self.context.network.model.get_submodule(name))
                 made[key] = Moments(
-                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, weight, name in sums),
+                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, name, weight, name in sums),
                     originals.get(sums.get(name, stage[0])), self._held if self.step.options.held_out else None, weight.device,
                 )  # fmt: skip
                 if name in sums:
@@ -229,9 +237,10 @@ class _Solving:
             made[key].names.append(name)
         return list(made.values())
 
-    def _part(self, weight: torch.Tensor, of_sum: bool) -> Part:
+    def _part(self, name: str, weight: torch.Tensor, of_sum: bool) -> Part:
         rows, columns = weight.shape if of_sum else (weight.shape[1], weight.shape[1])
-        error = None if self.step.target == "present" else ErrorMoment(rows, columns, weight.device)
+        own = self.step.target == "present" or name in self.by_route
+        error = None if own else ErrorMoment(rows, columns, weight.device)
         return Part(Hessian(columns, weight.device), error, of_sum)
 
     def _held(self, sample: int) -> bool:
@@ -242,12 +251,16 @@ class _Solving:
     def _feed(self, moments: list[Moments]) -> None:
         """Lets the samples pass, and every moment see what it needs."""
         watchers: dict[str, list[Watcher]] = {}
+        rests, sums = self.context.rests(self.block), dict[str, SumOf]()
         for m in moments:
             watchers.setdefault(m.first, []).append(m.see)
             if m.place is not None:
                 watchers.setdefault(m.place, []).append(m.see_sum)
+                if m.names[0] in rests:
+                    sums[m.place] = SumOf(m.names[0], rests[m.names[0]])
         if watchers:
-            self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()}, shared=True)
+            all_of = {name: partial(_all, found) for name, found in watchers.items()}
+            self.samples.feed(self.block, all_of, shared=True, sums=sums)
 
     def _solved_by_all(self, moments: list[Moments]) -> dict[str, Solved]:
         """Returns what was chosen for all Linears of these moments, by name: each rank solves for some of them."""
@@ -309,7 +322,7 @@ class _Solving:
 
     def _strength(self, names: list[str], weight: torch.Tensor, moments: Moments) -> float | None:
         """Returns the damping of the correction of a weight, or None for none."""
-        if self.step.target == "present":
+        if moments.parts[0].error is None:
             return None
         if len(moments.parts) == 1 or not all(part.hessian.count for part in moments.parts):
             return self.options.damping

@@ -125,7 +125,9 @@ FLOATS = [torch.float64, torch.float32, torch.bfloat16, torch.float16]
 @pytest.mark.parametrize("stored", FLOATS)
 @pytest.mark.parametrize("rounding", FLOATS[1:])
 @pytest.mark.parametrize("arithmetic", FLOATS[1:])
-def test_a_tensor_that_waits_in_fewer_bits_comes_out_as_one_that_is_read_at_once(tmp_path, stored, rounding, arithmetic):
+def test_a_tensor_that_waits_in_fewer_bits_comes_out_as_one_that_is_read_at_once(
+    tmp_path, stored, rounding, arithmetic
+):
     # Values around the middle between two numbers of 16 bits, where rounding twice differs from rounding once.
     steps = torch.tensor([2.0**-11, 2.0**-8]).to(torch.float64)
     values = (1 + steps[:, None] * (1 + torch.linspace(-1e-3, 1e-3, 257, dtype=torch.float64) ** 3)).to(stored)

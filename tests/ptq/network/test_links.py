@@ -151,6 +151,27 @@ def test_the_sums_that_outputs_are_part_of_are_found_by_name(architecture):
         assert {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in trace.sums.items()} == SUMS[architecture]
 
 
+RESTS = {
+    **{
+        name: {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
+        for name in ("llama", "mistral", "qwen2", "qwen3")
+    },
+    "opt": {"self_attn.out_proj": "", "fc2": "final_layer_norm"},
+    "bloom": {"self_attention.dense": "", "mlp.dense_4h_to_h": "post_attention_layernorm"},
+    "gpt2": {"attn.c_proj": "", "mlp.c_proj": "ln_2"},
+    "mixtral": {"self_attn.o_proj": ""},
+}
+"""Of the others an attention and an MLP are added at once, or nothing is added."""
+
+
+@pytest.mark.parametrize("architecture", EXPECTED)
+def test_what_reads_the_rest_of_a_sum_is_found_by_name(architecture):
+    network, stream = _stream(random_tiny(architecture))
+    for block, trace in zip(network.blocks, trace_links(network, stream, sums=True).values(), strict=True):
+        found = {k.removeprefix(f"{block.name}."): v.removeprefix(block.name)[1:] for k, v in trace.rests.items()}
+        assert found == RESTS.get(architecture, {})
+
+
 def test_query_key_and_value_are_told_apart():
     network, stream = _stream(random_tiny("llama"))
     roles = trace_links(network, stream)[0].roles

@@ -67,21 +67,31 @@ def test_one_waiting_pass_gives_the_bits_of_a_pass_for_every_stage(architecture:
     assert once[1].equal(again[1])
 
 
-@pytest.mark.parametrize("target", ["original", "residual"])
-def test_every_target_gives_the_same_bits_in_one_waiting_pass(target: str) -> None:
-    once = Solver("llama", target=target).solved()
-    separate = Solver("llama", hidden_states="disk", target=target)
+@pytest.mark.parametrize(
+    ("architecture", "target"),
+    [
+        ("llama", "original"),
+        ("llama", "residual"),
+        ("opt", "residual"),
+        ("gpt_neox", "residual"),
+        ("mixtral", "residual"),
+    ],
+)
+def test_every_target_gives_the_same_bits_in_one_waiting_pass(architecture: str, target: str) -> None:
+    once = Solver(architecture, target=target).solved()
+    separate = Solver(architecture, hidden_states="disk", target=target)
     assert all(separate.context.sums(block) for block in separate.network.blocks)
     again = separate.solved()
     assert all(tensor.equal(again[0][name]) for name, tensor in once[0].items())
     assert once[1].equal(again[1])
 
 
-def test_what_acts_at_a_linear_online_acts_once_in_a_waiting_pass() -> None:
+@pytest.mark.parametrize("target", ["present", "residual"])
+def test_what_acts_at_a_linear_online_acts_once_in_a_waiting_pass(target: str) -> None:
     # A turn that is its own inverse could hide a second time: neither of these is one.
     solved = []
     for hidden_states in ("memory", "disk"):
-        solver = Solver("llama", hidden_states=hidden_states)
+        solver = Solver("llama", hidden_states=hidden_states, target=target)
         for block in solver.network.blocks:
             for name in ("self_attn.o_proj", "mlp.down_proj"):
                 linear = block.module.get_submodule(name)
@@ -93,14 +103,16 @@ def test_what_acts_at_a_linear_online_acts_once_in_a_waiting_pass() -> None:
     assert once[1].equal(again[1])
 
 
-def test_every_batch_passes_a_block_once_for_all_its_stages() -> None:
-    solver = Solver("llama")
+@pytest.mark.parametrize(("target", "passes"), [("present", 1), ("residual", 2)])
+def test_every_batch_passes_a_block_once_for_all_its_stages(target: str, passes: int) -> None:
+    # With target residual once more as it was before anything was quantized.
+    solver = Solver("llama", target=target)
     norms = [block.module.input_layernorm for block in solver.network.blocks]
     seen: list[torch.nn.Module] = []
     for norm in norms:
         norm.register_forward_hook(lambda module, args, output: seen.append(module))
     solver.solved()
-    assert len(seen) == 3 * len(norms)
+    assert len(seen) == 3 * passes * len(norms)
 
 
 def test_a_failure_half_way_leaves_the_block_and_the_samples_as_they_were() -> None:

@@ -35,13 +35,15 @@ def results(tiny_mixtral, tmp_path_factory):
         "rtn": _result(tiny_mixtral, place, {"rtn": {}}),
         "routed": _result(tiny_mixtral, place, {"gptq": {}}),
         "all": _result(tiny_mixtral, place, {"gptq": {}}, experts="all"),
+        # The router's order of an expert's tokens is not that of the unquantized network.
+        "residual": _result(tiny_mixtral, place, {"gptq": {"target": "residual"}}, experts="all"),
+        "original": _result(tiny_mixtral, place, {"gptq": {"target": "original"}}),
     }
 
 
 def test_three_bits_hurt_a_trained_mixture_and_gptq_mends_it(results):
     excess = {name: metrics["kl_mean"] for name, (metrics, _) in results.items()}
-    assert excess["rtn"] > 3 * excess["routed"], excess
-    assert excess["rtn"] > 3 * excess["all"], excess
+    assert all(excess["rtn"] > 3 * value for name, value in excess.items() if name != "rtn"), excess
 
 
 def test_the_result_has_the_tokens_of_every_expert(results):
