@@ -44,12 +44,13 @@ class OnlineBlocks(nn.Module):
         Raises:
             ValueError: for a matrix that is singular.
         """
-        wide = self.matrices.double()
+        # Y A^T = W, a block of columns at a time: no inverse is formed.
+        blocks = weight.double().reshape(len(weight), *self.matrices.shape[:2]).permute(1, 2, 0)
         try:
-            inverse = torch.linalg.inv(wide)
+            solved = torch.linalg.solve(self.matrices.double(), blocks)
         except torch.linalg.LinAlgError:
             raise ValueError("matrices: one is singular: expected invertible ones") from None
-        return block_apply(weight.double(), inverse.mT).to(weight.dtype)
+        return solved.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype)
 
     def description(self) -> dict[str, Any]:
         """Returns what `from_description` builds the module from again, but for its tensors."""

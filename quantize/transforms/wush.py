@@ -10,7 +10,8 @@ from dataclasses import dataclass
 
 import torch
 
-from quantize.transforms.hadamard import hadamard_matrix
+from quantize.kernels.matmul import linear
+from quantize.transforms.hadamard import hadamard_transform
 
 MOST_DAMPING = 1.0
 """Greatest share of the mean diagonal that is added: dampings are tried, each 10 times the one before, up to this one."""
@@ -22,17 +23,26 @@ class Wush:
 
     Attributes:
         activation: A (blocks, size, size): a block of inputs (..., size) becomes x @ A.
-        weight: B = A^-T (blocks, size, size): the same columns of a weight (out, size) become W @ B.
         singular: S (blocks, size), descending: second moments of both, before the Hadamard.
         damping_activation: what was added to the diagonal of X^T X / n, as a share of its mean in each block.
         damping_weight: the same of W^T W.
+        inputs: X' (blocks, size, size).
+        right: V^T (blocks, size, size).
+        hadamard: whether both are multiplied by a Hadamard matrix at the end.
     """
 
     activation: torch.Tensor
-    weight: torch.Tensor
     singular: torch.Tensor
     damping_activation: float
     damping_weight: float
+    inputs: torch.Tensor
+    right: torch.Tensor
+    hadamard: bool
+
+    @property
+    def weight(self) -> torch.Tensor:
+        """B = A^-T (blocks, size, size): the same columns of a weight (out, size) become W @ B. By the formula: no inverse is formed."""
+        return _spread((self.inputs @ self.right.mT) / self.singular.sqrt()[:, None, :], self.hadamard)
 
     def describe(self) -> str:
         """Returns one sentence: blocks, and the dampings used."""
@@ -74,14 +84,8 @@ def wush(
     inputs, used_inputs = _cholesky("hessian", diagonal_blocks(hessian, size), damping)
     weights, used_weights = _cholesky("gram", diagonal_blocks(gram, size), damping)
     u, s, vh = torch.linalg.svd(weights.mT @ inputs)
-    root = s.sqrt()[:, None, :]
-    # A by the formula, and B by it too: both are triangular factors times orthogonal ones, no inverse is formed.
-    activation = (weights @ u) / root
-    weight = (inputs @ vh.mT) / root
-    if hadamard:
-        matrix = hadamard_matrix(size, dtype=torch.float64, device=hessian.device)
-        activation, weight = activation @ matrix, weight @ matrix
-    return Wush(activation, weight, s, used_inputs, used_weights)
+    activation = _spread((weights @ u) / s.sqrt()[:, None, :], hadamard)
+    return Wush(activation, s, used_inputs, used_weights, inputs, vh, hadamard)
 
 
 def unit_volume(matrices: torch.Tensor) -> torch.Tensor:
@@ -103,6 +107,8 @@ def block_apply(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
     if x.shape[-1] != blocks * size:
         raise ValueError(f"x: {x.shape[-1]} channels, expected {blocks} blocks of {size}")
     wide = torch.float64 if torch.float64 in (x.dtype, matrices.dtype) else torch.float32
+    if blocks == 1:
+        return linear(x.to(wide), matrices[0].to(wide).t()).to(x.dtype)
     rows = x.reshape(-1, blocks, size).to(wide)
     return torch.einsum("nbi,bij->nbj", rows, matrices.to(rows)).reshape(x.shape).to(x.dtype)
 
@@ -117,6 +123,11 @@ def diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
         raise ValueError(f"size: {size} is not valid: expected a divisor of {len(matrix)}")
     view = matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size))
     return view.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double().contiguous()
+
+
+def _spread(matrices: torch.Tensor, hadamard: bool) -> torch.Tensor:
+    """Returns matrices (blocks, size, size) times a Hadamard matrix, where asked for."""
+    return hadamard_transform(matrices) if hadamard else matrices
 
 
 def _cholesky(name: str, blocks: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
