@@ -200,7 +200,10 @@ class Planning:
             self.statistics.weights.update(chosen.statistics.weights)
 
     def choose(self, block: Block, rows: dict[str, torch.Tensor] | None) -> None:
-        """Chooses the scales of a block whose weights are in memory, on these rows of its links' tensors where alpha is searched."""
+        """Chooses the scales of a block whose weights are in memory, on these rows of its links' tensors where alpha is searched.
+
+        A link that no token reaches, as an expert's may be, stays as it is, and the run's log says so.
+        """
         inputs, weights = self.statistics.inputs, self.statistics.weights
         working: dict[str, torch.Tensor] = {}
 
@@ -210,8 +213,8 @@ class Planning:
             return working[name]
 
         for link in self.links(block):
-            if link.readers[0] not in inputs:
-                self.context.note(f"smooth: {link.producer} left alone: no calibration token reaches {link.readers[0]}")
+            if link.readers[0] not in (inputs if rows is None else inputs.keys() & rows.keys()):
+                self.context.note(f"{self.name}: {link.producer} left alone: no token reaches {link.readers[0]}")
                 continue
             readers = [weight(name) for name in link.readers]
             seen = None if rows is None else rows[link.readers[0]]
@@ -282,7 +285,7 @@ class ScaleSearch:
         kept = {name: Rows(SEARCH_VALUES, self.samples.tokens) for name in names}
         if names:
             self.samples.carry(block, {name: rows.add for name, rows in kept.items()})
-        self.planning.choose(block, {name: rows.kept() for name, rows in kept.items()})
+        self.planning.choose(block, {name: rows.kept() for name, rows in kept.items() if not rows.empty})
 
     def leave(self, block: Block) -> None:
         """Does nothing."""

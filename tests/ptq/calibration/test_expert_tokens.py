@@ -83,6 +83,38 @@ def test_starved_experts_are_named_with_their_tokens_and_rounded_to_nearest():
         assert bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())
 
 
+WEIGHT = QuantSpec(bits=4, granularity="channel")
+DYNAMIC = SchemeConfig(weight=WEIGHT, input=QuantSpec(bits=8, granularity="token", dynamic=True))
+STATIC = SchemeConfig(weight=WEIGHT, input=QuantSpec(bits=8, symmetric=False))
+GPTQ = {"gptq": {"target": "residual", "held_out": 2, "scales": "pivots", "descent": 1}}
+
+
+@pytest.mark.parametrize(
+    ("scheme", "steps"),
+    [
+        (STATIC, {"smooth": {"search": True}, "gptq": {}}),
+        (DYNAMIC, {"awq": {}, "rtn": {}}),
+        (DYNAMIC, {"clip": {}, **GPTQ}),
+        (DYNAMIC, {"wush": {}, **GPTQ}),
+        (DYNAMIC, {"affine": {"steps": 2}, "rtn": {}}),
+        (DYNAMIC, {"rotate": {}, **GPTQ}),
+        (DYNAMIC, {"autoround": {"steps": 2}}),
+        (DYNAMIC, {"omniquant": {"steps": 2}}),
+        (DYNAMIC, {"lowrank": {"rank": 2}}),
+        (DYNAMIC, {"hqq": {}}),
+        (DYNAMIC, {"gptq": {}, "tune": {"steps": 1}}),
+    ],
+    ids=lambda value: ", ".join(value) if isinstance(value, dict) else "",
+)
+def test_starved_experts_are_in_the_way_of_no_method(scheme, steps):
+    # Tokens that are all the same go to the same two of six experts.
+    ids = torch.full((4, 3), 5)
+    model = random_tiny("qwen3_moe")
+    quantize(model, scheme, steps, ids, 1)
+    with torch.no_grad():
+        assert bool(torch.isfinite(model(input_ids=ids, use_cache=False).logits).all())
+
+
 def test_an_expert_whose_weights_hold_nan_ends_the_run_in_one_line(ids):
     model = random_tiny("mixtral")
     model.model.layers[1].mlp.experts.down_proj[2, 3, 4] = torch.nan
