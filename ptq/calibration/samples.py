@@ -86,7 +86,7 @@ class Samples:
         """Whether all that is watched is what the batches wait with, or can be computed of it."""
         alone = shared or self.flow.shared is None
         computed = {name for name, s in sums.items() if alone and paused.has_sum(s.linear, s.rest)}
-        return set(watchers) <= {*paused.stage, *computed} and not set(watchers) & (set(sums) - computed)
+        return set(watchers) <= {*paused.stage, *computed}
 
     @torch.no_grad()
     def carry(self, block: Block, watchers: Mapping[str, Watcher]) -> None:

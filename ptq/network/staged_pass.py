@@ -93,8 +93,8 @@ class StagedPass:
 
     def inputs(self) -> Iterator[tuple[slice, torch.Tensor]]:
         """Yields (its rows of the flow, what the Linears of the present stage read) of every batch of this rank that comes to them."""
-        for batch in self._batches:
-            if batch.stage == self._at and batch.tensor is not None:
+        for batch in self._here():
+            if batch.tensor is not None:
                 yield batch.rows, batch.tensor
 
     def all_inputs(self) -> Iterator[tuple[slice, torch.Tensor]]:
@@ -114,13 +114,12 @@ class StagedPass:
     def has_sum(self, linear: str, rest: str) -> bool:
         """Returns whether `sum_at` can be asked: every batch of this rank that waits at `linear` has passed the module `rest`."""
         module = self._stream.network.model.get_submodule(linear)
-        waiting = [batch for batch in self._batches if batch.stage == self._at and batch.tensor is not None]
         # What a hook makes of the output is not known here.
         return (
             self.stage[:1] == (linear,)
             and self._modules[self._at] is module
             and not module._forward_hooks
-            and all(rest in batch.read for batch in waiting)
+            and all(rest in batch.read for batch in self._here())
         )
 
     @torch.no_grad()
@@ -128,7 +127,7 @@ class StagedPass:
         """Returns what the present Linear's output, on the input that the batch of these rows waits with, and the input of the
         module `rest` add up to, in the latter's shape: as when the batch passed on, to the last bit.
         """
-        batch = next(batch for batch in self._batches if batch.rows == rows)
+        batch = next(batch for batch in self._here() if batch.rows == rows)
         before = batch.read[rest]
         return before + self._plain[self._at](batch.tensor).view(before.shape)
 
@@ -151,12 +150,20 @@ class StagedPass:
         hidden = self._flow.hidden[rows].to(self._stream.device)
         return len(self._stages), self._stream.call(self._flow, self._block, index, hidden)
 
+    def _here(self) -> Iterator[_Batch]:
+        """Yields this rank's batches that have come to the present stage."""
+        return (batch for batch in self._batches if batch.stage == self._at)
+
+    def _own(self) -> _Batch | None:
+        """Returns the batch whose call this is; None where others come by meanwhile: another flow, or a pass that starts over."""
+        here = getcurrent()
+        return next((batch for batch in self._batches if batch.call is here), None)
+
     def _look(self, name: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         """The hook that remembers what a module reads, for the batch that calls it."""
 
         def look(module: nn.Module, args: tuple[Any, ...]) -> None:
-            here = getcurrent()
-            own = next((batch for batch in self._batches if batch.call is here), None)
+            own = self._own()
             if own is not None and args and isinstance(args[0], torch.Tensor):
                 own.read.setdefault(name, args[0])
 
@@ -166,14 +173,12 @@ class StagedPass:
         """The forward of the first Linear of a stage: waits, then does what stands in its place by then."""
 
         def forward(*args: Any, **kwargs: Any) -> Any:
-            here = getcurrent()
-            # Others may come by meanwhile: another flow, or a pass that starts over.
-            own = next((batch for batch in self._batches if batch.call is here), None)
+            own = self._own()
             if own is not None and stage not in own.seen:
                 if stage < self._at:
                     raise RuntimeError(f"{self._stages[stage][0]} is called in another order than {self._stages}")
                 own.seen.add(stage)
-                here.parent.switch((stage, args[0]))
+                own.call.parent.switch((stage, args[0]))
             now: nn.Module = self._stream.network.model.get_submodule(self._stages[stage][0])
             # The hooks of the first one, online transforms among them, act around this call: those that its successor has
             # taken over from it are not to act a second time.

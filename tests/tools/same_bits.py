@@ -1,18 +1,10 @@
 """What two runs must have the same bits of."""
 
-import json
-
 import torch
-from safetensors.torch import load_file
 
+from experiments.bench.kills import results_of as results
 
-def results(folder, *but):
-    """Everything that must have the same bits, fields of metrics.json named in `but` left out beside seconds, memory and date."""
-    metrics = json.loads((folder / "metrics.json").read_text())
-    for field in ("seconds", "memory", "made", *but):
-        del metrics[field]
-    saved = {p.name: load_file(p) for p in sorted((folder / "quantized").glob("block-*.safetensors"))}
-    return metrics, (folder / "layers.csv").read_text(), saved
+__all__ = ["results", "same"]
 
 
 def same(a, b):

@@ -213,12 +213,12 @@ class Planning:
             return working[name]
 
         for link in self.links(block):
-            if link.readers[0] not in (inputs if rows is None else inputs.keys() & rows.keys()):
-                self.context.note(f"{self.name}: {link.producer} left alone: no token reaches {link.readers[0]}")
+            first = link.readers[0]
+            if first not in inputs or (rows is not None and first not in rows):
+                self.context.note(f"{self.name}: {link.producer} left alone: no token reaches {first}")
                 continue
             readers = [weight(name) for name in link.readers]
-            seen = None if rows is None else rows[link.readers[0]]
-            scale = self.scale(link, inputs[link.readers[0]], readers, seen)
+            scale = self.scale(link, inputs[first], readers, None if rows is None else rows[first])
             back = link.reader_scale(scale)
             self.scales[key_of(link)] = scale
             for name in link.readers:

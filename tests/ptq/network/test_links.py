@@ -143,14 +143,6 @@ SUMS = {
 }
 
 
-@pytest.mark.parametrize("architecture", EXPECTED)
-def test_the_sums_that_outputs_are_part_of_are_found_by_name(architecture):
-    network, stream = _stream(random_tiny(architecture))
-    for block, trace in zip(network.blocks, trace_links(network, stream, sums=True).values(), strict=True):
-        prefix = f"{block.name}."
-        assert {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in trace.sums.items()} == SUMS[architecture]
-
-
 RESTS = {
     **{
         name: {"self_attn.o_proj": "", "mlp.down_proj": "post_attention_layernorm"}
@@ -165,11 +157,13 @@ RESTS = {
 
 
 @pytest.mark.parametrize("architecture", EXPECTED)
-def test_what_reads_the_rest_of_a_sum_is_found_by_name(architecture):
+def test_the_sums_that_outputs_are_part_of_and_what_reads_their_rests_are_found_by_name(architecture):
     network, stream = _stream(random_tiny(architecture))
     for block, trace in zip(network.blocks, trace_links(network, stream, sums=True).values(), strict=True):
-        found = {k.removeprefix(f"{block.name}."): v.removeprefix(block.name)[1:] for k, v in trace.rests.items()}
-        assert found == RESTS.get(architecture, {})
+        prefix = f"{block.name}."
+        assert {k.removeprefix(prefix): v.removeprefix(prefix) for k, v in trace.sums.items()} == SUMS[architecture]
+        rests = {k.removeprefix(prefix): v.removeprefix(block.name)[1:] for k, v in trace.rests.items()}
+        assert rests == RESTS.get(architecture, {})
 
 
 def test_query_key_and_value_are_told_apart():
