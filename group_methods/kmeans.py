@@ -142,7 +142,6 @@ def cluster_heads(
     features: torch.Tensor,
     head_dim: int,
     clusters: int,
-    paired: bool = False,
     seed: int = 0,
     restarts: int = 10,
     extent: torch.Tensor | None = None,
@@ -156,33 +155,24 @@ def cluster_heads(
         features: floating point (features, heads * head_dim).
         head_dim: channels of a head.
         clusters: greatest number of clusters in a head.
-        paired: rotary embeddings of the half-split layout (LLaMA, Qwen, Gemma): channels i and i + head_dim / 2 get one
-            label. Their features are stacked: centroids are then (k, 2 * features), and an extent is the pair's greater.
         seed: of each head's starts.
         restarts: how many times to start in each head.
         extent: see `cluster`.
 
     Raises:
-        ValueError: for channels that are no whole heads, an odd `head_dim` with `paired`, or what `cluster` refuses.
+        ValueError: for channels that are no whole heads, or what `cluster` refuses.
     """
     points, sizes = _checked(features, clusters, restarts, extent)
     if head_dim < 1 or len(points) % head_dim:
         raise ValueError(f"head_dim: {head_dim} does not divide {len(points)} channels")
-    if paired and head_dim % 2:
-        raise ValueError(
-            f"head_dim: {head_dim} is odd, but paired joins channel i to i + head_dim / 2: use an even one"
-        )
     centroids, labels, count = [], [], 0
     with threadpool_limits(limits=1):
         for start in range(0, len(points), head_dim):
             head = points[start : start + head_dim]
             order = None if sizes is None else sizes[start : start + head_dim]
-            if paired:
-                head = np.concatenate(np.split(head, 2), axis=1)
-                order = None if order is None else np.maximum(*np.split(order, 2))
             centres, own = _fit(head, order, clusters, seed, restarts)
             centroids.append(centres)
-            labels.append(np.tile(own + count, 2 if paired else 1))
+            labels.append(own + count)
             count += len(centres)
     return _on_device(features, centroids, labels)
 

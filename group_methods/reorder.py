@@ -6,12 +6,8 @@ are the same. Kernels want clusters contiguous; then producer rows and reader co
 Rotary embeddings are the exception. They turn channels i and i + head_dim / 2 of a query or key (half-split layout) by an
 angle that is the pair's own, so rows of the query and key projections cannot be moved as other rows are: after a move of
 W_q and W_k a pair would turn with another pair's frequency, and attention scores change, even when pairs move together.
-Two ways are right:
-
-- Move after the rotation (`gather_heads`). Any order inside a head will do, pairs need not stay together: a score is a sum
-  over channels, and query and key have the same order.
-- Move W_q and W_k rows by an order that keeps pairs, halves apart (`paired_order`), *and* give the heads cosine and sine
-  tables in the same order (`permute_rotary`). Tables are then a head's own, no longer one for all.
+Clusters of queries and keys are therefore made of what the rotation gives, and a kernel would move channels there: any order
+inside a head will do, pairs need not stay together, since a score is a sum over channels, and query and key have the same order.
 
 With grouped-query attention the query heads that read one key head have its order (`repeat_heads`).
 """
@@ -86,59 +82,6 @@ def repeat_heads(labels: torch.Tensor, head_dim: int, repeat: int) -> torch.Tens
     return torch.unique(number * count + heads, return_inverse=True)[1].reshape(-1)
 
 
-def paired_order(labels: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Returns int64 (heads * head_dim,): an order of query or key channels that keeps rotary pairs (half-split layout).
-
-    Channels i and i + head_dim / 2 of a head move to j and j + head_dim / 2. A cluster is therefore two runs in a head, one
-    in each half: a pair cannot be put side by side or swapped without another rotation. Rows of W_q and W_k that have this
-    order need tables of `permute_rotary`.
-
-    Raises:
-        ValueError: for an odd `head_dim`, channels that are no whole heads, or labels of a pair that differ.
-    """
-    _sizes(labels)
-    if head_dim < 2 or head_dim % 2 or len(labels) % head_dim:
-        raise ValueError(f"head_dim: {head_dim} is odd or does not divide {len(labels)} channels")
-    halves = labels.view(-1, 2, head_dim // 2)
-    if not torch.equal(halves[:, 0], halves[:, 1]):
-        raise ValueError("labels: channels i and i + head_dim / 2 differ: cluster with paired=True")
-    inside = halves[:, 0].argsort(dim=-1, stable=True)
-    start = torch.arange(0, len(labels), head_dim, device=labels.device)[:, None]
-    return torch.cat([start + inside, start + inside + head_dim // 2], dim=1).reshape(-1)
-
-
-def permute_rotary(table: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Returns a cosine or sine table (..., tokens, head_dim) for each head: (..., heads, tokens, head_dim).
-
-    For queries and keys whose projection rows have the order `order` (heads * head_dim,) of `paired_order`: their rotation
-    with these tables is the old rotation, reordered.
-
-    Raises:
-        ValueError: for an order that leaves a head or parts a pair.
-    """
-    inside = _inside_heads(order, table.shape[-1])
-    half = table.shape[-1] // 2
-    if not torch.equal(inside[:, :half] + half, inside[:, half:]):
-        raise ValueError(
-            "order: parts channels i and i + head_dim / 2: use paired_order, or gather_heads after the rotation"
-        )
-    return table[..., inside.to(table.device)].transpose(-3, -2)
-
-
-def gather_heads(x: torch.Tensor, order: torch.Tensor) -> torch.Tensor:
-    """Returns queries or keys x (..., heads, tokens, head_dim), taken after the rotation, in the order `order`.
-
-    With the same order inside a query head and its key head, attention scores are what they were.
-
-    Raises:
-        ValueError: for an order (heads * head_dim,) of another number of heads, or one that leaves a head.
-    """
-    heads, _, head_dim = x.shape[-3:]
-    if len(order) != heads * head_dim:
-        raise ValueError(f"order: {len(order)} channels, expected {heads} heads of {head_dim}")
-    return x.gather(-1, _inside_heads(order, head_dim)[:, None].expand(x.shape).to(x.device))
-
-
 def ranges_of(labels: torch.Tensor, minimum: torch.Tensor, maximum: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns each cluster's least minimum and greatest maximum, (k,) each, of channels' `minimum` and `maximum` (channels,).
 
@@ -184,13 +127,3 @@ def _check_order(order: torch.Tensor, length: int) -> None:
     numbers = torch.arange(length, device=order.device)
     if order.shape != (length,) or not torch.equal(order.sort().values, numbers.to(order.dtype)):
         raise ValueError(f"order: {order.dtype} {tuple(order.shape)} is no permutation of 0 .. {length - 1}")
-
-
-def _inside_heads(order: torch.Tensor, head_dim: int) -> torch.Tensor:
-    """Returns `order` (heads * head_dim,) as places inside heads (heads, head_dim); ValueError when it leaves one."""
-    if len(order) % head_dim:
-        raise ValueError(f"order: {len(order)} channels are no whole heads of {head_dim}")
-    inside = order.view(-1, head_dim) - torch.arange(0, len(order), head_dim, device=order.device)[:, None]
-    if not torch.equal(inside.sort(dim=1).values, torch.arange(head_dim, device=order.device).expand_as(inside)):
-        raise ValueError("order: moves channels out of their head: use labels of cluster_heads")
-    return inside

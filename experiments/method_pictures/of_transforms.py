@@ -174,7 +174,10 @@ def wush(material: Material) -> Drawn:
     pair = moments_alike(hessian, gram, damping=DAMPING)
     figure, axes = panels(f"wush: the input of gate and up in block {BLOCK}")
     before = [hessian.diagonal(), gram.diagonal()]
-    after = [(a[0].t() @ m @ a[0]).diagonal() for a, m in ((pair.activation, hessian), (pair.weight, gram))]
+    after = [
+        (a[0].t() @ m @ a[0]).diagonal()
+        for a, m in ((pair.activation, hessian), (torch.linalg.inv(pair.activation).mT, gram))
+    ]
     order = before[0].argsort(descending=True)
     lines = []
     for found, words, styles in ((before, "before", (".", ".")), (after, "behind the map", ("-", "--"))):

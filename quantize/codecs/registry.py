@@ -16,11 +16,6 @@ for _module in pkgutil.iter_modules(quantize.codecs.__path__):
         importlib.import_module(f"quantize.codecs.{_module.name}")
 
 
-def codec_named(name: str) -> Codec:
-    """Returns the codec of the format `name`. Raises `KeyError` for an unknown one."""
-    return registered_codec(name)
-
-
 def codec_of(spec: QuantSpec) -> Codec:
     """Returns the codec of the format that `spec` names."""
     return registered_codec(spec.format)

@@ -19,38 +19,19 @@ MOST_DAMPING = 1.0
 
 @dataclass(frozen=True)
 class Wush:
-    """A pair of transforms, block by block, float64.
+    """The transform of inputs, block by block, float64; that of the weights is its inverse, transposed.
 
     Attributes:
         activation: A (blocks, size, size): a block of inputs (..., size) becomes x @ A.
         singular: S (blocks, size), descending: second moments of both, before the Hadamard.
         damping_activation: what was added to the diagonal of X^T X / n, as a share of its mean in each block.
         damping_weight: the same of W^T W.
-        inputs: X' (blocks, size, size).
-        right: V^T (blocks, size, size).
-        hadamard: whether both are multiplied by a Hadamard matrix at the end.
     """
 
     activation: torch.Tensor
     singular: torch.Tensor
     damping_activation: float
     damping_weight: float
-    inputs: torch.Tensor
-    right: torch.Tensor
-    hadamard: bool
-
-    @property
-    def weight(self) -> torch.Tensor:
-        """B = A^-T (blocks, size, size): the same columns of a weight (out, size) become W @ B. By the formula: no inverse is formed."""
-        return _spread((self.inputs @ self.right.mT) / self.singular.sqrt()[:, None, :], self.hadamard)
-
-    def describe(self) -> str:
-        """Returns one sentence: blocks, and the dampings used."""
-        blocks, size = self.singular.shape
-        return (
-            f"wush in {blocks} blocks of {size}, damped by {self.damping_activation:g} (inputs) and {self.damping_weight:g} (weights) "
-            "of the mean diagonal"
-        )
 
 
 def wush(
@@ -60,7 +41,7 @@ def wush(
     hadamard: bool = True,
     damping: float = 1e-4,
 ) -> Wush:
-    """Returns WUSH's transforms of a Linear's input, in float64 on the device of `hessian`.
+    """Returns WUSH's transform of a Linear's input, in float64 on the device of `hessian`.
 
     Args:
         hessian: X^T X / n (in, in), any positive factor times it, symmetric.
@@ -83,9 +64,9 @@ def wush(
         raise ValueError(f"block: {block} is not valid: expected a divisor of {width}")
     inputs, used_inputs = _cholesky("hessian", diagonal_blocks(hessian, size), damping)
     weights, used_weights = _cholesky("gram", diagonal_blocks(gram, size), damping)
-    u, s, vh = torch.linalg.svd(weights.mT @ inputs)
+    u, s, _ = torch.linalg.svd(weights.mT @ inputs)
     activation = _spread((weights @ u) / s.sqrt()[:, None, :], hadamard)
-    return Wush(activation, s, used_inputs, used_weights, inputs, vh, hadamard)
+    return Wush(activation, s, used_inputs, used_weights)
 
 
 def unit_volume(matrices: torch.Tensor) -> torch.Tensor:

@@ -153,21 +153,6 @@ def test_a_head_with_fewer_distinct_channels_leaves_no_gap_in_the_numbers():
     assert found.labels.tolist() == [0, 0, 0, 0, 1, 2, 3, 4]
 
 
-@settings(max_examples=30)
-@given(st.integers(0, 2**31), st.integers(1, 3), st.integers(1, 8), st.integers(1, 4))
-def test_rotary_pairs_get_one_label(seed, heads, half, k):
-    x = _random(2, heads * 2 * half, seed)
-    extent = x.abs().amax(0)
-    found = cluster_heads(x, 2 * half, k, paired=True, restarts=2, extent=extent)
-    labels = found.labels.view(heads, 2, half)
-    assert torch.equal(labels[:, 0], labels[:, 1])
-    for head in range(heads):
-        own = x.view(2, heads, 2, half)[:, head]
-        stacked = torch.cat([own[:, 0], own[:, 1]])
-        alone = cluster(stacked, k, restarts=2, extent=extent.view(heads, 2, half)[head].amax(0))
-        assert torch.equal(labels[head, 0] - labels[head, 0].min(), alone.labels)
-
-
 def test_query_heads_that_read_one_value_head_are_stacked():
     # 4 query heads of 3 channels over 2 value heads: the hundreds digit is the head, the thousands the row.
     x = torch.tensor([[1000 * r + 100 * h + c for h in range(4) for c in range(3)] for r in range(2)])
@@ -209,7 +194,6 @@ def test_figures_that_are_not_finite_are_refused_by_name(bad):
         (lambda x: cluster(x[:, :0], 2), "features: shape"),
         (lambda x: cluster(x, 2, extent=x[0, :3]), "extent: shape"),
         (lambda x: cluster_heads(x, 5, 2), "head_dim: 5 does not divide 12"),
-        (lambda x: cluster_heads(x, 3, 2, paired=True), "head_dim: 3 is odd"),
         (lambda x: share_heads(x, 4, 2), "no whole groups of 2 heads of 4"),
         (lambda x: features([], False), "rows: there are none"),
         (lambda x: features([x[0], x[0, :5]], False), r"rows\[1\]: shape \(5,\), expected one dimension of length 12"),

@@ -10,12 +10,9 @@ from group_methods.kmeans import cluster_heads
 from group_methods.reorder import (
     cluster_sizes,
     expand,
-    gather_heads,
     inverse,
     order_of,
-    paired_order,
     permute_columns,
-    permute_rotary,
     permute_rows,
     ranges_of,
     repeat_heads,
@@ -102,86 +99,24 @@ def test_query_heads_move_as_the_head_that_they_read(seed, heads, repeat, head_d
     assert len(cluster_sizes(repeated)) == repeat * len(cluster_sizes(labels))
 
 
-class _Attention:
-    """Query and key projections over grouped heads, with rotary tables of the half-split layout."""
-
-    kv_heads, repeat, head_dim, tokens, hidden = 2, 2, 8, 5, 6
-
-    def __init__(self, seed):
-        self.x = _random(1, self.tokens, self.hidden, seed=seed)
-        self.key = _random(self.kv_heads * self.head_dim, self.hidden, seed=seed + 1)
-        self.query = _random(self.repeat * self.kv_heads * self.head_dim, self.hidden, seed=seed + 2)
-        frequencies = 1 / 50 ** (torch.arange(0, self.head_dim, 2).double() / self.head_dim)
-        angles = torch.arange(self.tokens)[:, None] * frequencies
-        table = torch.cat([angles, angles], dim=-1)[None]
-        self.cos, self.sin = table.cos(), table.sin()
-        figures = _random(2, self.kv_heads * self.head_dim, seed=seed + 3)
-        self.labels = cluster_heads(figures, self.head_dim, 3, paired=True, restarts=1).labels
-        self.free = cluster_heads(figures, self.head_dim, 3, restarts=1).labels
-
-    def project(self, weight):
-        return (self.x @ weight.T).unflatten(-1, (-1, self.head_dim)).transpose(1, 2)
-
-    def rotated(self, x, cos, sin):
-        heads = cos.shape[1] if cos.ndim == 4 else 1
-        # The oracle adds a dimension of heads itself; a table with heads goes head by head.
-        if heads == 1:
-            return apply_rotary_pos_emb(x, x, cos, sin)[0]
-        parts = [apply_rotary_pos_emb(x[:, h : h + 1], x[:, :1], cos[:, h], sin[:, h])[0] for h in range(heads)]
-        return torch.cat(parts, dim=1)
-
-    def scores(self, query, key):
-        return query @ key.repeat_interleave(self.repeat, dim=1).transpose(-1, -2)
-
-    def reference(self):
-        return self.rotated(self.project(self.query), self.cos, self.sin), self.rotated(
-            self.project(self.key), self.cos, self.sin
-        )
-
-    def moved(self, tables):
-        key_order = paired_order(self.labels, self.head_dim)
-        query_order = paired_order(repeat_heads(self.labels, self.head_dim, self.repeat), self.head_dim)
-        outputs = []
-        for weight, order in ((self.query, query_order), (self.key, key_order)):
-            cos, sin = (permute_rotary(t, order) if tables else t for t in (self.cos, self.sin))
-            outputs.append((self.rotated(self.project(permute_rows(weight, order)), cos, sin), order))
-        return outputs
-
-
-@given(st.integers(0, 1000))
-def test_paired_orders_keep_pairs_and_put_clusters_in_two_runs(seed):
-    a = _Attention(seed)
-    order = paired_order(a.labels, a.head_dim).view(a.kv_heads, 2, a.head_dim // 2)
-    assert torch.equal(order[:, 0] + a.head_dim // 2, order[:, 1])
-    assert torch.equal(order // a.head_dim, torch.arange(a.kv_heads)[:, None, None].expand_as(order))
-    runs = a.labels[order]
-    assert torch.equal(runs, runs.sort(dim=-1).values)
-
-
-@given(st.integers(0, 1000))
-def test_rows_moved_in_pairs_with_tables_moved_alike_give_the_rotation_reordered(seed):
-    a = _Attention(seed)
-    (query, query_order), (key, key_order) = a.moved(tables=True)
-    before_query, before_key = a.reference()
-    assert torch.allclose(query, gather_heads(before_query, query_order), atol=1e-10)
-    assert torch.allclose(key, gather_heads(before_key, key_order), atol=1e-10)
-    assert torch.allclose(a.scores(query, key), a.scores(before_query, before_key), atol=1e-10)
-
-
-def test_rows_moved_in_pairs_without_their_tables_change_attention_scores():
-    a = _Attention(0)
-    (query, order), (key, _) = a.moved(tables=False)
-    assert not torch.equal(order, order.sort().values)
-    assert not torch.allclose(a.scores(query, key), a.scores(*a.reference()), rtol=1e-2)
-
-
 @given(st.integers(0, 1000))
 def test_any_order_inside_heads_after_the_rotation_leaves_attention_scores(seed):
-    a = _Attention(seed)
-    query, key = a.reference()
-    moved_query = gather_heads(query, order_of(repeat_heads(a.free, a.head_dim, a.repeat)))
-    moved_key = gather_heads(key, order_of(a.free))
-    assert torch.allclose(a.scores(moved_query, moved_key), a.scores(query, key), atol=1e-10)
+    kv_heads, repeat, head_dim, tokens = 2, 2, 8, 5
+    query = _random(1, repeat * kv_heads, tokens, head_dim, seed=seed)
+    key = _random(1, kv_heads, tokens, head_dim, seed=seed + 1)
+    angles = torch.arange(tokens)[:, None] / 50 ** (torch.arange(0, head_dim, 2).double() / head_dim)
+    table = torch.cat([angles, angles], dim=-1)[None]
+    query, key = (apply_rotary_pos_emb(x, x, table.cos(), table.sin())[0] for x in (query, key))
+    labels = cluster_heads(_random(2, kv_heads * head_dim, seed=seed + 2), head_dim, 3, restarts=1).labels
+
+    def moved(x, order):
+        return x.transpose(1, 2).flatten(2)[..., order].view(1, tokens, -1, head_dim).transpose(1, 2)
+
+    def scores(query, key):
+        return query @ key.repeat_interleave(repeat, dim=1).transpose(-1, -2)
+
+    together = moved(query, order_of(repeat_heads(labels, head_dim, repeat))), moved(key, order_of(labels))
+    assert torch.allclose(scores(*together), scores(query, key), atol=1e-10)
 
 
 @pytest.mark.parametrize(
@@ -196,12 +131,6 @@ def test_any_order_inside_heads_after_the_rotation_leaves_attention_scores(seed)
         (lambda: permute_rows(torch.ones(3), torch.tensor([1, 0])), "is no permutation of 0 .. 2"),
         (lambda: permute_columns(torch.ones(2, 3), torch.tensor([0, 1, 3])), "is no permutation of 0 .. 2"),
         (lambda: repeat_heads(torch.tensor([0, 1, 0]), 2, 2), "head_dim: 3 labels are no whole heads of 2"),
-        (lambda: paired_order(torch.tensor([0, 1, 0]), 3), "head_dim: 3 is odd"),
-        (lambda: paired_order(torch.tensor([0, 1, 1, 0]), 4), "channels i and i \\+ head_dim / 2 differ"),
-        (lambda: permute_rotary(torch.ones(1, 5, 4), torch.tensor([1, 0, 2, 3])), "order: parts channels"),
-        (lambda: permute_rotary(torch.ones(1, 5, 4), torch.tensor([0, 1, 2])), "no whole heads of 4"),
-        (lambda: gather_heads(torch.ones(2, 5, 2), torch.tensor([0, 2, 1, 3])), "moves channels out of their head"),
-        (lambda: gather_heads(torch.ones(2, 5, 2), torch.tensor([0, 1])), "expected 2 heads of 2"),
         (lambda: ranges_of(torch.tensor([0, 0]), torch.zeros(3), torch.zeros(2)), "minimum: shape"),
         (lambda: ranges_of(torch.tensor([0]), torch.zeros(1), torch.tensor([torch.nan])), "maximum: holds NaN or inf"),
         (lambda: expand(torch.tensor([0, 1]), torch.zeros(3)), "per_cluster: 3 values for 2 clusters"),

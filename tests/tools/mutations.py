@@ -90,7 +90,7 @@ MUTATIONS = (
     Mutation("quantize/transforms/smooth.py", "beta = 1 - alpha if", "beta = alpha if", ("quantize/transforms/test_smooth.py",)),
     Mutation("quantize/transforms/smooth.py", "/ scale - offset)", "/ scale)", ("quantize/transforms/test_smooth.py",)),
     Mutation("group_methods/kmeans.py", "order = np.lexsort((first, key))", "order = np.lexsort((first, -key))", _KMEANS),
-    Mutation("group_methods/kmeans.py", "labels.append(np.tile(own + count,", "labels.append(np.tile(own,", _KMEANS),
+    Mutation("group_methods/kmeans.py", "labels.append(own + count)", "labels.append(own)", _KMEANS),
     Mutation("group_methods/reorder.py", "return labels.argsort(stable=True)", "return labels.argsort(stable=True, descending=True)", _REORDER),
     Mutation("group_methods/reorder.py", "back[order] = torch.arange", "back[:] = order[order] * 0 + torch.arange", _REORDER),
     Mutation("group_methods/reorder.py", "values, reduce, include_self=False", "values, reduce, include_self=True", _REORDER),

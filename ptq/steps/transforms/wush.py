@@ -57,7 +57,7 @@ class Step(InputMaps):
             made = OnlineBlocks(unit_volume(pair.activation))
             cost = float(reading.cost(*self._behind(made, reading)))
             if best is None or cost < best[0]:
-                best = cost, damping, made
+                best = cost, max(pair.damping_activation, pair.damping_weight), made
         if best is None:
             raise ValueError("no damping to try")
         return best[2], f"{best[2].extra_repr()}, damping {best[1]:g}, expected error {best[0]:.2%} of the output"

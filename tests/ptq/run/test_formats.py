@@ -12,7 +12,7 @@ from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.report.results import describe_spec
 from ptq.run.experiment import dry_run, run
-from quantize.codecs.registry import codec_named
+from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import spec_of
 
 BITS = {
@@ -81,7 +81,7 @@ def test_saved_codes_are_packed_and_decode_to_the_simulated_weight(places):
     stored = {key.removeprefix(prefix): value for key, value in saved.items() if key.startswith(prefix)}
     assert set(stored) == {"codes", "scale", "scale_step", "scale_mean"}
     assert stored["codes"].shape == (128, 160)
-    weight = codec_named("nf4").decode(stored, recipe.scheme.weight, (128, 320))
+    weight = codec_of(recipe.scheme.weight).decode(stored, recipe.scheme.weight, (128, 320))
     assert torch.isfinite(weight).all()
     assert weight.abs().max() > 0
 

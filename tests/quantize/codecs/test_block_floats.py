@@ -14,7 +14,7 @@ from quantize.codecs.e2m1 import e2m1_codes, e2m1_values, round_e2m1
 from quantize.codecs.fp8 import to_float8
 from quantize.codecs.mx import e8m0_scale, e8m0_values
 from quantize.codecs.packing import unpack
-from quantize.codecs.registry import codec_named
+from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import spec_of
 from tests.quantize.reference import normal
 
@@ -53,10 +53,10 @@ def test_every_float8_is_what_torch_rounds_to_but_saturates():
 def test_mxfp4_has_the_scales_and_values_of_gguf(seed):
     x, spec = normal(8, 128, seed=seed) * 10.0 ** (seed - 1), spec_of("mxfp4")
     packed = gguf_quantize(x.numpy(), GGMLQuantizationType.MXFP4)
-    stored = codec_named("mxfp4").encode(x, spec)
+    stored = codec_of(spec).encode(x, spec)
     assert np.array_equal(packed.reshape(-1, 17)[:, 0], stored["scale"].view(-1).numpy())
     theirs = torch.from_numpy(gguf_dequantize(packed, GGMLQuantizationType.MXFP4))
-    assert torch.equal(codec_named("mxfp4").decode(stored, spec, x.shape), theirs)
+    assert torch.equal(codec_of(spec).decode(stored, spec, x.shape), theirs)
 
 
 @pytest.mark.parametrize("seed", range(3))
@@ -65,18 +65,18 @@ def test_gguf_q8_0_has_the_bytes_of_the_gguf_package(seed):
     x[0, :32] = 0
     x[1, :32] = torch.arange(-16, 16) * 0.5 + 0.25
     theirs = gguf_quantize(x.numpy(), GGMLQuantizationType.Q8_0).reshape(-1, 34)
-    stored = codec_named("q8_0_gguf").encode(x, spec)
+    stored = codec_of(spec).encode(x, spec)
     assert np.array_equal(theirs[:, :2].copy().view(np.float16)[:, 0], stored["scale"].view(-1).numpy())
     assert np.array_equal(theirs[:, 2:].view(np.int8), stored["codes"].view(-1, 32).numpy())
     back = gguf.quants.dequantize(theirs, GGMLQuantizationType.Q8_0).reshape(8, 128)
-    assert torch.equal(codec_named("q8_0_gguf").decode(stored, spec, x.shape), torch.from_numpy(back))
+    assert torch.equal(codec_of(spec).decode(stored, spec, x.shape), torch.from_numpy(back))
 
 
 def test_nvfp4_codes_are_packed_as_compressed_tensors_packs_them():
     from compressed_tensors.compressors.nvfp4.helpers import pack_fp4_to_uint8
 
     x, spec = normal(16, 128), spec_of("nvfp4")
-    stored = codec_named("nvfp4").encode(x, spec)
+    stored = codec_of(spec).encode(x, spec)
     elements = e2m1_values(unpack(stored["codes"], 4, 128))
     assert torch.equal(pack_fp4_to_uint8(elements.bfloat16()), stored["codes"])
     greatest = float(stored["tensor_scale"]) * 6 * 448

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from quantize.codecs.base import stored_bytes
 from quantize.codecs.k_quants.codec import FORMS
-from quantize.codecs.registry import codec_named, codec_of
+from quantize.codecs.registry import codec_of
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, spec_of
@@ -105,8 +105,8 @@ def test_integers_of_every_width_have_the_error_of_a_float64_reference_and_are_s
         step = (high - low) / (2**bits - 1)
         zero = np.round(-low / step)
         expected = (np.clip(np.round(b / step) + zero, 0, 2**bits - 1) - zero) * step
-    stored = codec_named("int").encode(x, spec)
-    decoded = codec_named("int").decode(stored, spec, x.shape)
+    stored = codec_of(spec).encode(x, spec)
+    decoded = codec_of(spec).decode(stored, spec, x.shape)
     assert abs(sqnr(x, decoded) - sqnr(x, expected)) < 0.05
     linear = QuantLinear(x, None, spec)
     assert torch.equal(decoded, linear.weight)
@@ -157,13 +157,13 @@ def test_zero_blocks_stay_zero_and_tiny_and_huge_values_stay_finite(name, dtype)
 )
 def test_a_weight_without_usable_values_is_refused(name, weight, message):
     with pytest.raises(ValueError, match=f"^{message}$"):
-        codec_named(name).encode(weight, spec_of(name))
+        codec_of(spec_of(name)).encode(weight, spec_of(name))
 
 
 @pytest.mark.parametrize("name", [name for name in WEIGHTS if formats()[name].granularities == ("group",)])
 def test_a_group_that_does_not_divide_is_refused(name):
     with pytest.raises(ValueError, match="does not divide"):
-        codec_named(name).encode(normal(3, 120), spec_of(name))
+        codec_of(spec_of(name)).encode(normal(3, 120), spec_of(name))
 
 
 @pytest.mark.parametrize("name", INPUTS)
@@ -173,7 +173,7 @@ def test_an_input_quantizer_gives_what_would_be_stored_of_its_input(name):
     assert y.shape == x.shape
     assert sqnr(x, y) > 15
     if name != "int":
-        codec = codec_named(name)
+        codec = codec_of(spec)
         stored = [codec.decode(codec.encode(sample, spec), spec, sample.shape) for sample in x]
         assert torch.equal(y, torch.stack(stored))
 
@@ -182,7 +182,7 @@ def test_an_input_quantizer_gives_what_would_be_stored_of_its_input(name):
 def test_nan_in_an_activation_spreads_instead_of_being_hidden(name):
     x = normal(2, 128)
     x[0, 5] = torch.nan
-    y = codec_named(name).fake(x, spec_of(name, activation=True))
+    y = codec_of(spec_of(name)).fake(x, spec_of(name, activation=True))
     assert torch.isnan(y[0, 5])
 
 
@@ -207,5 +207,5 @@ def test_scaling_by_a_power_of_two_scales_the_result_exactly(name, exponent, see
     x, spec = normal(2, 64, seed=seed), spec_of(name)
     if name == "q8_0_gguf":
         exponent = max(min(exponent, 8), 0)  # its fp16 scales are not exact below and above
-    y = codec_named(name).fake(x * 2.0**exponent, spec)
-    assert torch.equal(y, codec_named(name).fake(x, spec) * 2.0**exponent)
+    y = codec_of(spec).fake(x * 2.0**exponent, spec)
+    assert torch.equal(y, codec_of(spec).fake(x, spec) * 2.0**exponent)

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from quantize.codecs.base import stored_bytes
 from quantize.codecs.packing import unpack
-from quantize.codecs.registry import codec_named
+from quantize.codecs.registry import codec_of
 from quantize.codecs.trellis.codec import SIDE, STATE_BITS, STATES, UNIT, sequences, state_values, weights_of
 from quantize.codecs.trellis.viterbi import Viterbi
 from quantize.modules.packed_embedding import packed_embedding
@@ -20,7 +20,7 @@ from quantize.solvers.tiles.block_feedback import factorise_blocks
 from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
 from tests.quantize.reference import normal
 
-TRELLIS = codec_named("trellis")
+TRELLIS = codec_of(spec_of("trellis"))
 DISTORTIONS = {2: 0.076, 3: 0.0205, 4: 0.0055}
 """On N(0, 1): the bound 4^-bits is 0.0625, 0.0156 and 0.0039, Lloyd-Max levels have 0.1175, 0.0345 and 0.0095."""
 

@@ -72,7 +72,7 @@ def test_the_closed_form_costs_an_input_less_than_a_hadamard_matrix():
     cost = RoundingCost.of(rows, hessian, weight, TOKEN, None)
     turn = hadamard_matrix(WIDTH).float()
     pair = wush(hessian, weight.double().t() @ weight.double())
-    left, right = pair.activation[0].float(), pair.weight[0].float()
+    left, right = pair.activation[0].float(), torch.linalg.inv(pair.activation[0]).t().float()
     plain = float(cost(rows @ turn, weight @ turn, torch.zeros(())))
     assert float(cost(rows @ left, weight @ right, torch.linalg.slogdet(pair.activation[0]).logabsdet)) < 0.8 * plain
 
