@@ -1,7 +1,7 @@
 """What an exporter is: it says what its format can express before the work, and writes the quantized model after it."""
 
 import pathlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, runtime_checkable
 
@@ -66,6 +66,31 @@ class ShardedExporter(Protocol):
 
     def block_shards(self, source: QuantizedTensors) -> BlockShards:
         """Returns what writes it. Of `source` each block is read when its turn comes, what lies outside them at the end."""
+
+
+class GrowingFile(Protocol):
+    """One file that is written a finished block at a time, each at its place in it: what a run keeps of its blocks is the export."""
+
+    def append(self, block: Block, file: pathlib.Path) -> dict[str, Any]:
+        """Writes what the format holds of the block, which is in memory as it is quantized, behind the blocks before it.
+
+        Returns:
+            What `take_up` has to know, as JSON holds it: ``start`` and ``end`` are where the block's bytes lie.
+        """
+
+    def take_up(self, part: Mapping[str, Any]) -> None:
+        """Takes a block that is in the file for written; `part` is what `append` gave."""
+
+    def finish(self, path: pathlib.Path, file: pathlib.Path) -> Exported:
+        """Writes what is missing beside the blocks, and gives the file the name `path` as well."""
+
+
+@runtime_checkable
+class GrowingExporter(Protocol):
+    """An exporter whose one file can be written a block at a time."""
+
+    def growing_file(self, source: QuantizedTensors) -> GrowingFile:
+        """Returns what writes it. Of `source` each block is read when its turn comes, what lies outside them when it is asked for."""
 
 
 def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:

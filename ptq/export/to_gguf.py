@@ -8,65 +8,23 @@ such a format too where the scheme gives them one; they and Linears left alone a
 biases and routers in fp32. The experts of a block are one tensor for each of their matrices, (experts, out, in), of one format.
 """
 
-import math
 import pathlib
-from collections import Counter
-from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
-
-import gguf
-import numpy as np
-import torch
 
 from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from ptq.export.base import Exported, advice, most_weight_bits, refuse_attention, require, specs_by_linear
-from ptq.export.llama_family import unpermuted
-from ptq.export.packing.gguf_blocks import BLOCK, blocks_of, type_of
-from ptq.export.packing.gguf_metadata import add_sizes, add_tokenizer, copy_tokenizer
+from ptq.export.packing.gguf_architectures import ARCHITECTURES, names_of, stacked_experts
+from ptq.export.packing.gguf_blocks import BLOCK, type_of
+from ptq.export.packing.gguf_file import GgufFile
 from ptq.export.packing.k_blocks import TYPES, superblock_columns
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
+from ptq.export.quantized_tensors import QuantizedTensors
 from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
-from ptq.network.outside import outside_weights, tied_parameters
+from ptq.network.outside import outside_weights
 from quantize.spec.quant_spec import QuantSpec
 
-FILE_TYPES = {"F16": 1, "Q4_0": 2, "Q4_1": 3, "Q8_0": 7, "Q4_K": 14, "Q5_K": 16, "Q6_K": 18, "BF16": 32, "F32": 0}
-
-
-@dataclass(frozen=True)
-class Architecture:
-    """How llama.cpp computes one: its number in `gguf`, whether q and k rows are in the order of interleaved rotary pairs,
-    and what its norms add to their stored gain (Gemma's are stored with the 1 that transformers adds when it computes).
-    Of a mixture `fixed` has what a config must say, for llama.cpp computes that and has no field for it, and `alike` fields that must
-    be equal.
-    """
-
-    number: gguf.MODEL_ARCH
-    interleaved: bool = False
-    norm_offset: float = 0.0
-    mixture: bool = False
-    fixed: tuple[tuple[str, Any], ...] = ()
-    alike: tuple[tuple[str, str], ...] = ()
-
-
-ARCHITECTURES = {
-    "llama": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-    "mistral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True),
-    "qwen2": Architecture(gguf.MODEL_ARCH.QWEN2),
-    "gemma3_text": Architecture(gguf.MODEL_ARCH.GEMMA3, norm_offset=1.0),
-    "mixtral": Architecture(gguf.MODEL_ARCH.LLAMA, interleaved=True, mixture=True),
-    "qwen2_moe": Architecture(
-        gguf.MODEL_ARCH.QWEN2MOE, mixture=True,
-        fixed=(("norm_topk_prob", False), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
-    ),
-    "qwen3_moe": Architecture(
-        gguf.MODEL_ARCH.QWEN3MOE, mixture=True,
-        fixed=(("norm_topk_prob", True), ("decoder_sparse_step", 1), ("mlp_only_layers", [])),
-    ),
-    "olmoe": Architecture(gguf.MODEL_ARCH.OLMOE, mixture=True, fixed=(("norm_topk_prob", False), ("clip_qkv", None)), alike=(("num_key_value_heads", "num_attention_heads"),)),
-}  # fmt: skip
 GEMMA_PERIOD, GEMMA_LOCAL_BASE = 6, 1e4
 """llama.cpp fixes Gemma3's pattern, every sixth layer full attention, and the rotary base of the others."""
 
@@ -122,39 +80,20 @@ class Exporter:
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the file, a tensor in memory at a time."""
-        self.check(source.scheme, source.network)
-        config = source.network.model.config
-        architecture = ARCHITECTURES[config.model_type]
-        moved: list[float] = []
+        file = self.growing_file(source)
 
         def fill(temporary: pathlib.Path) -> None:
-            writer = gguf.GGUFWriter(temporary, gguf.MODEL_ARCH_NAMES[architecture.number])
-            rows = source.network.model.get_input_embeddings().num_embeddings
-            add_sizes(writer, config, type(source.network.model).__name__, rows)
-            if source.origin is not None:
-                copy_tokenizer(writer, source.origin)
-            else:
-                add_tokenizer(writer, source.tokenizer, rows, self.options.pre)
-            plan = list(_tensors(source, architecture, moved))
-            for tensor in plan:
-                writer.add_tensor_info(tensor.name, tensor.shape, tensor.dtype, tensor.bytes, tensor.type)
-            quantized = Counter(t.type.name for t in plan if t.name.startswith("blk.") and len(t.shape) > 1)
-            writer.add_file_type(FILE_TYPES[quantized.most_common(1)[0][0]])
-            writer.write_header_to_file(temporary)
-            writer.write_kv_data_to_file()
-            writer.write_ti_data_to_file()
-            for tensor in plan:
-                writer.write_tensor_data(tensor.read())
-            writer.close()
+            for block in source.network.blocks:
+                file.append(block, temporary)
+            file.complete(temporary)
 
         write_atomic(path, fill)
-        notes = []
-        if max(moved, default=0.0) > 0:
-            notes.append(
-                f"scales were rounded to fp16: weights moved by at most {max(moved):.3g}; "
-                "a run with export=gguf computes with such scales"
-            )
-        return Exported(path, path.stat().st_size, tuple(notes))
+        return file.exported(path)
+
+    def growing_file(self, source: QuantizedTensors) -> GgufFile:
+        """Returns what writes the file a finished block at a time."""
+        self.check(source.scheme, source.network)
+        return GgufFile(source, self.options.pre)
 
 
 def _half(spec: QuantSpec | None) -> QuantSpec | None:
@@ -195,7 +134,7 @@ def _check_experts(scheme: SchemeConfig, network: Network) -> None:
     """Refuses experts that llama.cpp holds in one tensor, and that the scheme gives several formats."""
     specs = specs_by_linear(scheme, network)
     first: dict[str, str] = {}
-    for name, whole in _stacked(network).items():
+    for name, whole in stacked_experts(network).items():
         other = first.setdefault(whole, name)
         if (a := specs[name].weight) != (b := specs[other].weight):
             kinds = " and ".join("16 bits" if spec is None else type_of(spec) for spec in (b, a))
@@ -203,16 +142,6 @@ def _check_experts(scheme: SchemeConfig, network: Network) -> None:
                 f"scheme.overrides: {other} and {name} have other formats ({kinds}), and gguf holds all experts of a block in one "
                 f"tensor of one format: use a pattern such as {whole.rpartition('.')[0]}.*"
             )
-
-
-def _stacked(network: Network) -> dict[str, str]:
-    """Returns, by the full name of an expert's Linear, that of the tensor which holds all experts' (no number in it)."""
-    return {
-        name: f"{expert.rpartition('.')[0]}{name.removeprefix(expert)}"
-        for block in network.blocks
-        for expert, names in block.experts.items()
-        for name in names
-    }
 
 
 def _check_model(network: Network) -> None:
@@ -252,155 +181,7 @@ def _check_model(network: Network) -> None:
                 f"export: gguf has no place for {field} {value!r}: llama.cpp computes this architecture with {wanted!r}: "
                 "use another format"
             )
-    names = _names(network)
+    names = names_of(network)
     unknown = next((n for n, _ in network.model.named_parameters() if names(n) is None), None)
     if unknown is not None:
         raise UserError(f"export: llama.cpp's {config.model_type} has no tensor for {unknown}: use another format")
-
-
-def _names(network: Network) -> Callable[[str], str | None]:
-    """Returns the function from transformers' name of a parameter to GGUF's, None where there is none; experts have one together."""
-    stacked = _stacked(network)
-    architecture = ARCHITECTURES[network.model.config.model_type]
-    table = gguf.get_tensor_name_map(architecture.number, len(network.blocks))
-
-    def name_of(name: str) -> str | None:
-        owner, _, last = name.rpartition(".")
-        name = f"{stacked[owner]}.{last}" if owner in stacked else name
-        return table.get_name(name, try_suffixes=(".weight", ".bias"))
-
-    return name_of
-
-
-@dataclass(frozen=True)
-class _Tensor:
-    """One tensor to come: what the header says of it, and how it is read when its turn is there."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: Any
-    bytes: int
-    type: gguf.GGMLQuantizationType
-    read: Callable[[], np.ndarray]
-
-
-def _tensors(source: QuantizedTensors, architecture: Architecture, moved: list[float]) -> Iterator[_Tensor]:
-    """Yields every tensor in the order of the model; `moved` gathers what rounding scales to fp16 did."""
-    model, names = source.network.model, _names(source.network)
-    config = model.config
-    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-    tied = tied_parameters(model)
-    specs = {name: s.weight for name, s in specs_by_linear(source.scheme, source.network).items()}
-    outside = {w.name: w for w in outside_weights(source.scheme, source.network) if w.spec is not None}
-    stacked, gates = _stacked(source.network), {name for block in source.network.blocks for name in block.gates}
-    together: dict[str, list[str]] = {}
-    for linear, whole in stacked.items():
-        together.setdefault(whole, []).append(linear)
-    for name in _parameters(source):
-        owner, _, last = name.rpartition(".")
-        turned = heads.get(owner.rpartition(".")[2]) if architecture.interleaved and owner in specs else None
-        stored = names(name)
-        if name in tied or stored is None:
-            continue
-        if owner in stacked:
-            if together[stacked[owner]][0] == owner:
-                yield _experts(source, stored, together[stacked[owner]], specs[owner], moved)
-            continue
-        spec = specs.get(owner) if last == "weight" else None
-        if last == "weight" and owner in outside:
-            spec = outside[owner].spec
-        if spec is not None:
-            rows, columns = outside[owner].shape if owner in outside else source.network.shapes[owner]
-            kind = gguf.GGMLQuantizationType[type_of(spec)]
-            values, held = gguf.GGML_QUANT_SIZES[kind]
-            size = held * columns // values
-
-            def read(owner: str = owner, turned: int | None = turned, spec: QuantSpec = spec) -> np.ndarray:
-                own = owner in outside
-                found = rounded(owner, source.tensor(f"{owner}.weight"), spec) if own else source.linear(owner)
-                blocks, change = blocks_of(found)
-                moved.append(change)
-                return blocks if turned is None else unpermuted(torch.from_numpy(blocks), turned).numpy()
-
-            yield _Tensor(stored, (rows, size), np.dtype(np.uint8), rows * size, kind, read)
-        else:
-            norm = 0.0 if owner in specs or last != "weight" else architecture.norm_offset
-            # In 16 bits a router would have its input rounded too, and choose other experts.
-            yield _plain(stored, _reader(source, owner, last, owner in specs, norm, turned), owner in gates)
-
-
-def _experts(
-    source: QuantizedTensors, stored: str, names: list[str], spec: QuantSpec | None, moved: list[float]
-) -> _Tensor:
-    """Returns one matrix of all experts of a block, whose Linears are `names`, as one tensor (experts, out, in)."""
-    if spec is None:
-        return _plain(
-            stored, lambda: torch.stack([torch.as_tensor(source.linear(n).weight).detach().cpu() for n in names])
-        )
-    rows, columns = source.network.shapes[names[0]]
-    kind = gguf.GGMLQuantizationType[type_of(spec)]
-    values, held = gguf.GGML_QUANT_SIZES[kind]
-    shape = (len(names), rows, held * columns // values)
-
-    def read() -> np.ndarray:
-        whole = np.empty(shape, np.uint8)
-        for place, name in zip(whole, names, strict=True):
-            place[...], change = blocks_of(source.linear(name))
-            moved.append(change)
-        return whole
-
-    return _Tensor(stored, shape, np.dtype(np.uint8), math.prod(shape), kind, read)
-
-
-def _parameters(source: QuantizedTensors) -> Iterator[str]:
-    """Yields the names of the model's parameters as they were before Linears were replaced."""
-    linears = source.network.linears
-    for owner, module in source.network.model.named_modules():
-        if owner in linears:
-            yield f"{owner}.weight"
-            if getattr(linears[owner], "bias", None) is not None:
-                yield f"{owner}.bias"
-        elif not any(owner.startswith(f"{name}.") for name in linears):
-            yield from (f"{owner}.{n}" if owner else n for n, _ in module.named_parameters(recurse=False))
-
-
-def _reader(
-    source: QuantizedTensors, owner: str, last: str, linear: bool, norm: float, turned: int | None
-) -> Callable[[], torch.Tensor]:
-    def read() -> torch.Tensor:
-        if linear:
-            tensors: LinearTensors = source.linear(owner)
-            value = torch.as_tensor(tensors.weight if last == "weight" else tensors.bias)
-        else:
-            value = source.tensor(f"{owner}.{last}" if owner else last)
-        if value.dim() == 1:
-            value = value.float() + norm
-        if turned is not None:
-            value = unpermuted(value.reshape(len(value), -1), turned).reshape(value.shape)
-        return value.detach().cpu()
-
-    return read
-
-
-def _plain(name: str, read: Callable[[], torch.Tensor], wide: bool = False) -> _Tensor:
-    """Returns an unquantized tensor: fp32 with one dimension or where it is to be `wide`, else 16 bits where that loses nothing."""
-    value = read()
-    kinds = gguf.GGMLQuantizationType
-    kind = kinds.F32
-    if value.dim() > 1 and not wide:
-        exact = (
-            k
-            for k, t in ((kinds.F16, torch.float16), (kinds.BF16, torch.bfloat16))
-            if torch.equal(value.to(t).to(value.dtype), value)
-        )
-        kind = next(exact, kinds.F32)
-
-    def array() -> np.ndarray:
-        tensor = read()
-        if kind == kinds.BF16:
-            return tensor.bfloat16().contiguous().view(torch.uint16).numpy()
-        return (tensor.half() if kind == kinds.F16 else tensor.float()).contiguous().numpy()
-
-    # Of a raw type the writer takes the shape as it is, unless it is given bytes.
-    size = value.numel() * (4 if kind == kinds.F32 else 2)
-    return _Tensor(name, tuple(value.shape), np.dtype(np.float32), size, kind, array)

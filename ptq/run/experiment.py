@@ -186,9 +186,10 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
             return Result(places.kept, None, "rank 0 writes the results")
         session.stream.change_outside()
         results = compared_answers(session, visitor, passed.answers, folder)
+        # Before the results, which say that the run has ended: one that fails or is killed here is gone on with.
+        export_session(session, folder, steps, passed.export)
         report(session, visitor, tokens, baseline, compared, folder, identity, results, passed.learned)
         journal.figures(numbers(parse_json((folder / METRICS).read_text(encoding="utf-8"))))
-        export_session(session, folder, steps, passed.shards, passed.blocks)
         shutil.rmtree(folder / RESUME, ignore_errors=True)
         journal.say(f"results: {folder}")
         whole = session.loaded.weights.resident and not visitor.unbuildable

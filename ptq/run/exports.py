@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any
 
@@ -16,7 +16,7 @@ from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
-from ptq.export.base import BlockShards, Exported, Exporter, refuse_existing
+from ptq.export.base import Exported, Exporter, refuse_existing
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
 from ptq.export.registry import build_exporter
 from ptq.files.atomic import ensure_folder
@@ -101,8 +101,7 @@ def export_session(
     session: Session,
     folder: pathlib.Path,
     steps: Mapping[str, Step],
-    shards: BlockShards | None = None,
-    blocks: Sequence[pathlib.Path] = (),
+    finish: Callable[[pathlib.Path], Exported] | None = None,
 ) -> Exported | None:
     """Writes the export that the session's recipe asks for into the run's `folder`; None when it asks for none.
 
@@ -110,17 +109,16 @@ def export_session(
         session: the run's.
         folder: of its results.
         steps: the run's.
-        shards: where finished blocks are shards of the export: what makes it of them.
-        blocks: their files.
+        finish: where what was kept of finished blocks is the export's: makes it of that, at a path.
     """
     recipe, loaded = session.recipe, session.loaded
     if recipe.export is None:
         return None
     exporter = build_exporter(recipe.export)
     path = _default_path(folder, recipe.export, exporter)
-    if shards is not None:
+    if finish is not None:
         with session.journal.phase("export"):
-            return _said(shards.finish(path, blocks), session.journal)
+            return _said(finish(path), session.journal)
     narrow = stored_type(loaded, steps)
     if narrow is not None and narrow != torch.float32:
         words = f"export: embedding and head, which steps.{turns_stream(steps)} has turned, are stored in {loaded.baseline_dtype}"
@@ -185,7 +183,7 @@ def export_run(
 
 def check_imatrix(recipe: Recipe) -> Any:
     """Returns the config of the recipe's model. Raises `UserError` for an architecture that llama.cpp's files are not written for."""
-    from ptq.export.to_gguf import ARCHITECTURES
+    from ptq.export.packing.gguf_architectures import ARCHITECTURES
 
     config, known = check_model(recipe.model), [name for name, a in ARCHITECTURES.items() if not a.mixture]
     if config.model_type not in known:
@@ -204,8 +202,8 @@ def export_imatrix(recipe: Recipe, config: Any, statistics: pathlib.Path, path: 
         statistics: the file.
         path: where to.
     """
+    from ptq.export.packing.gguf_architectures import ARCHITECTURES
     from ptq.export.packing.imatrix import write_imatrix
-    from ptq.export.to_gguf import ARCHITECTURES
 
     found = Statistics.load(statistics)
     count = write_imatrix(found, ARCHITECTURES[config.model_type].number, config.num_hidden_layers, path)

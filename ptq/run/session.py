@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -71,12 +71,19 @@ class Session:
         # Each rank by itself: one may know the windows already that another draws.
         return self.shared.tokens(self.recipe.model, draw, store_of(self.recipe))
 
-    def kept(self, what: str, key: Mapping[str, object] | str, flows: list[Flow], visitor: Any) -> KeptPass | None:
+    def kept(
+        self,
+        what: str,
+        key: Mapping[str, object] | str,
+        flows: list[Flow],
+        visitor: Any,
+        sum_of: Callable[[pathlib.Path], int] | None = None,
+    ) -> KeptPass | None:
         """Returns what the pass `what` keeps of its finished blocks in the run's folder, None for a session without one."""
         if self.folder is None:
             return None
         digest = key if isinstance(key, str) else digest_of(key)
-        return KeptPass(self.folder / RESUME / what, digest, flows, visitor, self.journal.say, self.world)
+        return KeptPass(self.folder / RESUME / what, digest, flows, visitor, self.journal.say, self.world, sum_of)
 
     def traces(self, sums: bool) -> dict[int, Trace]:
         """Returns the links of every block, and the `sums` where asked, out of the store where they were found before."""

@@ -13,7 +13,8 @@ from ptq.network.experts.routing import ALL, LEAST
 from ptq.network.network import Block, Network, weight_of
 from ptq.ranks.world import ALONE
 from ptq.run.forecast.machine_speed import MachineSpeed
-from ptq.run.one_pass.quantize import goes_in_one_pass, writes_shards
+from ptq.run.one_pass.block_files import keeps_export
+from ptq.run.one_pass.quantize import goes_in_one_pass
 from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, Step, Tuner
 
 WINDOWS = 256
@@ -102,7 +103,7 @@ def work_of(
         work["tune"] = Work(products * c.length + a_token * evaluated)
     work["evaluate"] = Work(2 * head_token * evaluated)
     if recipe.export is not None:
-        linked = once and writes_shards(recipe)
+        linked = once and keeps_export(recipe)
         work["export"] = Work(read=0 if linked else saved, written=0 if linked else quantized, shared=False)
     return work
 

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any, Protocol
 
+import numpy as np
 import torch
 
 from ptq.files.atomic import linked, write_atomic, write_text
@@ -46,6 +47,7 @@ class KeptPass:
         visitor: what works on the blocks.
         say: told in a sentence what is taken up or thrown away.
         world: of its ranks one writes; all of them take up what it finds, from one file system.
+        sum_of: gives, by the file of a finished block, a sum over all bytes that were kept of it.
     """
 
     def __init__(
@@ -56,9 +58,10 @@ class KeptPass:
         visitor: Resumable,
         say: Callable[[str], None] = lambda line: None,
         world: World = ALONE,
+        sum_of: Callable[[pathlib.Path], int] | None = None,
     ):
         self.folder, self.flows, self.visitor, self.say, self.world = folder, list(flows), visitor, say, world
-        self.key = key
+        self.key, self._sum_of = key, sum_of or sum_of_file
         self._sums: list[int] = []
         self._last: dict[str, Any] | None = None
         self._total = 0
@@ -88,7 +91,7 @@ class KeptPass:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.file_of(block)
         self.visitor.write(block, path)
-        self._sums.append(_sum_of_file(path))
+        self._sums.append(self._sum_of(path))
         # A pass that is quicker than its writing would mostly write: its blocks cost little to do again.
         if self._spent <= WORST_SHARE * (start - self._since):
             sums = [_write_tensor(flow.hidden, self._hidden(self._slot, i)) for i, flow in enumerate(self.flows)]
@@ -139,8 +142,8 @@ class KeptPass:
             files = [self.folder / f"block-{i:05d}.safetensors" for i in range(done)]
             return (
                 len(sums) == len(self.flows)
-                and all(_sum_of_file(self._hidden(int(entry["slot"]), i)) == s for i, s in enumerate(sums))
-                and all(_sum_of_file(file) == s for file, s in zip(files, entry["block_sums"], strict=True))
+                and all(sum_of_file(self._hidden(int(entry["slot"]), i)) == s for i, s in enumerate(sums))
+                and all(self._sum_of(file) == s for file, s in zip(files, entry["block_sums"], strict=True))
             )
         except (OSError, ValueError, KeyError, TypeError):
             return False
@@ -161,11 +164,15 @@ def _sum(data: torch.Tensor) -> int:
     return int(weighed + rest)
 
 
-def _sum_of_file(path: pathlib.Path) -> int:
-    size = path.stat().st_size
-    if size == 0:
+def sum_of_file(path: pathlib.Path, start: int = 0, end: int | None = None) -> int:
+    """Returns `_sum` of the file's bytes from `start` to `end`. ValueError where it ends before that."""
+    end = path.stat().st_size if end is None else end
+    if end == start:
         return 0
-    return _sum(torch.from_file(str(path), shared=False, size=size, dtype=torch.uint8))
+    if path.stat().st_size < end:
+        raise ValueError(f"{path} has {path.stat().st_size} bytes: expected {end}")
+    # Copy on write, which nobody does: torch knows no tensor that is not to be written.
+    return _sum(torch.from_numpy(np.memmap(path, np.uint8, "c", start, (end - start,))))
 
 
 def _write_tensor(tensor: torch.Tensor, path: pathlib.Path) -> int:

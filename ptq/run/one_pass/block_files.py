@@ -1,21 +1,25 @@
-"""How finished blocks lie on the disk: with all that is needed to build them again, or as shards of the run's export."""
+"""How finished blocks lie on the disk: with all that is needed to build them again, or as what the run's export holds of them."""
 
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
-from ptq.config.schema import SchemeConfig
-from ptq.export.base import BlockShards
+from ptq.config.schema import Recipe, SchemeConfig
+from ptq.export.base import BlockShards, Exported, GrowingExporter, GrowingFile, ShardedExporter
 from ptq.export.packing.shards import write_block as write_shard
 from ptq.export.quantized_tensors import LinearTensors, refuse_foreign, tensors_of
-from ptq.files.atomic import write_text
+from ptq.export.registry import build_exporter
+from ptq.files.atomic import write_atomic, write_text, writing_failed
 from ptq.files.bounded import parse_json
 from ptq.network.network import Block, Network
 from ptq.run.exports import origin_of
 from ptq.run.kept.block_file import read_figures, write_block
+from ptq.run.kept.kept_pass import sum_of_file
 from ptq.run.session import Session
 
 
@@ -29,6 +33,10 @@ class WholeBlocks:
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures."""
         return read_figures(path)
+
+    def sum_of(self, path: pathlib.Path) -> int:
+        """Returns a sum of the block's bytes."""
+        return sum_of_file(path)
 
 
 class Shards:
@@ -51,6 +59,72 @@ class Shards:
         """Returns the figures."""
         found: dict[str, Any] = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))
         return found
+
+    def sum_of(self, path: pathlib.Path) -> int:
+        """Returns a sum of the block's bytes."""
+        return sum_of_file(path)
+
+    def finish(self, path: pathlib.Path, blocks: Sequence[pathlib.Path]) -> Exported:
+        """Makes the export of the finished blocks' files."""
+        return self._shards.finish(path, blocks)
+
+
+class Growing:
+    """Blocks one behind another in one file, which is the export's; a file of each has its figures and where it lies, no tensors."""
+
+    NAME = "export.part"
+
+    def __init__(self, export: GrowingFile):
+        self._export = export
+
+    def write(self, block: Block, path: pathlib.Path, figures: Mapping[str, Any]) -> None:
+        """Writes the block.
+
+        Raises:
+            UserError: where a step has put something into it that the format has no place for, or the disk is full.
+        """
+        refuse_foreign(block)
+        file = path.with_name(self.NAME)
+        try:
+            part = self._export.append(block, file)
+        except OSError as error:
+            raise writing_failed(file, error) from None
+        metadata = {"kind": "finished block", "figures": json.dumps({**figures, "part": part})}
+        write_atomic(path, lambda temporary: save_file({}, temporary, metadata=metadata))
+
+    def read(self, path: pathlib.Path) -> dict[str, Any]:
+        """Returns the figures, and takes the block up."""
+        try:
+            figures = read_figures(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
+        self._export.take_up(figures["part"])
+        return figures
+
+    def sum_of(self, path: pathlib.Path) -> int:
+        """Returns a sum of the block's bytes."""
+        part = self.read(path)["part"]
+        return sum_of_file(path) + sum_of_file(path.with_name(self.NAME), part["start"], part["end"])
+
+    def finish(self, path: pathlib.Path, blocks: Sequence[pathlib.Path]) -> Exported:
+        """Makes the export of the finished blocks' files."""
+        return self._export.finish(path, blocks[0].with_name(self.NAME))
+
+
+def keeps_export(recipe: Recipe) -> bool:
+    """Whether what a run in one pass keeps of finished blocks is its export's: one that can be, and no codes are asked for."""
+    if recipe.export is None or recipe.execution.save:
+        return False
+    return isinstance(build_exporter(recipe.export), ShardedExporter | GrowingExporter)
+
+
+def files_of(session: Session) -> WholeBlocks | Shards | Growing:
+    """Returns how the session's finished blocks are kept; what lies outside them is in memory."""
+    recipe, source = session.recipe, HeldSource(session)
+    exporter = build_exporter(recipe.export) if recipe.export is not None and keeps_export(recipe) else None
+    if isinstance(exporter, ShardedExporter):
+        return Shards(exporter.block_shards(source))
+    return Growing(exporter.growing_file(source)) if isinstance(exporter, GrowingExporter) else WholeBlocks()
 
 
 class HeldSource:

@@ -1,8 +1,9 @@
 """Quantizes a model whose weights are on disk in one pass: each tensor is read from the checkpoint once."""
 
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from ptq.config.schema import Recipe
@@ -10,8 +11,7 @@ from ptq.config.scheme import attention_tensors
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.tasks.harness import Sample
-from ptq.export.base import BlockShards, ShardedExporter
-from ptq.export.registry import build_exporter
+from ptq.export.base import Exported
 from ptq.network.block_stream import Flow
 from ptq.network.links import Trace, Tracer, describe
 from ptq.ranks.world import World
@@ -21,8 +21,8 @@ from ptq.run.kept.identity import digest_of
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.one_pass.beginning import Beginning
-from ptq.run.one_pass.block_files import HeldSource, Shards, WholeBlocks
-from ptq.run.one_pass.visitor import OnePass
+from ptq.run.one_pass.block_files import WholeBlocks, files_of
+from ptq.run.one_pass.visitor import BlockFiles, OnePass
 from ptq.run.planning import captures_of_steps, open_samples, plan_all, wants_sums
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
@@ -42,8 +42,7 @@ class Passed:
         baseline: their results in the unquantized model.
         answers: the unquantized model's to tasks.
         learned: figures of the step that has tuned the finished network; None without one.
-        blocks: files of the finished blocks.
-        shards: what makes an export of these; None where they are no shards.
+        export: makes the export of the finished blocks' files, at a path; None where they are not what it holds.
     """
 
     visitor: QuantizeVisitor
@@ -51,8 +50,7 @@ class Passed:
     baseline: Baseline
     answers: list[Sample] = field(default_factory=list)
     learned: Mapping[str, Any] | None = None
-    blocks: tuple[pathlib.Path, ...] = ()
-    shards: BlockShards | None = None
+    export: Callable[[pathlib.Path], Exported] | None = None
 
 
 def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) -> bool:
@@ -85,15 +83,6 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
     )
 
 
-def writes_shards(recipe: Recipe) -> bool:
-    """Whether what such a run keeps of finished blocks is its export's: one is asked for that is made of shards, and no codes are."""
-    return (
-        recipe.export is not None
-        and not recipe.execution.save
-        and isinstance(build_exporter(recipe.export), ShardedExporter)
-    )
-
-
 def quantize_in_one_pass(
     session: Session, steps: Mapping[str, Step], sources: Mapping[str, str], tokens: Tokens, folder: pathlib.Path
 ) -> Passed:
@@ -116,15 +105,10 @@ def quantize_in_one_pass(
     known = digest.known() is not None
     found = session.known_traces(sums) if known else None
     baseline = known_baseline(session, tokens) if known else None
-    shards = None
-    if writes_shards(recipe) and recipe.export is not None:
-        exporter = build_exporter(recipe.export)
-        if isinstance(exporter, ShardedExporter):
-            shards = exporter.block_shards(HeldSource(session))
-    files = WholeBlocks() if shards is None else Shards(shards)
-    begun = _beginning(session, files, found is None, baseline is None)
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
+            files = files_of(session)
+            begun = _beginning(session, files, found is None, baseline is None)
             tracer = Tracer(network, stream, sums) if begun.traced else None
             first = (
                 stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
@@ -143,7 +127,9 @@ def quantize_in_one_pass(
         one = OnePass(stream, traces, tracer, first, visitor, digest.read, files)
         flows = [flow] if samples is None else [flow, samples.flow]
         beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
-        kept = session.kept(PASS, _key(session, sources, begun), [*flows, *(f for f in beside if f is not None)], one)
+        kept = session.kept(
+            PASS, _key(session, sources, begun), [*flows, *(f for f in beside if f is not None)], one, files.sum_of
+        )
         with agreeing():
             stream.run(flows, one, PASS, kept)
     for line in describe(traces):
@@ -157,15 +143,19 @@ def quantize_in_one_pass(
             session.keep_traces(tracer.traces, sums)
     if baseline is None:
         raise ValueError("a pass without a baseline has none to be compared with")
-    blocks = () if kept is None else tuple(kept.file_of(block) for block in network.blocks)
     keep_timings(session, visitor.kernels)
     session.journal.note(describe_kernels(visitor.kernels.ran, visitor.kernels.refused))
-    if kept is not None and shards is None and needs_saved_weights(recipe):
+    if kept is None:
+        return Passed(visitor, flow, baseline)
+    if not isinstance(files, WholeBlocks):
+        export = partial(files.finish, blocks=[kept.file_of(block) for block in network.blocks])
+        return Passed(visitor, flow, baseline, export=export)
+    if needs_saved_weights(recipe):
         kept.hand_over(network.blocks, folder / QUANTIZED)
-    return Passed(visitor, flow, baseline, blocks=blocks, shards=shards)
+    return Passed(visitor, flow, baseline)
 
 
-def _beginning(session: Session, files: WholeBlocks | Shards, traced: bool, evaluated: bool) -> Beginning:
+def _beginning(session: Session, files: BlockFiles, traced: bool, evaluated: bool) -> Beginning:
     """Returns what the pass that is interrupted began with, where it can be gone on with, or what this one begins with."""
     now = Beginning(session.loaded.digest.state, traced, evaluated)
     if session.folder is None:

@@ -22,6 +22,9 @@ class BlockFiles(Protocol):
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures."""
 
+    def sum_of(self, path: pathlib.Path) -> int:
+        """Returns a sum over all bytes that were written of the block."""
+
 
 class OnePass:
     """Traces a block, lets the baseline's samples pass it, then quantizes it, while its weights are held once.

@@ -15,12 +15,13 @@ from ptq.errors import UserError
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import fingerprint_of
 from ptq.run.experiment import run
-from ptq.run.kept.kept_pass import RESUME, KeptPass
+from ptq.run.kept.kept_pass import RESUME
+from tests.tools.interrupted import Killed, interrupted
+from tests.tools.one_pass import copied, make
 from tests.tools.same_bits import results, same
 
 pytest.importorskip("compressed_tensors")
 
-GROUPS = {"weight": {"bits": 4, "granularity": "group", "group_size": 32}}
 TARGETED = {"gptq": {"target": "original"}}
 
 
@@ -28,23 +29,6 @@ TARGETED = {"gptq": {"target": "original"}}
 def every_block(monkeypatch):
     """Keeps every block, although a tiny one takes less time than its writing."""
     monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-
-
-def make(folder, model, steps=None, export="compressed-tensors", **execution):
-    return recipe_from(
-        {
-            "name": "once",
-            "model": {"path": str(model), "dtype": "float32"},
-            "calibration": {"samples": 4, "length": 64, "batch_size": 2},
-            "evaluation": {"windows": 2, "length": 64},
-            "scheme": GROUPS,
-            "steps": {"gptq": {}} if steps is None else steps,
-            "execution": {"weights": "offloaded", **execution},
-            "export": {"format": export},
-            "outputs": str(folder / "outputs"),
-            "store": str(folder / "store"),
-        }
-    )
 
 
 def exported(folder, name="compressed-tensors"):
@@ -126,26 +110,6 @@ def test_the_export_is_loaded_by_transformers_and_computes_what_was_evaluated(tm
     assert 0 < float((a - b).norm() / b.norm()) < 0.3
 
 
-class Killed(BaseException):
-    """Stands for a signal that nothing can catch."""
-
-
-def interrupted(monkeypatch, recipe, blocks):
-    """Runs until so many blocks are kept."""
-    keep, done = KeptPass.keep, []
-
-    def killed(self, block):
-        keep(self, block)
-        done.append(block)
-        if len(done) == blocks:
-            raise Killed
-
-    with monkeypatch.context() as patch:
-        patch.setattr(KeptPass, "keep", killed)
-        with pytest.raises(Killed):
-            run(recipe)
-
-
 @pytest.mark.parametrize("blocks", [1, 2, 3])
 def test_a_run_killed_after_any_block_goes_on_there_and_ends_with_the_same_export(
     tmp_path, tiny_mixtral, monkeypatch, read, capsys, blocks
@@ -161,13 +125,6 @@ def test_a_run_killed_after_any_block_goes_on_there_and_ends_with_the_same_expor
     assert not done, "what was finished is not read again, for the digest of the weights either"
     equal(exported(folder), exported(expected))
     same((*results(folder)[:2], {}), (*results(expected)[:2], {}))
-
-
-def copied(model, folder):
-    folder.mkdir()
-    for file in model.iterdir():
-        (folder / file.name).write_bytes(file.read_bytes())
-    return folder
 
 
 def test_weights_that_only_look_other_are_believed_and_those_that_are_other_are_not(
