@@ -85,6 +85,16 @@ def by_cost(costs: Sequence[float], ranks: int) -> list[int]:
     return owners
 
 
+def in_order(costs: Sequence[float], ranks: int) -> list[int]:
+    """Returns the rank that does each piece of work, where neighbours are done best by one rank: each has an equal stretch of the costs."""
+    total, before, owners = sum(costs), 0.0, []
+    for cost in costs:
+        middle = (before + cost / 2) / total if total else 0.0
+        owners.append(min(int(middle * ranks), ranks - 1))
+        before += cost
+    return owners
+
+
 def done_by(world: World, owners: Sequence[int], work: Callable[[int], Message]) -> list[Message]:
     """Does the pieces of work of which this rank is the owner, and returns what came of all of them, in order.
 

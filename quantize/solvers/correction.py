@@ -1,6 +1,7 @@
 """What a quantized Linear should reproduce when its input has changed too: what it gave before anything was quantized."""
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 
@@ -65,8 +66,59 @@ class ErrorMoment:
         return self._sum * (2 / max(self.count, 1))
 
 
+@dataclass(frozen=True)
+class DampedFactor:
+    """Factors of H + d I in float64, d = damping times the mean of diag(H): what is left of an error is divided by small eigenvalues.
+
+    Attributes:
+        matrix: (in, in), the lower Cholesky factor; where there is none (H is summed in float32), L and U of the pivoted one.
+        pivots: of the latter, or None.
+    """
+
+    matrix: torch.Tensor
+    pivots: torch.Tensor | None = None
+
+    def solve(self, right: torch.Tensor) -> torch.Tensor:
+        """Returns (H + d I)^-1 `right`, float64 (in, columns)."""
+        if self.pivots is None:
+            return torch.cholesky_solve(right, self.matrix)
+        return torch.linalg.lu_solve(self.matrix, self.pivots, right)
+
+
 @torch.no_grad()
-def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.Tensor, damping: float) -> torch.Tensor:
+def damped_factor(hessian: torch.Tensor, damping: float) -> DampedFactor | None:
+    """Returns what `corrected_weight` divides by, None where the diagonal is 0.
+
+    Args:
+        hessian: H, (in, in).
+        damping: above 0.
+
+    Raises:
+        ValueError: for NaN or inf, or a damping that is not above 0.
+    """
+    if not damping > 0:
+        raise ValueError(f"damping: {damping} is not valid: expected a number above 0, such as 0.01")
+    if not all_finite(hessian):
+        raise ValueError("hessian: NaN or inf")
+    mean = hessian.diagonal().mean()
+    if mean == 0:
+        return None
+    damped = hessian.double()
+    damped.diagonal().add_(damping * mean)
+    lower, failed = torch.linalg.cholesky_ex(damped)
+    if not failed:
+        return DampedFactor(lower)
+    return DampedFactor(*torch.linalg.lu_factor(damped))
+
+
+@torch.no_grad()
+def corrected_weight(
+    weight: torch.Tensor,
+    moment: torch.Tensor,
+    hessian: torch.Tensor,
+    damping: float,
+    factor: DampedFactor | None = None,
+) -> torch.Tensor:
     """Returns the weight (out, in) that takes an error E of the outputs back, as far as the present input Y tells it.
 
     min_V |E + W Y - V Y|^2 + d |V - W|^2 with d = `damping` times the mean of diag(H): V = W + M (H + d I)^-1, M = 2 E Y^T / n.
@@ -79,6 +131,7 @@ def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.
         moment: M, (out, in).
         hessian: H = 2 Y^T Y / n, (in, in).
         damping: above 0; how strongly V is held to W where the tokens say little.
+        factor: what `damped_factor` made of this Hessian with this damping; None where it has not been called.
 
     Raises:
         ValueError: for shapes that do not fit, NaN or inf, or a damping that is not above 0.
@@ -88,17 +141,12 @@ def corrected_weight(weight: torch.Tensor, moment: torch.Tensor, hessian: torch.
         raise ValueError(
             f"moment, hessian: shapes {tuple(moment.shape)}, {tuple(hessian.shape)} do not fit {tuple(weight.shape)}"
         )
-    if not damping > 0:
-        raise ValueError(f"damping: {damping} is not valid: expected a number above 0, such as 0.01")
-    if not (all_finite(moment) and all_finite(hessian)):
-        raise ValueError("moment, hessian: NaN or inf")
-    mean = hessian.diagonal().mean()
-    if mean == 0:
+    if not all_finite(moment):
+        raise ValueError("moment: NaN or inf")
+    factor = factor or damped_factor(hessian, damping)
+    if factor is None:
         return weight
-    # In float64: what is left of an error is divided by small eigenvalues.
-    damped = hessian.double()
-    damped.diagonal().add_(damping * mean)
-    change = torch.linalg.solve(damped, moment.double().t())
+    change = factor.solve(moment.double().t())
     return (weight.double() + change.t()).to(weight.dtype)
 
 

@@ -22,12 +22,12 @@ class Part:
     error: ErrorMoment | None
     of_sum: bool
 
-    def of_outputs(self, weight: torch.Tensor) -> torch.Tensor:
-        """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight."""
+    def of_outputs(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
+        """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight, or of some of its rows."""
         if self.error is None:
-            return torch.zeros_like(weight)
+            return torch.zeros_like(weight[rows])
         moment = self.error.matrix
-        return moment if self.of_sum else weight.double() @ moment.double()
+        return moment[rows] if self.of_sum else weight[rows].double() @ moment.double()
 
     def merge(self, other: "Part") -> None:
         """Adds the other's tokens, in place."""
@@ -88,12 +88,12 @@ class Moments:
         """Of solving for these Linears, in no unit: a factorisation is cubic in the columns."""
         return float(self.columns) ** 3
 
-    def reduce(self, world: World, to: int) -> None:
-        """Adds up what all ranks have seen, on rank `to`; the others have no parts then."""
+    def reduce(self, world: World, to: int | None) -> None:
+        """Adds up what all ranks have seen, on rank `to`, or on all; the others have no parts then."""
         of_sum = self.place is not None
         totals = [total_of(world, s, lambda state: Part.from_state(state, of_sum), self.device, to) for s in self.sums]
         self.sums = []
-        if world.rank == to:
+        if to is None or world.rank == to:
             self.parts = tuple(self.empty() if total is None else total for total in totals)
 
     @property

@@ -11,36 +11,28 @@ from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
-from ptq.ranks.reduction import by_cost, done_by
+from ptq.ranks.reduction import by_cost, done_by, in_order
 from ptq.ranks.world import Message
 from ptq.steps._solved import heard, told
 from ptq.steps._solving import (
     BlockInputs,
     Solved,
     captures_of,
-    labels_of,
     quantize_linear,
     refuse_without_levels,
     specs_of,
     weight_specs,
 )
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps.solvers._tall_weight import TallWeight, joined, pieces_of
 from ptq.steps.solvers._target_moments import Moments, Part
-from quantize.codecs.base import Encoded, checked
-from quantize.codecs.registry import codec_of
-from quantize.grid.affine import dequantize, grouped
 from quantize.modules.simulated import InputQuantizer
-from quantize.solvers.correction import ErrorMoment, corrected_weight, held_out_strength
-from quantize.solvers.damping import held_out_damping
+from quantize.solvers.correction import ErrorMoment
 from quantize.solvers.gptq import (
     SCALES,
-    FormatSolution,
     GptqOptions,
     Hessian,
-    Solution,
     quantized_weights,
-    solve,
-    solve_format,
 )
 from quantize.solvers.tiles.block_feedback import has_tiles
 from quantize.spec.quant_spec import QuantSpec
@@ -88,10 +80,6 @@ class Options:
     relative: bool = option(False, only_with={"target": ("residual",)})
     held_out: int = option(0, least=0)
     search_damping: bool = False
-
-
-STACKED = ("channel", "group")
-"""Granularities whose grids belong to one row."""
 
 
 class Step(Solver):
@@ -164,9 +152,8 @@ class _Solving:
     def __init__(self, step: Step, block: Block, context: Context):
         if context.samples is None:
             raise UserError("steps.gptq: needs calibration samples, and none were drawn")
-        self.step, self.options, self.block, self.context = step, step.solving, block, context
+        self.step, self.block, self.context = step, block, context
         self.samples: Samples = context.samples
-        self.notes: list[str] = []
         # Experts get rows of tokens in an order of the route, which is another one in the unquantized network.
         routed = block.experts.values() if step.target != "present" else ()
         self.by_route = {name for names in routed for name in names}
@@ -263,137 +250,48 @@ class _Solving:
             self.samples.feed(self.block, all_of, shared=True, sums=sums)
 
     def _solved_by_all(self, moments: list[Moments]) -> dict[str, Solved]:
-        """Returns what was chosen for all Linears of these moments, by name: each rank solves for some of them."""
-        world = self.samples.stream.world
-        owners = by_cost([m.cost for m in moments], world.size)
-        for m, owner in zip(moments, owners, strict=True):
-            m.reduce(world, owner)
+        """Returns what was chosen for all Linears of these moments, by name: each rank solves for some of them.
+
+        Where there are fewer moments than ranks, ranks share the rows of a weight.
+        """
+        world, context = self.samples.stream.world, self.context
+        pieces = [piece for number, m in enumerate(moments) for piece in pieces_of(context, number, m.names)]
+        by_rows = len(moments) < world.size
+        of_moments = by_cost([m.cost for m in moments], world.size)
+        owners = [of_moments[piece.moments] for piece in pieces]
+        if by_rows:
+            owners = in_order([piece.cost for piece in pieces], world.size)
+        for m, owner in zip(moments, of_moments, strict=True):
+            m.reduce(world, None if by_rows else owner)
+        mine = [piece for piece, owner in zip(pieces, owners, strict=True) if owner == world.rank]
+        last = {piece.moments: piece for piece in mine}
+        for number, m in enumerate(moments):
+            m.parts = m.parts if number in last else ()
+        tall: list[TallWeight] = []
 
         def work(number: int) -> Message:
-            solved, moments[number].parts = self._solved(moments[number]), ()
-            notes, self.notes = self.notes, []
-            return told(solved, notes)
+            piece = pieces[number]
+            if not tall or tall[0].names != piece.names:
+                tall.clear()
+                own = [p for p in mine if p.names == piece.names]
+                tall.append(TallWeight(context, self.step.options, self.step.solving, own, moments[piece.moments]))
+            message = told({piece.names[0]: tall[0].solved(piece)}, list(tall[0].notes))
+            if piece is last[piece.moments]:
+                moments[piece.moments].parts = ()
+                tall.clear()
+            return message
 
-        found: dict[str, Solved] = {}
-        for message in done_by(world, owners, work):
+        found: dict[tuple[str, ...], list[Solved]] = {}
+        for piece, message in zip(pieces, done_by(world, owners, work), strict=True):
             solved, notes = heard(message, self.samples.stream.device)
-            for line in notes:
-                self.context.note(line)
-            found |= solved
-        return found
-
-    def _solved(self, moments: Moments) -> dict[str, Solved]:
-        """Returns what was chosen for the Linears that share these moments, by name.
-
-        Rows do not see one another, so the Linears whose rows have grids of their own are solved as one tall weight: one
-        factorisation, and one pass over the columns.
-        """
-        together: dict[tuple[QuantSpec, str], list[str]] = {}
-        for name in moments.names:
-            spec = specs_of(self.context, name).weight
-            if spec is not None:
-                stacked = _stacked(spec, len(weight_of(self.context.module(name))))
-                together.setdefault((spec, "" if stacked else name), []).append(name)
-        solved: dict[str, Solved] = {}
-        for (spec, _), names in together.items():
-            solved.update(self._codes(names, spec, moments))
-        return solved
-
-    def _codes(self, names: list[str], spec: QuantSpec, moments: Moments) -> dict[str, Solved]:
-        weights = [_weight(self.context, name) for name in names]
-        weight, hessian = torch.cat([w.float() for w in weights]), moments.whole.hessian.matrix
-        labels = labels_of(self.context, names[0], spec, "weight")
-        try:
-            strength = self._strength(names, weight, moments)
-            if strength is not None:
-                weight = corrected_weight(weight, moments.whole.of_outputs(weight), hessian, strength)
-            options = self._damped(names, weight, spec, labels, moments)
-            if not spec.affine:
-                of_format = solve_format(weight, hessian, spec, options)
-                self._note(names, of_format)
-                return dict(zip(names, _taken_apart(of_format.stored, [len(w) for w in weights]), strict=True))
-            solution: Solution = solve(weight, hessian, spec, options, labels)
-        except ValueError as error:
-            raise UserError(f"{', '.join(names)}: {error}") from None
-        self._note(names, solution)
-        rows = [len(w) for w in weights]
-        grids = [solution.grid] if len(names) == 1 else solution.grid.split(rows)
-        return dict(zip(names, zip(solution.codes.split(rows), grids, strict=True), strict=True))
-
-    def _strength(self, names: list[str], weight: torch.Tensor, moments: Moments) -> float | None:
-        """Returns the damping of the correction of a weight, or None for none."""
-        if moments.parts[0].error is None:
-            return None
-        if len(moments.parts) == 1 or not all(part.hessian.count for part in moments.parts):
-            return self.options.damping
-        fit, held = ((part.of_outputs(weight), part.hessian.matrix) for part in moments.parts)
-        found = held_out_strength(fit, held)
-        if found is None:
-            self.notes.append(f"gptq: {', '.join(names)}: held out samples say that no correction is best")
-        return found
-
-    def _damped(
-        self, names: list[str], weight: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | None, moments: Moments
-    ) -> GptqOptions:
-        """Returns the options with the damping that loses least on the held out samples, where it is to be searched."""
-        if not self.step.options.search_damping or not all(part.hessian.count for part in moments.parts):
-            return self.options
-        fit, held = (part.hessian.matrix for part in moments.parts)
-
-        def values(options: GptqOptions) -> torch.Tensor:
-            if not spec.affine:
-                stored = solve_format(weight, fit, spec, options).stored
-                return codec_of(spec).decode(stored, spec, weight.shape)
-            found = solve(weight, fit, spec, options, labels)
-            spread = found.grid if labels is None else found.grid.of_channels(labels)
-            return dequantize(grouped(found.codes, spec), spread).reshape(weight.shape)
-
-        chosen = held_out_damping(weight, held, values, self.options)
-        if chosen.damping != self.options.damping:
-            self.notes.append(f"gptq: {', '.join(names)}: damping {chosen.damping:g} by held out samples")
-        return replace(self.options, damping=chosen.damping)
-
-    def _note(self, names: list[str], solution: Solution | FormatSolution) -> None:
-        """Says where a Hessian could not be factorised as it was."""
-        for name in names:
-            if solution.fallback:
-                why = (
-                    f"its Hessian could not be factorised in {solution.failures} tries"
-                    if solution.failures
-                    else "no token reached it"
-                )
-                self.notes.append(f"gptq: {name}: {why}: rounded to nearest instead")
-            elif solution.damping > self.options.damping:
-                self.notes.append(
-                    f"gptq: {name}: damping raised to {solution.damping:g} after {solution.failures} failures"
-                )
-
-
-def _stacked(spec: QuantSpec, rows: int) -> bool:
-    """Whether a weight of so many rows is solved as one with others of this format that read the same input."""
-    if spec.affine:
-        return spec.granularity in STACKED
-    unit = codec_of(spec).stacked_rows
-    return unit is not None and rows % unit == 0
-
-
-def _taken_apart(stored: Encoded, rows: list[int]) -> list[Encoded]:
-    """Returns what is stored of weights of so many rows that were solved as one, each tensor's rows in proportion."""
-    if len(rows) == 1:
-        return [stored]
-    parts = {name: tensor.split([n * len(tensor) // sum(rows) for n in rows]) for name, tensor in stored.items()}
-    return [{name: part[i].contiguous() for name, part in parts.items()} for i in range(len(rows))]
+            for line in notes if not piece.rows.start else ():
+                context.note(line)
+            found.setdefault(piece.names, []).append(solved[piece.names[0]])
+        return {name: of for names, parts in found.items() for name, of in joined(context, names, parts).items()}
 
 
 def _chosen(solved: Solved, weight: torch.Tensor) -> Solved:
     return solved
-
-
-def _weight(context: Context, name: str) -> torch.Tensor:
-    try:
-        return checked(weight_of(context.module(name)))
-    except ValueError as error:
-        raise UserError(f"{name}: {error}") from None
 
 
 def _all(watchers: list[Watcher], x: torch.Tensor, tokens: slice) -> None:

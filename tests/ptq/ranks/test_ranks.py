@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
-from ptq.ranks.reduction import by_cost, done_by, in_shares
+from ptq.ranks.reduction import by_cost, done_by, in_order, in_shares
 from ptq.ranks.world import ALONE, Message, agree, led
 from ptq.run.experiment import collect_statistics, run
 from ptq.run.kept.kept_pass import KeptPass
@@ -83,6 +83,30 @@ def test_two_and_four_ranks_end_with_the_bits_of_one(tmp_path, tiny_llama, case)
         assert [e.status for e in ended] == [0] * ranks, ended
         assert all(not e.text for e in ended[1:])
         same(result_of(tmp_path / str(ranks)), expected)
+
+
+def test_ranks_share_the_rows_of_a_weight_and_note_once_what_was_found(tmp_path, tiny_llama, monkeypatch):
+    import ptq.steps.solvers._tall_weight as tall
+
+    case = {"weight": {"bits": 3, "symmetric": False, "range": "mse"}}, {"gptq": {"target": "residual", "held_out": 4}}
+    whole = results(run(make(tmp_path / "whole", tiny_llama, *case)))
+    monkeypatch.setattr(tall, "LEAST_ROWS", 8)
+    expected = results(run(make(tmp_path / "1", tiny_llama, *case)))
+    apart = [
+        (block[key] != of[key]).float().mean()
+        for block, of in zip(whole[2].values(), expected[2].values(), strict=True)
+        for key in of
+        if key.endswith("codes")
+    ]
+    assert max(apart) < 0.02, "rows that are solved apart are rounded otherwise where products are, no more"
+    for ranks in (2, 3):
+        recipe = make(tmp_path / str(ranks), tiny_llama, *case)
+        ended = run_ranks(ranks, work_of(recipe), tmp_path / f"out-{ranks}")
+        assert [e.status for e in ended] == [0] * ranks, ended
+        same(result_of(tmp_path / str(ranks)), expected)
+    logs = [next((tmp_path / name / "outputs").rglob("run.log")).read_text() for name in ("1", "3")]
+    notes = [[line.partition("gptq: ")[2] for line in log.splitlines() if "gptq: " in line] for log in logs]
+    assert notes[0] == notes[1]
 
 
 def test_ranks_share_the_experts_of_a_mixture_and_offloaded_weights(tmp_path, tiny_mixtral):
@@ -212,6 +236,14 @@ def test_a_mistake_in_a_piece_of_work_is_raised_on_all_ranks(tmp_path):
 def test_the_most_costly_pieces_of_work_are_shared_out_first():
     assert by_cost([1, 8, 3, 3, 2], 2) == [0, 0, 1, 1, 1]
     assert by_cost([5, 5], 4) == [0, 1]
+
+
+def test_pieces_that_belong_together_are_shared_out_in_stretches_of_equal_cost():
+    assert in_order([1, 1, 1, 1], 2) == [0, 0, 1, 1]
+    assert in_order([1, 1, 1, 1], 4) == [0, 1, 2, 3]
+    assert in_order([4, 4, 1, 1], 2) == [0, 1, 1, 1]
+    assert in_order([2, 2], 3) == [0, 2]
+    assert in_order([0, 0], 2) == [0, 0]
 
 
 def test_torchrun_starts_the_ranks_of_a_run(tmp_path, tiny_llama):

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.solvers.correction import STRENGTHS, ErrorMoment, corrected_weight, held_out_strength
+from quantize.solvers.correction import STRENGTHS, ErrorMoment, corrected_weight, damped_factor, held_out_strength
 from quantize.solvers.gptq import Hessian
 
 
@@ -96,3 +96,20 @@ def test_an_error_that_other_tokens_do_not_have_is_not_corrected():
         held_out_strength(moments_of(x, noise[0]), moments_of(other[:, :5], noise[1]))
     with pytest.raises(ValueError, match="NaN or inf"):
         held_out_strength(moments_of(x / 0, noise[0]), moments_of(other, noise[1]))
+
+
+def test_a_hessian_that_rounding_has_left_without_a_cholesky_factor_is_solved_with_all_the_same():
+    generator = torch.Generator().manual_seed(5)
+    basis = torch.linalg.qr(torch.randn(12, 12, generator=generator, dtype=torch.float64))[0]
+    # Its least eigenvalue is below 0 by more than the damping.
+    values = torch.cat([torch.tensor([50.0, -0.2]), torch.ones(10)]).double()
+    for spectrum, cholesky in ((values, False), (values.abs(), True)):
+        hessian = (basis @ spectrum.diag() @ basis.t()).float()
+        factor = damped_factor(hessian, 0.001)
+        assert (factor.pivots is None) == cholesky
+        right = torch.randn(12, 3, generator=generator, dtype=torch.float64)
+        damped = hessian.double() + 0.001 * hessian.diagonal().mean() * torch.eye(12)
+        assert torch.allclose(damped @ factor.solve(right), right, atol=1e-9)
+        weight, moment = torch.randn(4, 12, generator=generator), torch.randn(4, 12, generator=generator)
+        given = corrected_weight(weight, moment, hessian, 0.001, factor)
+        assert torch.equal(given, corrected_weight(weight, moment, hessian, 0.001))
