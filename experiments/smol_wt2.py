@@ -67,6 +67,7 @@ BEST_GOALS = {
     "w8a8": "1.004", "w8a8_static": "1.015", "w4a16_g64": "1.055", "w4a16": "1.10", "w4a8": "1.12", "w4a8_g64": "1.07",
     "w3a16_g64": "1.22", "w2a16_g64": "2.5", "w4a4_asym": "1.5", "w4a4_g64": "1.30", "kv4": "1.01", "kv2": "1.08",
     "nvfp4_w4a4": "1.35", "mxfp4_w4a4": "1.45", "w2a16_trellis": "1.8", "w4a4_static": "1.8",
+    "w4a4kv4_asym": "1.03 x W4A4",
 }  # fmt: skip
 """Schemes for which a recipe was measured as the best so far, `method=best`, and what is aimed at."""
 ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
@@ -191,7 +192,7 @@ ROWS: dict[str, dict[str, tuple[list[str], str]]] = {
         "KV 2 bits, keys before rotary embeddings": (["scheme=kv2", "scheme.cache.before_rope=true"], "1.08"),
         "KV 2 bits, ranges of the values": (["scheme=kv2", "scheme.key.range=minmax", "scheme.value.range=minmax"], ""),
         "W4A4KV4 dynamic per token asymmetric; affine, clip, gptq": (
-            ["scheme=w4a4kv4", "scheme.input.symmetric=false", "scheme.weight.range=mse", "method=affine_gptq"],
+            ["scheme=w4a4kv4_asym", "method=affine_gptq"],
             "1.03 x W4A4",
         ),
         "W4A4KV4 dynamic per token symmetric; rotate, clip, gptq": (

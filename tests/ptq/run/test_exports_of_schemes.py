@@ -43,7 +43,7 @@ EXPRESSED = {
 PAIRS = [(scheme, export) for export in sorted(EXPRESSED) for scheme in SCHEMES]
 LONG = ["evaluation.length=192"]
 FITTED = {
-    "rptq_w4a4": ["scheme.overrides=[]"], "kv2": LONG, "kv4": LONG, "w4a4kv4": LONG,
+    "rptq_w4a4": ["scheme.overrides=[]"], "kv2": LONG, "kv4": LONG, "w4a4kv4": LONG, "w4a4kv4_asym": LONG,
     "w4a8_g128": ["scheme.weight.group_size=64", "scheme.input.group_size=64"],
 }  # fmt: skip
 """What makes a scheme fit the tiny LLaMA and its windows: OPT's names of Linears are not there, 64 tokens leave nothing behind a
