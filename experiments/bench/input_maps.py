@@ -32,7 +32,7 @@ from quantize.transforms.affine import affine_from_moments, affine_from_scale, c
 from quantize.transforms.hadamard import hadamard_matrix
 from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.smooth import smoothing_scale
-from quantize.transforms.wush import unit_volume, wush
+from quantize.transforms.wush import wush
 
 LENGTH = 512
 WEIGHT = QuantSpec(4, range="mse")
@@ -112,8 +112,7 @@ def maps(x: torch.Tensor, weight: torch.Tensor) -> Iterator[tuple[str, OnlineMap
         learned = learned_affine(start, cost, steps)[0]
         yield name, OnlineKronecker(learned.left, learned.right, learned.diagonal)
     for name, block in (("wush, blocks of 64", 64), ("wush, all channels", None)):
-        matrices = wush(hessian, gram, block, damping=0.01).activation
-        yield name, OnlineBlocks(unit_volume(matrices))
+        yield name, OnlineBlocks(wush(hessian, gram, block, damping=0.01).unit_volume())
 
 
 @torch.no_grad()

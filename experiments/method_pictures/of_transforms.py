@@ -40,7 +40,6 @@ from quantize.transforms.hadamard import hadamard_matrix, random_signs
 from quantize.transforms.residual import fold_gain, rotate_reader
 from quantize.transforms.rounding_cost import RoundingCost
 from quantize.transforms.smooth import smoothing_scale
-from quantize.transforms.wush import unit_volume
 from quantize.transforms.wush import wush as moments_alike
 
 ALPHA = 0.5
@@ -191,7 +190,7 @@ def wush(material: Material) -> Drawn:
     maps = {
         NONE: None,
         HADAMARD: OnlineBlocks(hadamard_matrix(len(gram))[None]),
-        FULL: OnlineBlocks(unit_volume(pair.activation)),
+        FULL: OnlineBlocks(pair.unit_volume()),
     }
     _token_errors(axes[1], read, maps, lines)
     label(axes[0], "second moment of each channel", "channels, by their input", "")
@@ -212,7 +211,7 @@ def affine(material: Material) -> Drawn:
     for words, made in ((BEGUN, start), (LEARNED, learned)):
         maps[words] = OnlineKronecker(made.left, made.right, made.diagonal)
     for words, size in ((FULL, None), (BLOCKS, GROUP.group_size)):
-        maps[words] = OnlineBlocks(unit_volume(moments_alike(hessian, gram, size, damping=DAMPING).activation))
+        maps[words] = OnlineBlocks(moments_alike(hessian, gram, size, damping=DAMPING).unit_volume())
     sizes = f"{len(learned.left)} x {len(learned.left)} and {len(learned.right)} x {len(learned.right)}"
     figure, axes = panels(f"affine: the input of gate and up in block {BLOCK}, mapped by matrices of {sizes}")
     lines: list[str] = []

@@ -4,6 +4,9 @@ With the Cholesky factors W' W'^T = W^T W and X' X'^T = X^T X / n and the singul
 for columns x and w: T_x = H S^-1/2 U^T W'^T and T_w = H S^-1/2 V^T X'^T. Then T_w^T T_x = X' V S^-1 U^T W'^T = I, so w . x is
 kept, and the second moments of both become H S H^T, whose diagonal is constant for a Hadamard H. For rows, as here:
 ``x @ A`` with A = T_x^T and ``W @ B`` with B = T_w^T = A^-T.
+
+U and S^2 are the eigenvectors and eigenvalues of W'^T (X^T X / n) W', a third of the work of the singular value decomposition.
+What squaring loses is the machine's precision times S_1^2 / S_n^2: where that ratio is great, the decomposition is made as published.
 """
 
 from dataclasses import dataclass
@@ -13,6 +16,8 @@ import torch
 from quantize.kernels.matmul import linear
 from quantize.transforms.hadamard import hadamard_transform
 
+SQUARED = 1e-9
+"""Least S_n^2 / S_1^2 that is read off the squared matrix: about a millionth of it is lost there."""
 MOST_DAMPING = 1.0
 """Greatest share of the mean diagonal that is added: dampings are tried, each 10 times the one before, up to this one."""
 
@@ -26,12 +31,19 @@ class Wush:
         singular: S (blocks, size), descending: second moments of both, before the Hadamard.
         damping_activation: what was added to the diagonal of X^T X / n, as a share of its mean in each block.
         damping_weight: the same of W^T W.
+        log_volume: log |det A| (blocks,).
     """
 
     activation: torch.Tensor
     singular: torch.Tensor
     damping_activation: float
     damping_weight: float
+    log_volume: torch.Tensor
+
+    def unit_volume(self) -> torch.Tensor:
+        """Returns A (blocks, size, size), each block divided by the number that gives it a determinant of 1 or -1."""
+        # By the logarithm: the determinant itself of a thousand channels leaves float64.
+        return self.activation / (self.log_volume / self.activation.shape[-1]).exp()[:, None, None]
 
 
 def wush(
@@ -62,18 +74,12 @@ def wush(
     size = width if block is None else block
     if size < 1 or width % size:
         raise ValueError(f"block: {block} is not valid: expected a divisor of {width}")
-    inputs, used_inputs = _cholesky("hessian", diagonal_blocks(hessian, size), damping)
+    moments = diagonal_blocks(hessian, size)
     weights, used_weights = _cholesky("gram", diagonal_blocks(gram, size), damping)
-    u, s, _ = torch.linalg.svd(weights.mT @ inputs)
+    u, s, used_inputs = _decomposed(moments, weights, damping)
     activation = _spread((weights @ u) / s.sqrt()[:, None, :], hadamard)
-    return Wush(activation, s, used_inputs, used_weights)
-
-
-def unit_volume(matrices: torch.Tensor) -> torch.Tensor:
-    """Returns matrices (blocks, size, size) each divided by the number that gives it a determinant of 1 or -1."""
-    # By the logarithm: the determinant itself of a thousand channels leaves float64.
-    logs = torch.linalg.slogdet(matrices).logabsdet / matrices.shape[-1]
-    return matrices / logs.exp()[:, None, None]
+    log_volume = weights.diagonal(dim1=1, dim2=2).log().sum(1) - s.log().sum(1) / 2
+    return Wush(activation, s, used_inputs, used_weights, log_volume)
 
 
 def block_apply(x: torch.Tensor, matrices: torch.Tensor) -> torch.Tensor:
@@ -111,13 +117,34 @@ def _spread(matrices: torch.Tensor, hadamard: bool) -> torch.Tensor:
     return hadamard_transform(matrices) if hadamard else matrices
 
 
-def _cholesky(name: str, blocks: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
-    """Returns the lower factors of `blocks` (blocks, size, size), damped until all succeed, and the share that was added."""
-    mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
+def _decomposed(
+    moments: torch.Tensor, weights: torch.Tensor, damping: float
+) -> tuple[torch.Tensor, torch.Tensor, float]:
+    """Returns U (blocks, size, size) and S (blocks, size), descending, of W'^T X', and the share that was added to the `moments`."""
+    mean = _means("hessian", moments)
+    damped = moments.clone()
+    damped.diagonal(dim1=1, dim2=2).add_(damping * mean[:, None])
+    squares, vectors = torch.linalg.eigh(weights.mT @ damped @ weights)
+    if bool((squares[:, 0] > SQUARED * squares[:, -1]).all()):
+        return vectors.flip(-1), squares.flip(-1).sqrt(), damping
+    inputs, used = _cholesky("hessian", moments, damping)
+    u, s, _ = torch.linalg.svd(weights.mT @ inputs)
+    return u, s, used
+
+
+def _means(name: str, blocks: torch.Tensor) -> torch.Tensor:
+    """Returns the mean (blocks,) of each diagonal of `blocks` (blocks, size, size), 1 for a block in which nothing ever was: it gets
+    the identity, and so does its partner's share of the transform. ValueError for NaN or inf.
+    """
     if not bool(torch.isfinite(blocks).all()):
         raise ValueError(f"{name}: holds NaN or inf: expected second moments that are finite")
-    # A block in which nothing ever was gets the identity, and so does its partner's share of the transform.
-    mean = torch.where(mean > 0, mean, torch.ones_like(mean))
+    mean = blocks.diagonal(dim1=1, dim2=2).mean(1)
+    return torch.where(mean > 0, mean, torch.ones_like(mean))
+
+
+def _cholesky(name: str, blocks: torch.Tensor, damping: float) -> tuple[torch.Tensor, float]:
+    """Returns the lower factors of `blocks` (blocks, size, size), damped until all succeed, and the share that was added."""
+    mean = _means(name, blocks)
     identity = torch.eye(blocks.shape[-1], dtype=blocks.dtype, device=blocks.device)
     floor = blocks.shape[-1] * torch.finfo(blocks.dtype).eps
     share = damping

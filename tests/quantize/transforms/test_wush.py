@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quantize.grid.affine import fake_quantize_absmax
 from quantize.transforms.hadamard import hadamard_transform
-from quantize.transforms.wush import block_apply, diagonal_blocks, unit_volume, wush
+from quantize.transforms.wush import block_apply, diagonal_blocks, wush
 
 
 def problem(width=16, rows=24, tokens=200, seed=0):
@@ -112,9 +112,53 @@ def test_what_has_no_closed_form_is_refused():
         diagonal_blocks(eye, 3)
 
 
-def test_matrices_of_a_thousand_channels_whose_determinants_leave_float64_get_unit_volume():
+def test_maps_of_a_thousand_channels_whose_determinants_leave_float64_get_unit_volume():
     size = 1024
-    matrices = torch.stack([torch.eye(size), 0.01 * torch.eye(size).flip(0)]).double() * 7
-    found = unit_volume(matrices)
-    assert torch.linalg.det(matrices).abs().tolist() == [float("inf"), 0]
-    assert torch.allclose(torch.linalg.slogdet(found).logabsdet, torch.zeros(2, dtype=torch.float64), atol=1e-9)
+    scale = torch.logspace(0, 2, 2 * size, dtype=torch.float64)
+    gram = torch.cat([1e-4 * scale[:size], 1e4 * scale[size:]])
+    found = wush(torch.diag(scale), torch.diag(gram), size)
+    assert torch.linalg.det(found.activation).abs().tolist() == [0, float("inf")]
+    assert torch.allclose(found.log_volume, torch.linalg.slogdet(found.activation).logabsdet, atol=1e-6)
+    logs = torch.linalg.slogdet(found.unit_volume()).logabsdet
+    assert torch.allclose(logs, torch.zeros(2, dtype=torch.float64), atol=1e-6)
+    assert torch.allclose(found.unit_volume() / found.activation, (-found.log_volume / size).exp()[:, None, None])
+
+
+@given(
+    st.integers(0, 1000),
+    st.sampled_from([8, 24, 48]),
+    st.sampled_from([1e-4, 1e-3, 1e-2, 1.0]),
+    st.floats(0, 4),
+    st.integers(4, 60),
+)
+@settings(max_examples=40, deadline=None)
+def test_the_squared_decomposition_gives_the_transform_of_the_published_one(seed, width, damping, decades, tokens):
+    generator = torch.Generator().manual_seed(seed)
+    x, w = (torch.randn(n, width, dtype=torch.float64, generator=generator) for n in (tokens, 2 * width))
+    x = x * torch.logspace(0, decades, width, dtype=torch.float64)
+    h, g = x.t() @ x / tokens, w.t() @ w
+    found = wush(h, g, hadamard=False, damping=damping)
+    one = torch.eye(width, dtype=torch.float64)
+    inputs, weights = (torch.linalg.cholesky(m + damping * m.diagonal().mean() * one) for m in (h, g))
+    u, s, _ = torch.linalg.svd(weights.t() @ inputs)
+    torch.testing.assert_close(found.singular[0], s, rtol=1e-6, atol=0)
+    # A A^T does not see which of the equivalent vectors were taken: those of alike singular values turn freely.
+    published = weights @ (u / s) @ u.t() @ weights.t()
+    ours = found.activation[0] @ found.activation[0].t()
+    assert float((ours - published).norm()) < 1e-6 * float(published.norm())
+    assert found.damping_activation == found.damping_weight == damping
+
+
+def test_moments_whose_squares_would_lose_the_least_directions_are_decomposed_as_published():
+    generator = torch.Generator().manual_seed(0)
+    turn = torch.linalg.qr(torch.randn(16, 16, dtype=torch.float64, generator=generator)).Q
+    h = turn @ torch.diag(torch.logspace(0, -12, 16, dtype=torch.float64)) @ turn.t()
+    _, w = problem()
+    found = wush(h, w.t() @ w, hadamard=False, damping=0.0)
+    a = found.activation[0]
+    b = torch.linalg.inv(a).t()
+    moments = [
+        m / found.singular[0].sqrt() / found.singular[0].sqrt()[:, None] for m in (a.t() @ h @ a, b.t() @ w.t() @ w @ b)
+    ]
+    for of in moments:
+        torch.testing.assert_close(of, torch.eye(16, dtype=torch.float64), atol=1e-3, rtol=0)
