@@ -159,7 +159,9 @@ def held_out_strength(
     """Returns the damping of `corrected_weight` with which a correction fitted to some tokens leaves others the least error.
 
     With K = V - W the error on other tokens is a constant + tr(K H' K^T) - 2 tr(K M'^T), primes for those tokens. A Hessian of
-    few tokens says more than is true of the text: none of the corrections may be better than W itself.
+    few tokens says more than is true of the text: none of the corrections may be better than W itself. In the eigenvectors Q of
+    H = Q diag(l) Q^T, K Q is M Q times a diagonal 1 / (l + d): both traces follow for every d from Q^T H' Q, Q^T M^T M Q and the
+    diagonal of Q^T M^T M' Q.
 
     Args:
         fit: M (out, in) and H (in, in) of the tokens that the correction is fitted to.
@@ -183,11 +185,12 @@ def held_out_strength(
         return None
     values, vectors = torch.linalg.eigh(fit[1].double())
     moment, theirs = (m.double() @ vectors for m in (fit[0], held[0]))
-    square = vectors.t() @ held[1].double() @ vectors
+    square = (vectors.t() @ held[1].double() @ vectors).mul_(moment.t() @ moment)
+    gain = (moment * theirs).sum(0)
     best, least = None, 0.0
     for damping in sorted(dampings):
-        change = moment / (values.clamp_min(0) + damping * mean)
-        loss = float((change @ square * change).sum() - 2 * (change * theirs).sum())
+        share = 1 / (values.clamp_min(0) + damping * mean)
+        loss = float(share @ square @ share - 2 * (gain @ share))
         if loss < least:
             best, least = damping, loss
     return best
