@@ -53,9 +53,15 @@ def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     if STATISTICS in wanted:
         context.statistics = statistics_of(session)[0]
     context.batch_size = session.recipe.calibration.batch_size
-    if wanted & {SAMPLES, REFERENCE} or any(step.kind == TRANSFORM for step in steps.values()):
+    if wants_samples(scheme, steps):
         context.ids = session.calibration_tokens().ids
     return context
+
+
+def wants_samples(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether calibration samples pass the network for a step, beside those that statistics are taken of: a transform is proved on some."""
+    wanted = captures_of_steps(scheme, steps)
+    return bool(wanted & {SAMPLES, REFERENCE}) or any(step.kind == TRANSFORM for step in steps.values())
 
 
 def context_of(

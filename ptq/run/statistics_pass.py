@@ -28,7 +28,7 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         journal.say(f"statistics: {path}")
         return statistics, path
     tokens = session.calibration_tokens()
-    key = {**session.key(tokens), "batch_size": recipe.calibration.batch_size}
+    key = key_of(session, tokens)
     with session.store.found_or_mine("statistics", key, lambda line: journal.say(f"statistics: {line}")) as found:
         if found is not None:
             try:
@@ -42,6 +42,30 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
 
+def known_statistics(session: Session) -> Statistics | None:
+    """Returns the statistics that the recipe asks for where the store has them, else None; the weights' digest has to be known."""
+    tokens = session.calibration_tokens()
+    found = session.store.find("statistics", key_of(session, tokens))
+    if found is None:
+        return None
+    try:
+        return _read(found, session, tokens)
+    except ValueError as error:
+        session.store.made_again("statistics", str(error))
+        return None
+
+
+def keep_statistics(session: Session, statistics: Statistics) -> None:
+    """Keeps statistics that were taken otherwise than by `take_statistics`, for later runs."""
+    tokens = session.calibration_tokens()
+    session.store.add("statistics", key_of(session, tokens), statistics.save, session.about(tokens))
+
+
+def key_of(session: Session, tokens: Tokens) -> dict[str, object]:
+    """Returns all that statistics of these tokens depend on, for the store."""
+    return {**session.key(tokens), "batch_size": session.recipe.calibration.batch_size}
+
+
 def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object]) -> Statistics:
     """Runs the calibration tokens through the network and gathers statistics of every Linear; `key` says what of."""
     with session.journal.phase("calibration"):
@@ -49,10 +73,15 @@ def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object])
         visitor = StatisticsVisitor(session.stream.device)
         flow.passed = lambda block: visitor.reduce(block, session.world)
         session.stream.run([flow], visitor, "calibration", session.kept("calibration", key, [flow], visitor))
-    statistics = visitor.result(_provenance(session, tokens))
+    statistics = visitor.result(provenance_of(session, tokens))
+    say_unreached(session, statistics)
+    return statistics
+
+
+def say_unreached(session: Session, statistics: Statistics) -> None:
+    """Names the Linears that no calibration token reached."""
     for name in statistics.unreached:
         session.journal.say(f"calibration: no token reaches {name}: nothing can be fitted to its input")
-    return statistics
 
 
 def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:
@@ -67,10 +96,11 @@ def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:
     except (UserError, KeyError, TypeError, ValueError) as error:
         reason = " ".join(str(error).removeprefix("calibration.statistics: ").split())
         raise ValueError(f"it is no file of statistics of this model: {reason}") from None
-    return dataclasses.replace(found, provenance=_provenance(session, tokens))
+    return dataclasses.replace(found, provenance=provenance_of(session, tokens))
 
 
-def _provenance(session: Session, tokens: Tokens) -> Provenance:
+def provenance_of(session: Session, tokens: Tokens) -> Provenance:
+    """Returns what statistics of these tokens say of themselves."""
     loaded = session.loaded
     return Provenance(
         model=session.recipe.model.path,

@@ -263,6 +263,9 @@ class Step:
     """Where a transform acts, of `PLACES`."""
     proved: ClassVar[bool] = True
     """Whether a transform leaves what the network computes as it is; one that changes it on purpose is not proved."""
+    by_block: ClassVar[bool] = False
+    """Whether a block's part of the plan depends on nothing beyond what the block reads: then `plan_block` makes it, and a run whose
+    weights are on disk need not see the network before its first block. What such a step does lies inside the blocks."""
     last: ClassVar[bool] = False
     """Whether what it decides holds only for what the transforms before it leave: no transform may follow."""
 
@@ -276,6 +279,20 @@ class Step:
     def plan(self, context: Context) -> StepPlan:
         """Sees everything once, before the first block. `Context.shown` and `Context.show` apply the steps before it."""
         return StepPlan()
+
+    def looks_at(self, context: Context) -> Flow | None:
+        """Returns the samples that `plan_block` wants to see, before the first block, or None; where a step plans `by_block`."""
+        return None
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Returns what `plan` would have for one block, whose weights are in memory as the steps before this one leave them.
+
+        Args:
+            block: the block; its statistics are `Context.statistics`, which has no other's.
+            context: as for `plan`; the plans of other steps are those for this block.
+            flow: what `looks_at` gave, as it reaches the block; it passes the block afterwards.
+        """
+        raise TypeError(f"{type(self).__name__} does not plan block by block")
 
     def outside(self, plan: StepPlan, context: Context) -> None:
         """Changes what lies outside the blocks (embedding, final norm, head), whose weights are in memory.

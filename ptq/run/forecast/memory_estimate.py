@@ -14,7 +14,9 @@ from ptq.errors import UserError
 from ptq.network.experts.abreast import MOST_BYTES
 from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import LEAVES
-from ptq.steps._step import REFERENCE, SAMPLES, TRANSFORM, Step, Tuner
+from ptq.ranks.world import ALONE
+from ptq.run.one_pass.quantize import goes_in_one_pass
+from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
 
 PROCESS = 700 << 20
 """What Python, torch and transformers hold before any model."""
@@ -98,6 +100,8 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     transforms = any(step.kind == TRANSFORM for step in steps.values())
     carried = calibration if wanted & {SAMPLES, REFERENCE} else c.batch_size * c.length if transforms else 0
     flows = hidden * (evaluation + carried * (2 if REFERENCE in wanted else 1))
+    if goes_in_one_pass(recipe, steps, ALONE) and STATISTICS in wanted:
+        flows += hidden * calibration  # statistics are taken on the way
     logits = 4 * 3 * e.chunk * vocabulary
     baseline = 4 * width * evaluation
     quantize = weights + flows + baseline + max(blocks, default=0)

@@ -80,7 +80,7 @@ def work_of(
     if beside:
         work["links"] = Work(read=beside)
     if STATISTICS in wanted and recipe.calibration.statistics is None:
-        work["calibration"] = Work(a_token * calibrated, 0, a_pass + spill * calibrated, spill * calibrated)
+        work["calibration"] = Work(a_token * calibrated, 0, beside + spill * calibrated, spill * calibrated)
     work["baseline"] = Work((a_token + head_token) * evaluated, 0, beside + spill * evaluated, spill * evaluated)
     carried = calibrated if wanted & {SAMPLES, REFERENCE} else 0
     passes = 2 if REFERENCE in wanted else 1

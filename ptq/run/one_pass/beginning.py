@@ -22,11 +22,13 @@ class Beginning:
         state: of the weights' files (`ModelDigest.state`): their digest is known at the end only.
         traced: whether the pass finds the links, or knew them.
         evaluated: whether it evaluates the baseline, or knew its results.
+        measured: whether it takes statistics, or knew them, or wants none.
     """
 
     state: str
     traced: bool
     evaluated: bool
+    measured: bool
 
     @classmethod
     def read(
@@ -54,6 +56,13 @@ class Beginning:
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if read and digest.agrees(read) else None
+
+    def goes_on_with(self, now: Self) -> bool:
+        """Whether what this began with is enough for a pass that would begin `now`: what was known then and is not any more would
+        have to be found from the first block on.
+        """
+        missing = ((now.traced, self.traced), (now.evaluated, self.evaluated), (now.measured, self.measured))
+        return all(began or not needed for needed, began in missing)
 
     def write(self, folder: pathlib.Path) -> None:
         """Writes it, for `read`."""

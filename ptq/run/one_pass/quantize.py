@@ -1,5 +1,6 @@
 """Quantizes a model whose weights are on disk in one pass: each tensor is read from the checkpoint once."""
 
+import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -15,6 +16,7 @@ from ptq.export.base import Exported
 from ptq.network.block_stream import Flow
 from ptq.network.links import Trace, Tracer, describe
 from ptq.ranks.world import World
+from ptq.report.channel_ranges import save_transformed
 from ptq.run.baseline import Baseline, kept_baseline, known_baseline
 from ptq.run.exports import QUANTIZED, needs_saved_weights
 from ptq.run.kept.identity import digest_of
@@ -22,11 +24,13 @@ from ptq.run.kept.kept_pass import RESUME
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.one_pass.beginning import Beginning
 from ptq.run.one_pass.block_files import WholeBlocks, files_of
+from ptq.run.one_pass.block_plans import BlockPlans
 from ptq.run.one_pass.visitor import BlockFiles, OnePass
-from ptq.run.planning import captures_of_steps, open_samples, plan_all, wants_sums
+from ptq.run.planning import captures_of_steps, open_samples, plan_all, wants_samples, wants_sums
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
-from ptq.steps._step import REFERENCE, SAMPLES, SOLVER, STATISTICS, Context, Step
+from ptq.run.statistics_pass import keep_statistics, known_statistics, provenance_of, say_unreached
+from ptq.steps._step import SOLVER, STATISTICS, Context, Step
 from quantize.kernels.choice import describe as describe_kernels
 
 PASS = "quantize"
@@ -54,15 +58,25 @@ class Passed:
 
 
 def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) -> bool:
-    """Whether the run has to see each block once: its weights are on disk, and no step plans before the first block."""
+    """Whether the run has to see each block once: its weights are on disk, and what its steps plan they plan block by block."""
     return (
         recipe.execution.weights == "offloaded"
         and world.size == 1
         and bool(steps)
-        and all(step.kind == SOLVER and type(step).plan is Step.plan for step in steps.values())
-        and STATISTICS not in captures_of_steps(recipe.scheme, steps)
+        and not any(_plans_before(step) for step in steps.values())
+        and not _reads_statistics(recipe, steps)
         and not attention_tensors(recipe.scheme)
     )
+
+
+def _plans_before(step: Step) -> bool:
+    """Whether the step has to see the network before its first block is finished."""
+    return not step.by_block and (step.kind != SOLVER or type(step).plan is not Step.plan)
+
+
+def _reads_statistics(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
+    """Whether statistics come from a file, which says of which weights: these have to be read for their digest first."""
+    return recipe.calibration.statistics is not None and STATISTICS in captures_of_steps(recipe.scheme, steps)
 
 
 def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> None:
@@ -74,10 +88,10 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
         raise UserError(
             f"execution.devices: {devices}, but {world.size} ranks have a device each: use execution.device"
         )
-    planning = (name for name, step in steps.items() if step.kind != SOLVER or type(step).plan is not Step.plan)
+    planning = (name for name, step in steps.items() if _plans_before(step))
     what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
-    if not what and STATISTICS in captures_of_steps(recipe.scheme, steps):
-        what = "the scheme's static ranges take statistics of the whole network first"
+    if not what and _reads_statistics(recipe, steps):
+        what = "calibration.statistics are of weights that have to be read first"
     raise UserError(
         f"execution.devices: {devices}, but {what or 'attentions are looked at in the whole network first'}: use execution.device"
     )
@@ -92,7 +106,7 @@ def quantize_in_one_pass(
 
     Args:
         session: the run's, whose weights are on disk.
-        steps: by name, of which none plans.
+        steps: by name; what they plan they plan block by block.
         sources: digests of the source of steps from outside.
         tokens: the evaluation windows.
         folder: of the run's results.
@@ -105,10 +119,14 @@ def quantize_in_one_pass(
     known = digest.known() is not None
     found = session.known_traces(sums) if known else None
     baseline = known_baseline(session, tokens) if known else None
+    measures = STATISTICS in captures_of_steps(recipe.scheme, steps)
+    statistics = known_statistics(session) if known and measures else None
+    by_block = {name: step for name, step in steps.items() if step.by_block}
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
             files = files_of(session)
-            begun = _beginning(session, files, found is None, baseline is None)
+            now = Beginning(digest.state, found is None, baseline is None, measures and statistics is None)
+            begun = _beginning(session, files, now)
             tracer = Tracer(network, stream, sums) if begun.traced else None
             first = (
                 stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
@@ -118,15 +136,19 @@ def quantize_in_one_pass(
             traces: dict[int, Trace] = dict(found or {})
             context = Context(network, stream, recipe.scheme, traces, note=session.journal.note)
             context.batch_size = recipe.calibration.batch_size
-            if captures_of_steps(recipe.scheme, steps) & {SAMPLES, REFERENCE}:
+            if wants_samples(recipe.scheme, steps):
                 context.ids = session.calibration_tokens().ids
-            plan_all(steps, context)
+            taken = session.calibration_tokens().ids if begun.measured else None
+            measured = None if taken is None else stream.calibration(taken, context.batch_size)
+            plans = BlockPlans(context, by_block, None if begun.measured else statistics, measured)
+            plan_all({name: step for name, step in steps.items() if name not in by_block}, context)
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
             context.samples = samples = open_samples(steps, context)
         visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
-        one = OnePass(stream, traces, tracer, first, visitor, digest.read, files)
+        one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files)
         flows = [flow] if samples is None else [flow, samples.flow]
         beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
+        beside += plans.flows
         kept = session.kept(
             PASS, _key(session, sources, begun), [*flows, *(f for f in beside if f is not None)], one, files.sum_of
         )
@@ -141,6 +163,8 @@ def quantize_in_one_pass(
             baseline = kept_baseline(session, tokens, first)
         if tracer is not None and found is None:
             session.keep_traces(tracer.traces, sums)
+    if measures:
+        _keep_statistics(session, plans, begun.measured, folder)
     if baseline is None:
         raise ValueError("a pass without a baseline has none to be compared with")
     keep_timings(session, visitor.kernels)
@@ -155,16 +179,26 @@ def quantize_in_one_pass(
     return Passed(visitor, flow, baseline)
 
 
-def _beginning(session: Session, files: BlockFiles, traced: bool, evaluated: bool) -> Beginning:
+def _keep_statistics(session: Session, plans: BlockPlans, measured: bool, folder: pathlib.Path) -> None:
+    """Keeps the statistics for later runs where they were taken here, and draws what the plans have made of them."""
+    found = plans.result(provenance_of(session, session.calibration_tokens()))
+    if found is None:
+        return
+    before, after = found
+    if measured:
+        say_unreached(session, before)
+        keep_statistics(session, before)
+    save_transformed(before, after, {}, folder / "channels.png")
+
+
+def _beginning(session: Session, files: BlockFiles, now: Beginning) -> Beginning:
     """Returns what the pass that is interrupted began with, where it can be gone on with, or what this one begins with."""
-    now = Beginning(session.loaded.digest.state, traced, evaluated)
     if session.folder is None:
         return now
     folder = session.folder / RESUME
     kept = sorted((folder / PASS).glob("block-*.safetensors"))
     begun = Beginning.read(folder, session.loaded.digest, kept, files)
-    # What was known then and is not any more has to be found from the first block on.
-    if begun is None or (traced and not begun.traced) or (evaluated and not begun.evaluated):
+    if begun is None or not begun.goes_on_with(now):
         now.write(folder)
         return now
     return begun
@@ -173,4 +207,4 @@ def _beginning(session: Session, files: BlockFiles, traced: bool, evaluated: boo
 def _key(session: Session, sources: Mapping[str, str], begun: Beginning) -> str:
     tokens = (session.seen_tokens(), session.evaluation_tokens())
     identity = identity_of(session.recipe, sources, begun.state, tokens, session.stream.device)
-    return digest_of({"identity": identity, "traced": begun.traced, "evaluated": begun.evaluated})
+    return digest_of({"identity": identity, **dataclasses.asdict(begun)})

@@ -10,6 +10,7 @@ from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.links import Trace, Tracer, trace_of
 from ptq.network.network import Block
 from ptq.run.baseline import check_unquantized
+from ptq.run.one_pass.block_plans import BlockPlans
 from ptq.run.quantize_visitor import QuantizeVisitor
 
 
@@ -27,13 +28,14 @@ class BlockFiles(Protocol):
 
 
 class OnePass:
-    """Traces a block, lets the baseline's samples pass it, then quantizes it, while its weights are held once.
+    """Traces a block, lets the baseline's samples pass it, plans it, then quantizes it, while its weights are held once.
 
     Args:
         stream: carries the samples.
         traces: of the blocks so far; those that `tracer` finds are added.
         tracer: finds the links; None where they are known.
         baseline: the evaluation samples in the unquantized network; None where their results are known.
+        plans: makes the plans of the steps for a block.
         quantizer: does the rest.
         digests: of the weights that have been read; those of each block are kept with it.
         files: how finished blocks are kept.
@@ -45,12 +47,13 @@ class OnePass:
         traces: dict[int, Trace],
         tracer: Tracer | None,
         baseline: Flow | None,
+        plans: BlockPlans,
         quantizer: QuantizeVisitor,
         digests: TensorDigests,
         files: BlockFiles,
     ):
         self.stream, self.traces, self.tracer, self.baseline = stream, traces, tracer, baseline
-        self.quantizer, self.digests, self.files = quantizer, digests, files
+        self.plans, self.quantizer, self.digests, self.files = plans, quantizer, digests, files
         self._noted = 0
 
     def enter(self, block: Block) -> None:
@@ -66,6 +69,7 @@ class OnePass:
         if self.baseline is not None:
             self.stream.step(self.baseline, block)
             check_unquantized(self.baseline)
+        self.plans.plan(block)
         self.quantizer.enter(block)
 
     def leave(self, block: Block) -> None:
@@ -78,6 +82,7 @@ class OnePass:
         fresh, self._noted = noted[self._noted :], len(noted)
         figures = self.quantizer.figures(block)
         figures["digests"] = [[*place, digest] for place, digest in fresh]
+        figures["statistics"] = self.plans.write(block, path)
         figures["trace"] = None if self.tracer is None else dataclasses.asdict(self.traces[block.index])
         self.files.write(block, path, figures)
 
@@ -85,6 +90,7 @@ class OnePass:
         """Takes up a finished block."""
         figures = self.files.read(path)
         self.quantizer.take_up(figures)
+        self.plans.read(block, path, figures["statistics"])
         self.digests.found.update(digests_of(figures))
         self._noted = len(self.digests.found)
         if self.tracer is not None:

@@ -12,11 +12,12 @@ from ptq.calibration.statistics import ChannelStatistics
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.block_stream import Flow
 from ptq.network.links import Link
 from ptq.network.network import Block
 from ptq.steps._solving import specs_of, weight_specs
 from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
-from ptq.steps.transforms.smooth import KINDS, Planning, rescale, search
+from ptq.steps.transforms.smooth import KINDS, Planning, planned, rescale, search, searched
 from quantize.codecs.registry import codec_of
 from quantize.solvers.awq import RATIOS, awq_scale, scale_of
 from quantize.solvers.gptq import Hessian
@@ -46,6 +47,7 @@ class Step(Transform):
     """Divides what a link's producer writes by the scale that serves its readers best, and multiplies their columns."""
 
     acts: ClassVar[frozenset[str]] = frozenset({WEIGHT_INPUT, WEIGHT_OUTPUT})
+    by_block: ClassVar[bool] = True
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the statistics, which it rewrites. `UserError` where no weight is quantized: there is no error to go by."""
@@ -58,6 +60,14 @@ class Step(Transform):
         planning = _Planning(self.options, context)
         search(planning, "awq")
         return StepPlan(planning.scales, statistics=planning.statistics)
+
+    def looks_at(self, context: Context) -> Flow:
+        """What the search looks at."""
+        return searched(context, "awq")
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Searches the scales of the block's links."""
+        return planned(_Planning(self.options, context), block, flow)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Rescales the block's links, in place."""

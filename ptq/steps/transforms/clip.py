@@ -11,6 +11,7 @@ from ptq.calibration.statistics import ChannelStatistics
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
 from ptq.steps._solving import Rows, captures_of, labels_of, specs_of
 from ptq.steps._step import INPUT, Context, StepPlan, Transform
@@ -47,6 +48,7 @@ class Step(Transform):
     """
 
     acts: ClassVar[frozenset[str]] = frozenset({INPUT})
+    by_block: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
@@ -60,12 +62,23 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Searches every input, on tokens of the calibration samples as the steps so far leave it."""
-        if context.ids is None:
-            raise UserError("steps.clip: needs calibration samples, and none were drawn")
-        # A batch says enough of a range: its tokens are what differs.
-        flow = context.stream.open(context.ids[: context.batch_size], context.batch_size)
+        flow = self.looks_at(context)
         search = _Search(self.options, context, Samples(context.stream, flow))
         context.show(search, flow, "clip")
+        return StepPlan(clips=search.found)
+
+    def looks_at(self, context: Context) -> Flow:
+        """A batch says enough of a range: its tokens are what differs."""
+        if context.ids is None:
+            raise UserError("steps.clip: needs calibration samples, and none were drawn")
+        return context.stream.open(context.ids[: context.batch_size], context.batch_size)
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Searches the inputs of the block's Linears."""
+        if flow is None:
+            raise TypeError("clip looks at samples")
+        search = _Search(self.options, context, Samples(context.stream, flow))
+        search.enter(block)
         return StepPlan(clips=search.found)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:

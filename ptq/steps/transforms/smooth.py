@@ -12,6 +12,7 @@ from ptq.calibration.statistics import ChannelStatistics, Statistics, WeightStat
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.block_stream import Flow
 from ptq.network.links import Link
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
@@ -69,6 +70,7 @@ class Step(Transform):
     """Divides what a link's producer writes by a scale per channel, and multiplies the columns that read it."""
 
     acts: ClassVar[frozenset[str]] = frozenset({WEIGHT_INPUT, WEIGHT_OUTPUT})
+    by_block: ClassVar[bool] = True
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the channel statistics of every link."""
@@ -89,6 +91,14 @@ class Step(Transform):
         else:
             search(planning, "smooth")
         return StepPlan(planning.scales, statistics=planning.statistics)
+
+    def looks_at(self, context: Context) -> Flow | None:
+        """What the search looks at."""
+        return searched(context, "smooth") if self.options.search else None
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Chooses the scales of the block's links."""
+        return planned(Formula(self.options, context), block, flow)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Rescales the block's links, in place."""
@@ -113,12 +123,24 @@ def rescale(block: Block, scales: Mapping[str, torch.Tensor], context: Context) 
 
 def search(planning: "Planning", name: str) -> None:
     """Lets `planning` choose the scales of every block, on the first batch of the calibration samples."""
-    context = planning.context
+    flow = searched(planning.context, name)
+    planning.context.show(ScaleSearch(planning, Samples(planning.context.stream, flow)), flow, name)
+
+
+def searched(context: Context, name: str) -> Flow:
+    """Returns what the step `name` searches on: the first batch of the calibration samples."""
     if context.ids is None:
         raise UserError(f"steps.{name}: its search needs calibration samples, and none were drawn")
-    size = context.batch_size
-    flow = context.stream.open(context.ids[:size], size)
-    context.show(ScaleSearch(planning, Samples(context.stream, flow)), flow, name)
+    return context.stream.open(context.ids[: context.batch_size], context.batch_size)
+
+
+def planned(planning: "Planning", block: Block, flow: Flow | None) -> StepPlan:
+    """Returns what `planning`, which has seen no other block, chooses for a block, on the samples of `flow` where it searches."""
+    if flow is None:
+        planning.choose(block, None)
+    else:
+        ScaleSearch(planning, Samples(planning.context.stream, flow)).enter(block)
+    return planning.of_block(block)
 
 
 def key_of(link: Link) -> str:
@@ -187,7 +209,8 @@ class Planning:
         """Returns what has been chosen for one block."""
         inputs, weights = self.statistics.inputs, self.statistics.weights
         names = list(block.readers)
-        scales = {key: self.scales[key] for key in map(key_of, self.links(block)) if key in self.scales}
+        keys = map(key_of, _in_order(self.context, block))
+        scales = {key: self.scales[key] for key in keys if key in self.scales}
         reached = {n: inputs[n] for n in names if n in inputs}
         own = Statistics(reached, {n: weights[n] for n in names}, self.statistics.provenance)
         return StepPlan(scales, statistics=own)

@@ -17,7 +17,7 @@ from ptq.models.loading import fingerprint_of
 from ptq.run.experiment import run
 from ptq.run.kept.kept_pass import RESUME
 from tests.tools.interrupted import Killed, interrupted
-from tests.tools.one_pass import copied, make
+from tests.tools.one_pass import copied, exported, make
 from tests.tools.same_bits import results, same
 
 pytest.importorskip("compressed_tensors")
@@ -29,13 +29,6 @@ TARGETED = {"gptq": {"target": "original"}}
 def every_block(monkeypatch):
     """Keeps every block, although a tiny one takes less time than its writing."""
     monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-
-
-def exported(folder, name="compressed-tensors"):
-    """Every tensor of the export, and its config without what says how it was packed into files."""
-    found = folder / "export" / name
-    tensors = {key: value for shard in sorted(found.glob("*.safetensors")) for key, value in load_file(shard).items()}
-    return tensors, json.loads((found / "config.json").read_text())
 
 
 def equal(a, b):

@@ -1,0 +1,130 @@
+"""Statistics of a block and the plans of steps for it, made while it is in memory."""
+
+import pathlib
+from collections.abc import Mapping
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from ptq.calibration.statistics import Provenance, Statistics
+from ptq.calibration.statistics_visitor import StatisticsVisitor
+from ptq.files.atomic import write_atomic
+from ptq.network.block_stream import Flow
+from ptq.network.network import Block
+from ptq.run.kept.kept_pass import sum_of_file
+from ptq.steps._step import TRANSFORM, Context, Step
+
+_UNDER_WAY = Provenance("", None, "", "", "", 0, 0, "", "")
+"""Of statistics of weights whose digest is not known yet."""
+
+
+class BlockPlans:
+    """Takes the statistics of each block, where it is asked to, and lets the steps that plan block by block plan it, in order.
+
+    Args:
+        context: what the steps see; its statistics are the block's from here on.
+        steps: those of the run that plan block by block, by name.
+        known: statistics of the whole network, where it is known; else None.
+        measured: the calibration samples in the unquantized network, of which statistics are taken; None where they are known or not
+            wanted.
+    """
+
+    def __init__(
+        self, context: Context, steps: Mapping[str, Step], known: Statistics | None = None, measured: Flow | None = None
+    ):
+        self._context, self._steps, self._known, self._measured = context, dict(steps), known, measured
+        self._searched = {name: step.looks_at(context) for name, step in self._steps.items()}
+        self._visitor = StatisticsVisitor(context.stream.device)
+        self._after: dict[str, Statistics] = {}
+        self._lost = False
+
+    @property
+    def flows(self) -> list[Flow]:
+        """The samples that pass the blocks for this."""
+        return [flow for flow in (self._measured, *self._searched.values()) if flow is not None]
+
+    def plan(self, block: Block) -> None:
+        """Makes the plans for a block that is in memory as it was."""
+        context, stream = self._context, self._context.stream
+        if self._measured is not None:
+            self._visitor.enter(block)
+            stream.step(self._measured, block)
+            self._visitor.leave(block)
+        context.statistics = self._of(block)
+        context.steps = {}
+        for name, step in self._steps.items():
+            flow = self._searched[name]
+            with context.transformed(block):
+                plan = step.plan_block(block, context, flow)
+                if flow is not None:
+                    stream.step(flow, block)
+            context.plans[name] = plan
+            if step.kind == TRANSFORM:
+                context.steps[name] = step
+            context.statistics = plan.statistics or context.statistics
+        if context.statistics is not None:
+            self._after[block.name] = context.statistics
+
+    def result(self, provenance: Provenance) -> tuple[Statistics, Statistics] | None:
+        """Returns the statistics of the network, and what the plans make of them; None where some are not there."""
+        if self._lost or (self._known is None and self._measured is None):
+            return None
+        taken = self._known or self._visitor.result(provenance)
+        after = taken.copy()
+        for own in self._after.values():
+            after.inputs.update(own.inputs)
+            after.weights.update(own.weights)
+        return taken, after
+
+    def write(self, block: Block, path: pathlib.Path) -> int | None:
+        """Writes what `result` has to know of a block; returns a sum of the file's bytes, None where nothing was taken."""
+        before, after = self._of(block), self._after.get(block.name)
+        if before is None or after is None:
+            return None
+        # What the plans leave alone is the same object: `read` makes it so again.
+        changed = {name: s for name, s in after.inputs.items() if s is not before.inputs[name]}
+        parts = {"before": before, "after": Statistics(changed, after.weights, _UNDER_WAY)}
+        tensors = {
+            f"{part}|{key}": tensor.detach().cpu().clone().contiguous()
+            for part, statistics in parts.items()
+            for key, tensor in statistics.to_tensors().items()
+        }
+        write_atomic(_beside(path), lambda temporary: save_file(tensors, temporary))
+        return sum_of_file(_beside(path))
+
+    def read(self, block: Block, path: pathlib.Path, kept: int | None) -> None:
+        """Takes up what `write` has written; where the file is not whole the run goes on, and `result` has nothing."""
+        if kept is None:
+            return
+        try:
+            if sum_of_file(_beside(path)) != kept:
+                raise ValueError("not what was written")
+            found = load_file(_beside(path), device=str(self._context.stream.device))
+        except (OSError, ValueError, SafetensorError):
+            self._lost = True
+            return
+        before, after = (_part(found, part) for part in ("before", "after"))
+        self._visitor.inputs |= before.inputs
+        self._visitor.weights |= before.weights
+        self._after[block.name] = after
+
+    def _of(self, block: Block) -> Statistics | None:
+        """Returns the block's own statistics, as they were taken."""
+        inputs, weights = self._visitor.inputs, self._visitor.weights
+        if self._known is not None:
+            inputs, weights = self._known.inputs, self._known.weights
+        elif self._measured is None:
+            return None
+        names = list(block.readers)
+        reached = {name: inputs[name] for name in names if name in inputs}
+        return Statistics(reached, {name: weights[name] for name in names}, _UNDER_WAY)
+
+
+def _beside(path: pathlib.Path) -> pathlib.Path:
+    return path.with_suffix(".statistics")
+
+
+def _part(tensors: Mapping[str, torch.Tensor], part: str) -> Statistics:
+    own = {key.removeprefix(f"{part}|"): tensor for key, tensor in tensors.items() if key.startswith(f"{part}|")}
+    return Statistics.from_tensors(own, _UNDER_WAY)
