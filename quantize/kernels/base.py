@@ -188,4 +188,5 @@ def finish(
     All kernels end here: those with equal sums have equal bits. `scale`: `IntegerRows.scale`, None where it is in `sums`.
     """
     scaled = sums if scale is None else sums.mul_(scale)
-    return (scaled if bias is None else scaled.add_(bias)).to(dtype)
+    summed = scaled if bias is None else scaled.add_(bias)
+    return summed if summed.dtype is dtype else summed.to(dtype)

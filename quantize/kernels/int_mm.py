@@ -65,10 +65,10 @@ def _plain(weight: IntegerWeight) -> Multiply:
 
 def _product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     """Returns the int32 product of int8 (rows, inner) and (inner, columns)."""
-    count = len(a)
+    count = a.shape[0]
     if not count:
         return a.new_zeros(0, b.shape[1], dtype=torch.int32)
-    if count < CUDA_ROWS and a.device.type == "cuda":
+    if a.is_cuda and count < CUDA_ROWS:
         return torch._int_mm(torch.nn.functional.pad(a, (0, 0, 0, CUDA_ROWS - count)), b)[:count]
     return torch._int_mm(a.contiguous(), b)
 

@@ -39,19 +39,20 @@ class _Group:
     def __init__(self, readers: Sequence[Reader], multiplier: Multiplier):
         self.readers = [weakref.ref(reader) for reader in readers]
         self.sizes = [reader.out_features for reader in readers]
+        self.total = sum(self.sizes)
         self.multiplier = multiplier
         # What was multiplied last, and what has not been fetched of it. One object: threads see both or neither.
         self.last: tuple[IntegerRows, dict[int, torch.Tensor]] | None = None
 
-    def fetch(self, index: int, rows: IntegerRows) -> torch.Tensor | None:
-        """Returns the part of the reader at `index`; None where it is not called as it was seen to be."""
+    def fetch(self, index: int, rows: IntegerRows, lead: Sequence[int]) -> torch.Tensor | None:
+        """Returns the part of the reader at `index`, (*lead, out); None where it is not called as it was seen to be."""
         last = self.last
         if last is not None and last[0] is rows:
             return last[1].pop(index, None)
         if index or (last is not None and last[1]):
             return None
         whole = self.multiplier.run(rows, rows.codes.shape[0]).mul_(rows.scale)
-        own, *others = whole.split(self.sizes, 1)
+        own, *others = whole.view(*lead, self.total).split_with_sizes(self.sizes, -1)
         self.last = (rows, dict(enumerate(others, 1)))
         return own
 
@@ -71,14 +72,21 @@ class Fused:
         self._reading: weakref.ref[IntegerRows] | None = None
         self._readers: list[weakref.ref[Reader]] = []
 
-    def part(self, reader: Reader, rows: IntegerRows) -> torch.Tensor | None:
-        """Returns the sums of `reader` times all scales, float32 (rows, out), a view; None where it multiplies for itself."""
+    def part(self, reader: Reader, rows: IntegerRows, lead: Sequence[int]) -> torch.Tensor | None:
+        """Returns the sums of `reader` times all scales, float32 (*lead, out), a view; None where it multiplies for itself.
+
+        Args:
+            reader: who is called.
+            rows: what it reads.
+            lead: sizes whose product is the number of rows.
+        """
+        if reader.place is None and not reader.apart:
+            self._look(reader, rows)
+        # Looking may have made a group of those that were called before, and this may be the first of them again.
         place = reader.place
         if place is None:
-            if not reader.apart:
-                self._look(reader, rows)
             return None
-        part = place[0].fetch(place[1], rows)
+        part = place[0].fetch(place[1], rows, lead)
         if part is None:
             take_apart(reader)
         return part

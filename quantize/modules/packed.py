@@ -289,10 +289,11 @@ class PackedLinear(nn.Linear):
         """Returns the output; `fused`: where the Linear may multiply together with others, which gives views of one tensor."""
         kernel = self._settled(x)
         if isinstance(kernel, Multiplier) and self.input_spec is not None:
-            rows = self._shared.codes(x, self.input_spec)
-            part = self._shared.fused.part(self, rows) if fused else None
-            y = kernel(rows, bias, x.dtype) if part is None else finish(part, None, bias, x.dtype)
-            return y.view(*x.shape[:-1], self.out_features)
+            rows, lead = self._shared.codes(x, self.input_spec), x.shape[:-1]
+            part = self._shared.fused.part(self, rows, lead) if fused else None
+            if part is not None:
+                return finish(part, None, bias, x.dtype)
+            return kernel(rows, bias, x.dtype).view(*lead, self.out_features)
         if isinstance(kernel, Products):
             return kernel(x, bias)
         if self.input_spec is not None:

@@ -78,7 +78,7 @@ def test_timings_are_kept_by_machine_versions_and_threads_and_damaged_ones_taken
     with torch.no_grad():
         model(IDS)
     kept = KeptTimings(CPU, folder).recall()
-    assert kept and all(set(times) == {"int_mm", "onednn_int8"} for times in kept.values())
+    assert kept and all(set(times) == {"int_mm", "fbgemm", "onednn_int8"} for times in kept.values())
     assert {"torch", "onnxruntime", "processor", "threads", "capability"} <= timings_key(CPU).keys()
     [entry] = (folder / KIND).iterdir()
     file = next(path for path in entry.iterdir() if path.read_text().startswith('{"QuantSpec'))
@@ -94,9 +94,9 @@ def test_timings_are_kept_by_machine_versions_and_threads_and_damaged_ones_taken
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"kernels": "int_m"}, "kernels: 'int_m' is not valid: expected one of auto, simulated, int_mm, .*did you mean 'int_mm'"),
+        ({"kernels": "int_m"}, "kernels: 'int_m' is not valid: expected one of auto, simulated, .*int_mm, .*did you mean 'int_mm'"),
         ({"hold_bits": -1}, "hold_bits: -1 is not valid: expected a number of bits a weight, such as 8"),
-        ({"kernels": "int4pack"}, "'int4pack' cannot multiply model.layers.0.self_attn.q_proj: .*up to 4 bits.*: use int_mm, onednn_int8, .*auto, simulated"),
+        ({"kernels": "int4pack"}, "'int4pack' cannot multiply model.layers.0.self_attn.q_proj: .*up to 4 bits.*: use fbgemm, int_mm, onednn_int8, .*auto, simulated"),
     ],
 )  # fmt: skip
 def test_what_cannot_be_had_is_refused_before_the_work(tiny_llama, options, said):
@@ -118,6 +118,6 @@ def test_the_command_shows_kernels_and_what_was_timed(capsys, tmp_path):
     KeptTimings(CPU, tmp_path).keep({f"{QuantSpec()} x None (8, 8) cpu 1 rows": {"slow": 2.0, "quick": 0.5}})
     assert main(["show", "kernels"]) == 0
     shown = capsys.readouterr().out
-    for part in ("auto:", "int_mm:", "onednn_int8:", "onnxruntime:", "timed here (torch"):
+    for part in ("auto:", "int_mm:", "fbgemm:", "onednn_int8:", "onnxruntime:", "timed here (torch"):
         assert part in shown
     assert "  (bits=8) x None (8, 8) cpu 1 rows: quick 0.5 ms, slow 2 ms" in "\n".join(lines(str(tmp_path)))

@@ -10,7 +10,16 @@ from hypothesis import strategies as st
 
 from quantize.grid.affine import quantize
 from quantize.grid.ranges import dynamic_grid
-from quantize.kernels.base import SIMULATED, finish, integer_rows, integer_weight, register, registered
+from quantize.kernels.base import (
+    SIMULATED,
+    IntegerRows,
+    IntegerWeight,
+    finish,
+    integer_rows,
+    integer_weight,
+    register,
+    registered,
+)
 from quantize.kernels.choice import Choice, describe, names
 from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.spec.quant_spec import QuantSpec
@@ -172,6 +181,35 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot():
     assert names()[:2] == ("auto", "simulated") and "int_mm" in names()
 
 
+@pytest.mark.parametrize(
+    ("weight", "inputs", "shape", "why"),
+    [
+        (QuantSpec(bits=4, granularity="group", group_size=8), TOKEN, (8, 16), "it takes one scale a row of the weight, not groups"),
+        (QuantSpec(bits=8, symmetric=False), TOKEN, (8, 16), "it takes no zero points"),
+        (QuantSpec(bits=8), STATIC, (8, 16), "it takes no zero points"),
+        (QuantSpec(bits=8), TOKEN, (8, 1), "it takes two columns or more"),
+    ],
+)  # fmt: skip
+def test_what_fbgemm_does_not_multiply_is_refused(weight, inputs, shape, why):
+    assert registered()["fbgemm"].refusal(weight, inputs, shape, CPU) == why
+
+
+def test_fbgemm_is_refused_where_torch_quantizes_by_another_engine(monkeypatch):
+    monkeypatch.setattr("quantize.kernels.fbgemm.ENGINES", ())
+    found = registered()["fbgemm"].refusal(QuantSpec(bits=8), TOKEN, (8, 16), CPU)
+    assert found == "torch's quantized Linear is not FBGEMM's here"
+
+
+@pytest.mark.parametrize("name", ["fbgemm", "int_mm", "onednn_int8"])
+def test_greatest_codes_in_long_rows_are_summed_without_loss(name):
+    columns = 4096
+    held = IntegerWeight(torch.full((16, columns), 127, dtype=torch.int8), torch.ones(16, 1), None)
+    taken = IntegerRows(torch.full((3, columns), 127, dtype=torch.int8), torch.ones(3, 1), None)
+    taken.codes[1], taken.codes[2] = -127, -128
+    expected = torch.tensor([127.0, -127.0, -128.0])[:, None].expand(3, 16) * 127 * columns
+    assert torch.equal(registered()[name].prepare(held)(taken), expected)
+
+
 def test_cuda_widths_that_are_no_multiples_of_eight_are_refused():
     kernel = registered()["int_mm"]
     cuda = torch.device("cuda")
@@ -185,7 +223,7 @@ def test_the_fastest_is_found_once_for_a_shape_and_kept():
     linear.use_kernels(choice)
     first = linear(x)
     [timings] = choice.timings.values()
-    assert set(timings) == {"int_mm", "onednn_int8"} and all(t >= 0 for t in timings.values())
+    assert set(timings) == {"int_mm", "fbgemm", "onednn_int8"} and all(t >= 0 for t in timings.values())
     again = QuantLinear(normal(32, 64, seed=1), None, QuantSpec(bits=8), InputQuantizer(TOKEN))
     again.use_kernels(Choice(timings=choice.timings))
     assert again._multiplier.fastest(7) == min(timings, key=timings.get)

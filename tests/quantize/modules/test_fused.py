@@ -90,6 +90,17 @@ def test_a_group_multiplies_once_for_all():
     assert all(reader._kernel._prepared.keys() <= {"int_mm"} for reader in block.readers)
 
 
+def test_readers_that_are_called_again_with_nothing_read_in_between_stay_one():
+    block = with_kernels(Block(QuantSpec(bits=8), TOKEN), "int_mm")
+    with torch.no_grad():
+        for seed in range(3):
+            x = normal(3, 32, seed=seed)
+            found = [reader(x) for reader in block.readers]
+    assert fused(block) == [True] * 3
+    block.last(torch.cat(found, -1))
+    assert fused(block) == [True] * 3
+
+
 def test_stored_codes_lie_once_in_memory_and_are_saved_as_before(tmp_path):
     block = with_kernels(Block(QuantSpec(bits=8), TOKEN))
     before = {name: tensor.clone() for name, tensor in block.state_dict().items()}

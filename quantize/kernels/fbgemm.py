@@ -1,0 +1,87 @@
+"""FBGEMM's int8 Linear on CPUs, which torch has for inputs that it rounds itself: given codes it rounds them to themselves.
+
+It takes a tensor's least and greatest value for its range, in 256 steps. A row that holds -128 and 127 below the codes makes the step
+1, so that what it multiplies is the codes, and its int32 sums are those of the other kernels. From some 2 to 64 rows on it is the
+fastest: it packs the activation as it reads it, and a call of it costs less than one of oneDNN.
+"""
+
+import warnings
+from functools import cache
+
+import torch
+
+from quantize.kernels.base import IntegerRows, IntegerWeight, Multiply, register
+from quantize.spec.quant_spec import QuantSpec
+
+ENGINES = ("x86", "fbgemm")
+"""Values of ``torch.backends.quantized.engine`` with which torch's quantized Linear is FBGEMM's."""
+LEAST, GREATEST = -128, 127
+"""Codes of int8: the range that every call of it is made to see."""
+
+
+class Fbgemm:
+    """``torch.ops.quantized.linear_dynamic``: symmetric weights with one scale a row, symmetric inputs."""
+
+    name = "fbgemm"
+    held_bits = 8.0
+
+    def refusal(self, weight: QuantSpec, inputs: QuantSpec, shape: tuple[int, int], device: torch.device) -> str | None:
+        """CPUs; no groups, no zero points, two columns at least."""
+        if device.type != "cpu":
+            return f"it runs on CPUs, not on {device.type}"
+        if weight.granularity == "group":
+            return "it takes one scale a row of the weight, not groups"
+        if not weight.symmetric or not inputs.symmetric:
+            return "it takes no zero points"
+        if shape[1] < 2:
+            return "it takes two columns or more"
+        if torch.backends.quantized.engine not in ENGINES or not _there():
+            return "torch's quantized Linear is not FBGEMM's here"
+        return (
+            "without VNNI instructions it adds pairs of products in 16 bits, which overflow" if _saturates() else None
+        )
+
+    def prepare(self, weight: IntegerWeight) -> Multiply:
+        """Packs the weight; the codes stay where they are too."""
+        packed = _packed(weight.codes, weight.scale[:, 0])
+        out, columns = weight.codes.shape
+        ends = torch.zeros(1, columns, dtype=torch.int8)
+        ends[0, 0], ends[0, 1] = LEAST, GREATEST
+
+        def multiply(rows: IntegerRows) -> torch.Tensor:
+            count = rows.codes.shape[0]
+            if not count:
+                return rows.scale.new_zeros(0, out)
+            sums: torch.Tensor = torch.ops.quantized.linear_dynamic(
+                torch.cat((rows.codes, ends)).to(torch.float32), packed, False
+            )
+            return sums[:count]
+
+        return multiply
+
+
+def _packed(codes: torch.Tensor, scale: torch.Tensor) -> torch.ScriptObject:
+    """Returns int8 codes (out, in) with a scale a row as FBGEMM reads them."""
+    zeros = torch.zeros(len(codes), dtype=torch.int64)
+    with warnings.catch_warnings():
+        # That torch means to do without tensors of quantized types; a torch without them has this kernel refused.
+        warnings.simplefilter("ignore", UserWarning)
+        quantized = torch._make_per_channel_quantized_tensor(codes.contiguous(), scale.double(), zeros, 0)
+        packed: torch.ScriptObject = torch.ops.quantized.linear_prepack(quantized, None)
+    return packed
+
+
+def _there() -> bool:
+    return hasattr(torch, "_make_per_channel_quantized_tensor") and hasattr(torch.ops.quantized, "linear_prepack")
+
+
+@cache
+def _saturates() -> bool:
+    """Returns whether the greatest codes are multiplied wrongly on this processor."""
+    codes = torch.full((16, 64), GREATEST, dtype=torch.int8)
+    weight = IntegerWeight(codes, torch.ones(16, 1), None)
+    found = Fbgemm().prepare(weight)(IntegerRows(codes[:4], torch.ones(4, 1), None))
+    return bool((found != 64.0 * GREATEST**2).any())
+
+
+register(Fbgemm())
