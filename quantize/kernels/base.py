@@ -157,12 +157,14 @@ def _absmax_rows(rows: torch.Tensor, bits: int) -> IntegerRows:
     limit, its scale may be one unit in the last place above that of `grid_from_range`.
     """
     rows = rows.detach() if rows.requires_grad else rows
-    magnitudes = rows.abs()
-    scale = magnitudes.amax(1, keepdim=True).float().div_(_greatest(bits))
+    magnitudes, single = rows.abs(), rows.dtype is torch.float32
+    scale = magnitudes.amax(1, keepdim=True)
+    # Even a conversion that does nothing costs what the shortest operations do.
+    scale = (scale if single else scale.float()).div_(_greatest(bits))
     # Scales below the least normal number become 1; NaN stays.
     torch.threshold_(scale, _BELOW_TINY, 1.0)
     # Magnitudes have been read: the quotients take their place, where the type is the same.
-    quotients = torch.div(rows, scale, out=magnitudes) if rows.dtype == torch.float32 else rows / scale
+    quotients = torch.div(rows, scale, out=magnitudes) if single else rows / scale
     return IntegerRows(quotients.round_().to(torch.int8), scale, None)
 
 
