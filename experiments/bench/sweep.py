@@ -26,7 +26,8 @@ from typing import Any
 import yaml
 
 ALPHAS = ",".join(f"{0.025 + 0.05 * i:.3f}" for i in range(20))
-CONFIG = ["--config", "smollm2-135m_w8a8_static", "steps.smooth.search=false"]
+CONFIG = ["--config", "smollm2-135m_w8a8", "method=smooth"]
+"""Inputs dynamic: with static ranges the samples pass each point's blocks once more, which no evaluation does."""
 CLOCK = ("seconds", "folder", "identity", "line")
 """Columns of the table that depend on the clock, or on where a sweep's files are."""
 
@@ -68,6 +69,7 @@ def evaluate_alone(words: list[str]) -> list[float]:
     from ptq.cli import catalog
     from ptq.cli.compose.hydra_edge import compose_jobs
     from ptq.evaluation.token_comparison import compare_tokens
+    from ptq.models.loading import load
     from ptq.models.weights import ResidentWeights
     from ptq.network.block_stream import BlockStream, Nothing
     from ptq.network.network import build_network
@@ -77,10 +79,14 @@ def evaluate_alone(words: list[str]) -> list[float]:
     config = catalog.locate(words[words.index("--config") + 1])
     overrides = [w for w in words if "=" in w]
     [job] = compose_jobs(config, overrides)
+    # Blocks are found by their floating-point Linears, so before a run has replaced them.
+    network = build_network(load(job.recipe.model, job.recipe.execution).model)
     result = run_recipe(job.recipe, force=True)
     tokens = evaluation_draw(job.recipe).tokens(result.tokenizer)
-    network = build_network(result.model)
-    result.model.config.use_cache = False
+    for block in network.blocks:
+        for name, child in result.model.get_submodule(block.name).named_children():
+            setattr(block.module, name, child)
+    network.model.config.use_cache = False
     stream = BlockStream(network, ResidentWeights(), device_of(job.recipe))
     seconds = []
     for _ in range(3):
