@@ -1,8 +1,8 @@
 """FBGEMM's int8 Linear on CPUs, which torch has for inputs that it rounds itself: given codes it rounds them to themselves.
 
 It takes a tensor's least and greatest value for its range, in 256 steps. A row that holds -128 and 127 below the codes makes the step
-1, so that what it multiplies is the codes, and its int32 sums are those of the other kernels. From some 2 to 64 rows on it is the
-fastest: it packs the activation as it reads it, and a call of it costs less than one of oneDNN.
+1, so that what it multiplies is the codes, and its int32 sums are those of the other kernels. At some 2 to 8 rows it is the
+fastest: a call of it costs less than one of oneDNN (`python -m experiments.bench.one_linear`).
 """
 
 import warnings
