@@ -11,6 +11,7 @@ from ptq.config.scheme import linear_specs
 from ptq.network.block_stream import Flow
 from ptq.network.experts.abreast import abreast
 from ptq.network.network import Block, weight_of
+from ptq.ranks.sample_sum import sums_held
 from ptq.steps._moments import block_hessians
 from ptq.steps._solving import BlockInputs
 from ptq.steps._step import Context, Solver
@@ -58,7 +59,7 @@ def solved_by(
         context.samples = Samples(context.stream, replace(flow, hidden=inputs[block.index], finite={}, ahead={}))
         quantizers = BlockInputs(context, block)
         found: Weights = {}
-        for stages in abreast(block, context.stages(block)):
+        for stages in abreast(block, context.stages(block), sums_held(len(flow.hidden))):
             hessians = block_hessians(context, block, stages, quantizers)
             for names in _together(hessians, stacked):
                 weights = [weight_of(context.module(name)).float() for name in names]

@@ -16,6 +16,7 @@ from ptq.network.experts.abreast import abreast
 from ptq.network.network import Block
 from ptq.network.replaced import hooked
 from ptq.network.staged_pass import StagedPass
+from ptq.ranks.sample_sum import sums_held
 
 Watcher = Callable[[torch.Tensor, slice], None]
 """Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
@@ -112,7 +113,7 @@ class Samples:
             remember: full names of modules that sums to be watched have a part from (`SumOf.rest`).
         """
         if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
-            yield iter(abreast(block, stages))
+            yield iter(abreast(block, stages, sums_held(len(self.flow.hidden))))
             return
         with StagedPass(self.stream, self.flow, block, stages, remember) as paused:
             self._paused = paused

@@ -23,6 +23,11 @@ def leaf_of(samples: int) -> int:
     return 1 << max(0, math.ceil(math.log2(samples / LEAVES))) if samples > LEAVES else 1
 
 
+def sums_held(samples: int) -> int:
+    """Returns how many sums a rank that sums so many samples alone holds at most: one a level of the tree, and the one under way."""
+    return math.ceil(math.log2(min(LEAVES, max(2, samples)))) + 1
+
+
 def shares(samples: int, batch_size: int, ranks: int, leaf: int = 1) -> list[range]:
     """Returns the numbers of the batches of each rank, in order; neither a batch nor a leaf is cut.
 

@@ -11,9 +11,9 @@ import torch
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
-from ptq.network.experts.abreast import MOST_BYTES
+from ptq.network.experts.abreast import most_bytes
 from ptq.network.network import Network, weight_of
-from ptq.ranks.sample_sum import LEAVES
+from ptq.ranks.sample_sum import sums_held
 from ptq.ranks.world import ALONE
 from ptq.run.one_pass.quantize import goes_in_one_pass
 from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
@@ -229,11 +229,11 @@ def _solving(block: _BlockSizes, recipe: Recipe, tokens: int, value: int, refere
     waiting = 3 * value * tokens * widest if in_memory else 0
     held = value * tokens * sum(block.widths[:2]) if reference and in_memory else 0
     # The Hessian, its inverse and its factor, and the cross moment of a target; in float64 while they are factorised. Before that
-    # the sums of the samples' tree, of which at most one a level and one under way are held.
-    levels = math.ceil(math.log2(min(LEAVES, max(2, recipe.calibration.samples)))) + 1
-    moments = widest * widest * max(4 * 3 + 8, 4 * levels * (2 if reference else 1))
+    # the sums of the samples' tree.
+    sums = sums_held(recipe.calibration.samples)
+    moments = widest * widest * max(4 * 3 + 8, 4 * sums * (2 if reference else 1))
     if not in_memory or recipe.execution.weights == "offloaded":  # the experts' moments of one pass
-        moments += min(8 * block.experts, MOST_BYTES) * levels // 2
+        moments += min(4 * sums * block.experts, most_bytes(block.parameters))
     return waiting + held + moments + 2 * value * block.greatest
 
 

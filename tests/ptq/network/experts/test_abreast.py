@@ -2,15 +2,18 @@
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from ptq.config.building import recipe_from
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream
 from ptq.network.experts import abreast as module
-from ptq.network.experts.abreast import abreast
+from ptq.network.experts.abreast import abreast, most_bytes
 from ptq.network.links import trace_links
 from ptq.network.network import build_network
+from ptq.ranks.sample_sum import SampleSum, leaf_of, sums_held
 from ptq.run.experiment import run
 from ptq.testing import random_tiny
 
@@ -22,7 +25,7 @@ def test_stages_of_experts_go_together_and_the_others_alone_in_their_order(archi
     for block in network.blocks:
         stages, experts = traces[block.index].stages, block.experts
         inside = {name: expert for expert, names in experts.items() for name in names}
-        found = abreast(block, stages)
+        found = abreast(block, stages, 3)
         assert sorted(stage for together in found for stage in together) == sorted(stages)
         alone = [together[0] for together in found if together[0][0] not in inside]
         assert all(len(together) == 1 for together in found if together[0][0] not in inside)
@@ -41,10 +44,36 @@ def test_moments_of_one_pass_stay_within_bounds(monkeypatch):
     block = network.blocks[0]
     stages = [(f"{expert}.gate_proj", f"{expert}.up_proj") for expert in block.experts]
     width = block.linears[stages[0][0]].weight.shape[1]
-    monkeypatch.setattr(module, "MOST_BYTES", 3 * 8 * width**2)
-    assert [len(together) for together in abreast(block, stages)][:1] == [3]
-    monkeypatch.setattr(module, "MOST_BYTES", 1)
-    assert abreast(block, stages) == [[stage] for stage in stages]
+    monkeypatch.setattr(module, "most_bytes", lambda _: 3 * 4 * 5 * width**2)
+    assert [len(together) for together in abreast(block, stages, 5)][:1] == [3]
+    monkeypatch.setattr(module, "most_bytes", lambda _: 1)
+    assert abreast(block, stages, 5) == [[stage] for stage in stages]
+
+
+def test_moments_of_one_pass_may_take_half_a_block_and_a_quarter_gibibyte_at_least():
+    assert most_bytes(10**9) == 4 * 10**9 // 2
+    assert most_bytes(1) == 2**28
+
+
+@given(st.integers(1, 300))
+def test_sums_that_are_held_are_as_many_as_a_tree_of_samples_holds_at_its_fullest(samples):
+    alive = most = 0
+
+    def empty():
+        nonlocal alive, most
+        alive += 1
+        most = max(most, alive)
+        return None
+
+    def merge(_, other):
+        nonlocal alive
+        alive -= 1
+
+    total = SampleSum(leaf_of(samples), empty, merge)
+    for sample in range(samples):
+        total.of(sample)
+    assert most <= sums_held(samples)
+    assert samples < 2 or most >= sums_held(samples) - 1
 
 
 def test_experts_that_are_solved_for_together_get_the_bits_of_one_by_one(tmp_path, tiny_mixtral, monkeypatch):
@@ -73,7 +102,7 @@ def test_experts_that_are_solved_for_together_get_the_bits_of_one_by_one(tmp_pat
     resident, offloaded = saved("resident"), saved("offloaded", weights="offloaded")
     assert resident[0].keys() == offloaded[0].keys()
     assert all(torch.equal(t, offloaded[0][key]) for key, t in resident[0].items())
-    monkeypatch.setattr(module, "MOST_BYTES", 1)
+    monkeypatch.setattr(module, "most_bytes", lambda _: 1)
     one_by_one = saved("one", weights="offloaded")
     assert all(torch.equal(t, one_by_one[0][key]) for key, t in resident[0].items())
     assert offloaded[1] < one_by_one[1]
