@@ -79,7 +79,7 @@ MUTATIONS = (
     Mutation("quantize/solvers/gptq.py", "else loss > rtn_loss", "else loss > 100 * rtn_loss", _GPTQ),
     Mutation("quantize/solvers/feedback.py", "columns[end:] -= product", "columns[end:] += product", _GPTQ),
     Mutation("quantize/solvers/correction.py", "damped.diagonal().add_(damping * mean)", "damped.diagonal().add_(mean)", ("quantize/solvers/test_correction.py",)),
-    Mutation("quantize/solvers/correction.py", "2 * (change * theirs).sum()", "(change * theirs).sum()", ("quantize/solvers/test_correction.py",)),
+    Mutation("quantize/solvers/correction.py", "2 * (gain @ share)", "(gain @ share)", ("quantize/solvers/test_correction.py",)),
     Mutation("quantize/solvers/awq.py", "FLOOR = 1e-4\n", "FLOOR = 1e-2\n", ("quantize/solvers/test_awq.py",)),
     Mutation("quantize/solvers/awq.py", "(alive.amax() * alive.amin()).sqrt()", "alive.amax()", ("quantize/solvers/test_awq.py",)),
     Mutation("quantize/solvers/hqq.py", "(steps.abs().pow_(norm) * scale.pow(norm))", "steps.abs().pow_(norm)", ("quantize/solvers/test_hqq.py",)),
