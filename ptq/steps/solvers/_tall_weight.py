@@ -23,8 +23,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 STACKED = ("channel", "group")
 """Granularities whose grids belong to one row."""
-PIECES, LEAST_ROWS = 4, 256
-"""Pieces that a weight is cut into on a CPU, at most, and rows that each has at least: with fewer the columns' loop is most of the time."""
+PIECES = {4: 4096, 2: 768}
+"""Into how many pieces a weight is cut on a CPU where it has so many rows at least: with few rows the columns' loop is most of the time."""
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def pieces_of(context: Context, number: int, names: Sequence[str]) -> list[Piece
         weights = [weight_of(context.module(name)) for name in linears]
         rows, columns = sum(len(w) for w in weights), weights[0].shape[1]
         apart = not alone and spec.affine and weights[0].device.type == "cpu"
-        counts = (n for n in (PIECES, PIECES // 2) if apart and rows >= n * LEAST_ROWS and rows % n == 0)
+        counts = (count for count, least in PIECES.items() if apart and rows >= least and rows % count == 0)
         size = rows // next(counts, 1)
         cuts = (slice(start, start + size) for start in range(0, rows, size))
         found += [Piece(number, tuple(linears), spec, cut, columns) for cut in cuts]

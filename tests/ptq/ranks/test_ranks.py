@@ -90,7 +90,7 @@ def test_ranks_share_the_rows_of_a_weight_and_note_once_what_was_found(tmp_path,
 
     case = {"weight": {"bits": 3, "symmetric": False, "range": "mse"}}, {"gptq": {"target": "residual", "held_out": 4}}
     whole = results(run(make(tmp_path / "whole", tiny_llama, *case)))
-    monkeypatch.setattr(tall, "LEAST_ROWS", 8)
+    monkeypatch.setattr(tall, "PIECES", {4: 32, 2: 16})
     expected = results(run(make(tmp_path / "1", tiny_llama, *case)))
     apart = [
         (block[key] != of[key]).float().mean()
