@@ -12,7 +12,7 @@ from ptq.errors import UserError
 from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
 from ptq.models.read_ahead import ReadAhead, waiting_type, widened
-from ptq.models.resident_memory import return_freed_memory
+from ptq.models.resident_memory import map_large_tensors, return_freed_memory
 from ptq.models.stored.mxfp4 import Mxfp4Matrix
 from ptq.models.stored.stacked import JoinedTensor, StackedTensor
 from quantize.checks import all_finite
@@ -116,6 +116,7 @@ class OffloadedWeights:
         self._ahead, self._digests = ahead, digests
         self._reading: ReadAhead | None = None
         self._devices: dict[str, torch.device] = {}
+        map_large_tensors()
 
     def spread(self, devices: Mapping[str, torch.device]) -> None:
         """Notes the device of each of these modules; buffers that are in memory already go there now."""

@@ -1,6 +1,7 @@
 """Memory that goes back to the system."""
 
 import pathlib
+import subprocess
 import sys
 
 import pytest
@@ -72,3 +73,34 @@ def test_holes_of_the_heap_go_back_to_the_system() -> None:
     del pieces[::2]
     return_freed_memory()
     assert resident("RssAnon") <= before - 40 * MEBI
+
+
+_HOLES = """
+import sys
+import torch
+from ptq.models.resident_memory import map_large_tensors
+
+def resident():
+    [line] = [s for s in open("/proc/self/status") if s.startswith("RssAnon")]
+    return int(line.split()[1]) / 1024
+
+if sys.argv[1] == "mapped":
+    map_large_tensors()
+for _ in range(4):  # what glibc sees freed raises the size from which on it maps
+    del_me = torch.ones(31 << 18)
+    del del_me
+before = resident()
+pieces = [torch.ones(size << 18) for _ in range(24) for size in (8, 1)]
+del pieces[::2]
+print(resident() - before)
+"""
+
+
+@linux
+def test_large_tensors_that_are_freed_leave_no_holes_in_the_heap() -> None:
+    def kept(how: str) -> float:
+        done = subprocess.run([sys.executable, "-c", _HOLES, how], check=True, capture_output=True, text=True)
+        return float(done.stdout)
+
+    assert kept("mapped") <= 24 + 8  # MiB: the small ones
+    assert kept("as it is") >= 150  # of 192 in the large ones
