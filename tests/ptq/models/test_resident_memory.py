@@ -76,7 +76,6 @@ def test_holes_of_the_heap_go_back_to_the_system() -> None:
 
 
 _HOLES = """
-import sys
 import torch
 from ptq.models.resident_memory import map_large_tensors
 
@@ -84,8 +83,7 @@ def resident():
     [line] = [s for s in open("/proc/self/status") if s.startswith("RssAnon")]
     return int(line.split()[1]) / 1024
 
-if sys.argv[1] == "mapped":
-    map_large_tensors()
+map_large_tensors()
 for _ in range(4):  # what glibc sees freed raises the size from which on it maps
     del_me = torch.ones(31 << 18)
     del del_me
@@ -98,9 +96,6 @@ print(resident() - before)
 
 @linux
 def test_large_tensors_that_are_freed_leave_no_holes_in_the_heap() -> None:
-    def kept(how: str) -> float:
-        done = subprocess.run([sys.executable, "-c", _HOLES, how], check=True, capture_output=True, text=True)
-        return float(done.stdout)
-
-    assert kept("mapped") <= 24 + 8  # MiB: the small ones
-    assert kept("as it is") >= 150  # of 192 in the large ones
+    # As glibc is by itself 120 to 200 MiB stay, by chance.
+    done = subprocess.run([sys.executable, "-c", _HOLES], check=True, capture_output=True, text=True)
+    assert float(done.stdout) <= 24 + 8, "MiB: the small ones"
