@@ -4,7 +4,7 @@ import dataclasses
 import hashlib
 import json
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -195,6 +195,10 @@ class Provenance:
     version: str
 
 
+UNDER_WAY = Provenance("", None, "", "", "", 0, 0, "", "")
+"""Of statistics of one block, which are part of a pass that is under way."""
+
+
 @dataclass
 class Statistics:
     """Statistics of every Linear by full name: of its input, where a token reached it, and of its weight."""
@@ -213,6 +217,12 @@ class Statistics:
         inputs = {name: statistics.to(device) for name, statistics in self.inputs.items()}
         weights = {name: statistics.to(device) for name, statistics in self.weights.items()}
         return Statistics(inputs, weights, self.provenance)
+
+    def of_linears(self, names: Iterable[str]) -> "Statistics":
+        """Returns the statistics of these Linears alone, the same objects; of inputs where a token reached them."""
+        wanted = list(names)
+        reached = {name: self.inputs[name] for name in wanted if name in self.inputs}
+        return Statistics(reached, {name: self.weights[name] for name in wanted}, self.provenance)
 
     def copy(self) -> "Statistics":
         """Returns statistics whose entries can be replaced without touching these."""

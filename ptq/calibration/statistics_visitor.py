@@ -6,15 +6,12 @@ from typing import Any
 import torch
 from torch import nn
 
-from ptq.calibration.statistics import ChannelStatistics, Provenance, Statistics, WeightStatistics
+from ptq.calibration.statistics import UNDER_WAY, ChannelStatistics, Provenance, Statistics, WeightStatistics
 from ptq.errors import UserError
 from ptq.network.block_stream import passing
 from ptq.network.network import Block, weight_of
 from ptq.ranks.sample_sum import SampleSum, by_sample
 from ptq.ranks.world import Message, World
-
-_NOBODY = Provenance("", None, "", "", "", 0, 0, "", "")
-"""Of the statistics of one block, which are part of a pass that is under way."""
 
 
 class StatisticsVisitor:
@@ -85,9 +82,8 @@ class StatisticsVisitor:
 
     def write(self, block: Block, path: pathlib.Path) -> None:
         """Writes the statistics of a finished block."""
-        names = self._gathered(block)
-        own = Statistics({n: self.inputs[n] for n in names}, {n: self.weights[n] for n in block.readers}, _NOBODY)
-        own.save(path)
+        self._gathered(block)
+        self.of_block(block).save(path)
 
     def read(self, block: Block, path: pathlib.Path) -> None:
         """Takes up what `write` has written."""
@@ -106,6 +102,10 @@ class StatisticsVisitor:
         for name in names:
             self.inputs[name] = self.inputs[self._owner[name]]
         return names
+
+    def of_block(self, block: Block) -> Statistics:
+        """Returns what was gathered of a block that the samples have passed."""
+        return self.result(UNDER_WAY).of_linears(block.readers)
 
     def result(self, provenance: Provenance) -> Statistics:
         """Returns what was gathered."""

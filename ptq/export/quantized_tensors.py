@@ -12,7 +12,7 @@ from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.attention import AttentionQuantizers
 from ptq.network.experts.linears import Expert
-from ptq.network.network import Block, Network, weight_of
+from ptq.network.network import Block, Network, is_inside, weight_of
 from ptq.network.outside import tied_parameters
 from quantize.codecs.base import Encoded
 from quantize.codecs.registry import codec_of
@@ -127,8 +127,7 @@ def walked(
         if owner in linears:
             yield owner, True
             continue
-        parts = owner.split(".")
-        if any(".".join(parts[:i]) in linears for i in range(1, len(parts))):
+        if is_inside(owner, linears):
             continue
         own = [name for name, _ in module.named_parameters(recurse=False)]
         own += [

@@ -4,6 +4,7 @@ import contextlib
 import ctypes
 import mmap
 import pathlib
+from typing import Any
 
 import torch
 
@@ -14,8 +15,7 @@ def return_freed_memory() -> None:
     Its heap keeps what is freed below 32 MiB, in holes that the next block's tensors fit only in part: without this, an
     OPT-1.3B shape offloaded grows by a quarter of a GiB from block to block.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").malloc_trim(0)
+    _glibc("malloc_trim", 0)
 
 
 MAPPED = 4 << 20
@@ -30,8 +30,7 @@ def map_large_tensors() -> None:
     By default glibc raises that size to 32 MiB with what it sees freed. Weights that one thread reads and another frees then leave holes
     in the heaps of both, by chance more or fewer: docs/results.md has the peaks of the same offloaded run with and without.
     """
-    with contextlib.suppress(OSError, AttributeError):
-        ctypes.CDLL("libc.so.6").mallopt(_M_MMAP_THRESHOLD, MAPPED)
+    _glibc("mallopt", _M_MMAP_THRESHOLD, MAPPED)
 
 
 def forget_pages(tensor: torch.Tensor) -> None:
@@ -45,10 +44,13 @@ def forget_pages(tensor: torch.Tensor) -> None:
     start, page = tensor.data_ptr(), mmap.PAGESIZE
     first, last = -(-start // page) * page, (start + tensor.nbytes) // page * page
     if first < last and tensor.is_contiguous() and _in_mapped_file(first, last):
-        with contextlib.suppress(OSError, AttributeError):
-            ctypes.CDLL("libc.so.6").madvise(
-                ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED)
-            )
+        _glibc("madvise", ctypes.c_void_p(first), ctypes.c_size_t(last - first), ctypes.c_int(mmap.MADV_DONTNEED))
+
+
+def _glibc(function: str, *arguments: Any) -> None:
+    """Calls a function of glibc, where it is there."""
+    with contextlib.suppress(OSError, AttributeError):
+        getattr(ctypes.CDLL("libc.so.6"), function)(*arguments)
 
 
 def _in_mapped_file(first: int, last: int) -> bool:

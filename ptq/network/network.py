@@ -1,6 +1,6 @@
 """A loaded model seen as embedding -> blocks -> head."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -241,6 +241,12 @@ def first_tensor(output: Any) -> torch.Tensor:
 def module_of(model: nn.Module, name: str) -> nn.Module:
     """Returns the submodule `name`."""
     return model.get_submodule(name)
+
+
+def is_inside(owner: str, names: Collection[str]) -> bool:
+    """Whether a module of that full name lies inside one of the modules `names`."""
+    parts = owner.split(".")
+    return any(".".join(parts[:i]) in names for i in range(1, len(parts)))
 
 
 def replace_module(model: nn.Module, name: str, module: nn.Module) -> None:

@@ -52,16 +52,18 @@ def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     journal.console.print(describe(context.traces)[0], markup=False)
     if STATISTICS in wanted:
         context.statistics = statistics_of(session)[0]
-    context.batch_size = session.recipe.calibration.batch_size
-    if wants_samples(scheme, steps):
-        context.ids = session.calibration_tokens().ids
+    draw_samples(session, steps, context)
     return context
 
 
-def wants_samples(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
-    """Whether calibration samples pass the network for a step, beside those that statistics are taken of: a transform is proved on some."""
-    wanted = captures_of_steps(scheme, steps)
-    return bool(wanted & {SAMPLES, REFERENCE}) or any(step.kind == TRANSFORM for step in steps.values())
+def draw_samples(session: Session, steps: Mapping[str, Step], context: Context) -> None:
+    """Gives the context the calibration samples that pass the network for a step, beside those that statistics are taken of: a
+    transform is proved on some.
+    """
+    context.batch_size = session.recipe.calibration.batch_size
+    wanted = captures_of_steps(session.recipe.scheme, steps)
+    if wanted & {SAMPLES, REFERENCE} or any(step.kind == TRANSFORM for step in steps.values()):
+        context.ids = session.calibration_tokens().ids
 
 
 def context_of(

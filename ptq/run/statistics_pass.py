@@ -30,14 +30,9 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
     tokens = session.calibration_tokens()
     key = key_of(session, tokens)
     with session.store.found_or_mine("statistics", key, lambda line: journal.say(f"statistics: {line}")) as found:
-        if found is not None:
-            try:
-                statistics = _read(found, session, tokens)
-            except ValueError as error:
-                session.store.made_again("statistics", str(error))
-            else:
-                journal.say("statistics: taken before, read from the store")
-                return statistics, found
+        if found is not None and (known := _usable(found, session, tokens)) is not None:
+            journal.say("statistics: taken before, read from the store")
+            return known, found
         statistics = take_statistics(session, tokens, key)
         return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
@@ -46,13 +41,7 @@ def known_statistics(session: Session) -> Statistics | None:
     """Returns the statistics that the recipe asks for where the store has them, else None; the weights' digest has to be known."""
     tokens = session.calibration_tokens()
     found = session.store.find("statistics", key_of(session, tokens))
-    if found is None:
-        return None
-    try:
-        return _read(found, session, tokens)
-    except ValueError as error:
-        session.store.made_again("statistics", str(error))
-        return None
+    return None if found is None else _usable(found, session, tokens)
 
 
 def keep_statistics(session: Session, statistics: Statistics) -> None:
@@ -82,6 +71,15 @@ def say_unreached(session: Session, statistics: Statistics) -> None:
     """Names the Linears that no calibration token reached."""
     for name in statistics.unreached:
         session.journal.say(f"calibration: no token reaches {name}: nothing can be fitted to its input")
+
+
+def _usable(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics | None:
+    """Returns what an entry of the store holds; None, which is said, where it has to be made again."""
+    try:
+        return _read(path, session, tokens)
+    except ValueError as error:
+        session.store.made_again("statistics", str(error))
+        return None
 
 
 def _read(path: pathlib.Path, session: Session, tokens: Tokens) -> Statistics:

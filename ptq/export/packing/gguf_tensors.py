@@ -14,7 +14,7 @@ from ptq.export.llama_family import unpermuted
 from ptq.export.packing.gguf_architectures import ARCHITECTURES, names_of, stacked_experts
 from ptq.export.packing.gguf_blocks import blocks_of, type_of
 from ptq.export.quantized_tensors import QuantizedTensors, rounded
-from ptq.network.network import Network
+from ptq.network.network import Network, is_inside
 from ptq.network.outside import outside_weights, tied_parameters
 from quantize.spec.quant_spec import QuantSpec
 
@@ -182,7 +182,7 @@ def _parameters(network: Network) -> Iterator[tuple[str, str, int]]:
             yield owner, "weight", 2
             if getattr(linears[owner], "bias", None) is not None:
                 yield owner, "bias", 1
-        elif not any(owner.startswith(f"{name}.") for name in linears):
+        elif not is_inside(owner, linears):
             yield from ((owner, n, value.dim()) for n, value in module.named_parameters(recurse=False))
 
 

@@ -94,21 +94,24 @@ class Growing:
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures, and takes the block up."""
-        try:
-            figures = read_figures(path)
-        except SafetensorError as error:
-            raise ValueError(f"{path} is damaged: {error}") from None
+        figures = self._figures(path)
         self._export.take_up(figures["part"])
         return figures
 
     def sum_of(self, path: pathlib.Path) -> int:
         """Returns a sum of the block's bytes."""
-        part = self.read(path)["part"]
+        part = self._figures(path)["part"]
         return sum_of_file(path) + sum_of_file(path.with_name(self.NAME), part["start"], part["end"])
 
     def finish(self, path: pathlib.Path, blocks: Sequence[pathlib.Path]) -> Exported:
         """Makes the export of the finished blocks' files."""
         return self._export.finish(path, blocks[0].with_name(self.NAME))
+
+    def _figures(self, path: pathlib.Path) -> dict[str, Any]:
+        try:
+            return read_figures(path)
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged: {error}") from None
 
 
 def keeps_export(recipe: Recipe) -> bool:

@@ -7,16 +7,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from ptq.calibration.statistics import Provenance, Statistics
+from ptq.calibration.statistics import UNDER_WAY, Provenance, Statistics
 from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.files.atomic import write_atomic
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
 from ptq.run.kept.kept_pass import sum_of_file
 from ptq.steps._step import TRANSFORM, Context, Step
-
-_UNDER_WAY = Provenance("", None, "", "", "", 0, 0, "", "")
-"""Of statistics of weights whose digest is not known yet."""
 
 
 class BlockPlans:
@@ -84,7 +81,7 @@ class BlockPlans:
             return None
         # What the plans leave alone is the same object: `read` makes it so again.
         changed = {name: s for name, s in after.inputs.items() if s is not before.inputs[name]}
-        parts = {"before": before, "after": Statistics(changed, after.weights, _UNDER_WAY)}
+        parts = {"before": before, "after": Statistics(changed, after.weights, UNDER_WAY)}
         tensors = {
             f"{part}|{key}": tensor.detach().cpu().clone().contiguous()
             for part, statistics in parts.items()
@@ -111,14 +108,9 @@ class BlockPlans:
 
     def _of(self, block: Block) -> Statistics | None:
         """Returns the block's own statistics, as they were taken."""
-        inputs, weights = self._visitor.inputs, self._visitor.weights
         if self._known is not None:
-            inputs, weights = self._known.inputs, self._known.weights
-        elif self._measured is None:
-            return None
-        names = list(block.readers)
-        reached = {name: inputs[name] for name in names if name in inputs}
-        return Statistics(reached, {name: weights[name] for name in names}, _UNDER_WAY)
+            return self._known.of_linears(block.readers)
+        return None if self._measured is None else self._visitor.of_block(block)
 
 
 def _beside(path: pathlib.Path) -> pathlib.Path:
@@ -127,4 +119,4 @@ def _beside(path: pathlib.Path) -> pathlib.Path:
 
 def _part(tensors: Mapping[str, torch.Tensor], part: str) -> Statistics:
     own = {key.removeprefix(f"{part}|"): tensor for key, tensor in tensors.items() if key.startswith(f"{part}|")}
-    return Statistics.from_tensors(own, _UNDER_WAY)
+    return Statistics.from_tensors(own, UNDER_WAY)

@@ -26,7 +26,7 @@ from ptq.run.one_pass.beginning import Beginning
 from ptq.run.one_pass.block_files import WholeBlocks, files_of
 from ptq.run.one_pass.block_plans import BlockPlans
 from ptq.run.one_pass.visitor import BlockFiles, OnePass
-from ptq.run.planning import captures_of_steps, open_samples, plan_all, wants_samples, wants_sums
+from ptq.run.planning import captures_of_steps, draw_samples, open_samples, plan_all, wants_sums
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
 from ptq.run.statistics_pass import keep_statistics, known_statistics, provenance_of, say_unreached
@@ -135,9 +135,7 @@ def quantize_in_one_pass(
             )
             traces: dict[int, Trace] = dict(found or {})
             context = Context(network, stream, recipe.scheme, traces, note=session.journal.note)
-            context.batch_size = recipe.calibration.batch_size
-            if wants_samples(recipe.scheme, steps):
-                context.ids = session.calibration_tokens().ids
+            draw_samples(session, steps, context)
             taken = session.calibration_tokens().ids if begun.measured else None
             measured = None if taken is None else stream.calibration(taken, context.batch_size)
             plans = BlockPlans(context, by_block, None if begun.measured else statistics, measured)

@@ -8,7 +8,7 @@ from typing import ClassVar, Self
 import torch
 
 from ptq.calibration.samples import Samples
-from ptq.calibration.statistics import ChannelStatistics, Statistics, WeightStatistics
+from ptq.calibration.statistics import ChannelStatistics, WeightStatistics
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
@@ -207,13 +207,9 @@ class Planning:
 
     def of_block(self, block: Block) -> StepPlan:
         """Returns what has been chosen for one block."""
-        inputs, weights = self.statistics.inputs, self.statistics.weights
-        names = list(block.readers)
         keys = map(key_of, _in_order(self.context, block))
         scales = {key: self.scales[key] for key in keys if key in self.scales}
-        reached = {n: inputs[n] for n in names if n in inputs}
-        own = Statistics(reached, {n: weights[n] for n in names}, self.statistics.provenance)
-        return StepPlan(scales, statistics=own)
+        return StepPlan(scales, statistics=self.statistics.of_linears(block.readers))
 
     def add(self, chosen: StepPlan) -> None:
         """Takes up what had been chosen for one block."""
