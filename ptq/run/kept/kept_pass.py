@@ -21,7 +21,7 @@ PROGRESS = "progress.json"
 RESUME = "resume"
 """Folder inside a run's folder that holds what is kept until the run has ended."""
 WORST_SHARE = 0.05
-"""Share of a pass's time that keeping may take: where a block takes less than its writing, some blocks are not kept."""
+"""Share of a pass's time that keeping may take before every second block only is kept: a kill costs one finished block at most."""
 
 
 class Resumable(Protocol):
@@ -66,6 +66,7 @@ class KeptPass:
         self._last: dict[str, Any] | None = None
         self._total = 0
         self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()
+        self._kept_last = True
 
     def take_up(self, blocks: Sequence[Block]) -> int:
         """Puts back what was kept; returns how many blocks are done."""
@@ -92,8 +93,9 @@ class KeptPass:
         path = self.file_of(block)
         self.visitor.write(block, path)
         self._sums.append(self._sum_of(path))
-        # A pass that is quicker than its writing would mostly write: its blocks cost little to do again.
-        if self._spent <= WORST_SHARE * (start - self._since):
+        # A pass that is quicker than its writing would mostly write; two blocks in a row are never left out.
+        self._kept_last = not self._kept_last or self._spent <= WORST_SHARE * (start - self._since)
+        if self._kept_last:
             sums = [_write_tensor(flow.hidden, self._hidden(self._slot, i)) for i, flow in enumerate(self.flows)]
             entry = {
                 "blocks": block.index + 1,

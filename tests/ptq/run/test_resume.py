@@ -110,6 +110,21 @@ def test_a_resumed_run_says_so_and_passes_only_the_blocks_that_are_left(tmp_path
     assert "resumed after block 3 of 4" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_however_slow_the_disk_is_one_finished_block_at_most_is_done_again(tmp_path, tiny_llama, monkeypatch, count):
+    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", -1.0)
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    with monkeypatch.context() as patch:
+        kill_at(patch, count, before=False)
+        with pytest.raises(Killed):
+            run(recipe)
+    kept = []
+    keep = KeptPass.keep
+    monkeypatch.setattr(KeptPass, "keep", lambda self, block: (kept.append(block.index), keep(self, block)))
+    run(recipe)
+    assert kept == list(range(count - count % 2, 4))
+
+
 @pytest.mark.parametrize("damage", ["hidden", "block", "progress", "cut"])
 def test_what_was_kept_and_is_damaged_is_not_believed(tmp_path, tiny_llama, damage, monkeypatch):
     recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
