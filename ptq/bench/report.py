@@ -57,7 +57,7 @@ def tables(report: dict[str, Any]) -> str:
     if report["linears"]:
         lines += [
             "",
-            "Kernels were timed on one weight several times: where caches hold it they may be below what reading it from memory takes.",
+            "Kernels were timed with other memory read in between, 128 times the weight or 64 MiB: what caches still hold of it may take less.",
         ]
         lines += ["", "| Linear | rows | least possible ms, from memory | kernels, ms |", "|---|---|---|---|"]
     for row in report["linears"]:

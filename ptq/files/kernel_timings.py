@@ -12,6 +12,7 @@ import torch
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
 from ptq.files.store import Store
+from quantize.kernels.fastest import EVICTED
 
 KIND = "kernel-timings"
 DEFAULT_FOLDER = "~/.cache/ptq"
@@ -21,7 +22,12 @@ Timings = dict[str, dict[str, float]]
 
 def timings_key(device: torch.device) -> dict[str, object]:
     """Returns what the speed of kernels depends on."""
-    key: dict[str, object] = {"torch": torch.__version__, "onnxruntime": _version("onnxruntime"), "device": device.type}
+    key: dict[str, object] = {
+        "others": EVICTED,
+        "torch": torch.__version__,
+        "onnxruntime": _version("onnxruntime"),
+        "device": device.type,
+    }
     if device.type == "cuda":
         return {**key, "gpu": torch.cuda.get_device_name(device)}
     # Whether OpenMP's threads spin or sleep while they wait decides who can have the cores meanwhile.

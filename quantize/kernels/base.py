@@ -44,19 +44,39 @@ class IntegerWeight:
         return total if self.zero is None else total - self.zero * grouped.shape[2]
 
 
-@dataclass(frozen=True)
 class IntegerRows:
     """An activation as integer kernels take it: ``(codes - zero) * scale``.
 
     Attributes:
-        codes: int8 (rows, in).
         scale: float32 (rows, 1), or (1, 1) for all rows; NaN for a row that holds NaN, so that it spreads to the result.
         zero: int32 of the same shape, or None where all are 0.
+        whole: the codes before their conversion, float32 (rows, in), NaN where the row's scale is; None where they came as int8.
     """
 
-    codes: torch.Tensor
-    scale: torch.Tensor
-    zero: torch.Tensor | None
+    __slots__ = ("__weakref__", "_codes", "scale", "whole", "zero")
+
+    def __init__(
+        self,
+        codes: torch.Tensor | None,
+        scale: torch.Tensor,
+        zero: torch.Tensor | None,
+        whole: torch.Tensor | None = None,
+    ):
+        self._codes, self.scale, self.zero, self.whole = codes, scale, zero, whole
+
+    @property
+    def codes(self) -> torch.Tensor:
+        """The codes, int8 (rows, in); converted when they are first asked for: not every kernel wants them."""
+        if self._codes is None:
+            if self.whole is None:
+                raise ValueError("codes: neither int8 nor float32 were given")
+            self._codes = self.whole.to(torch.int8)
+        return self._codes
+
+    def __len__(self) -> int:
+        """The number of rows."""
+        held = self._codes if self.whole is None else self.whole
+        return 0 if held is None else held.shape[0]
 
 
 Multiply = Callable[[IntegerRows], torch.Tensor]
@@ -165,7 +185,7 @@ def _absmax_rows(rows: torch.Tensor, bits: int) -> IntegerRows:
     torch.threshold_(scale, _BELOW_TINY, 1.0)
     # Magnitudes have been read: the quotients take their place, where the type is the same.
     quotients = torch.div(rows, scale, out=magnitudes) if single else rows / scale
-    return IntegerRows(quotients.round_().to(torch.int8), scale, None)
+    return IntegerRows(None, scale, None, quotients.round_())
 
 
 @cache

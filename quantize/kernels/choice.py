@@ -23,6 +23,8 @@ from quantize.kernels.fastest import Fastest, Keeper, KernelMismatch, Timings
 from quantize.spec.quant_spec import QuantSpec
 
 AUTO = "auto"
+FEW = 16
+"""Rows of a weight whose product brings a kernel's program into the caches."""
 
 # A kernel is a module of this package that registers itself, as a format is one of `quantize.codecs`.
 for _module in pkgutil.iter_modules(quantize.kernels.__path__):
@@ -135,11 +137,21 @@ class Multiplier(Fastest[IntegerRows]):
 
     def __call__(self, rows: IntegerRows, bias: torch.Tensor | None, dtype: torch.dtype) -> torch.Tensor:
         """Returns the Linear's output (rows, out) in `dtype`."""
-        return finish(self.run(rows, rows.codes.shape[0]), rows.scale, bias, dtype)
+        return finish(self.run(rows, len(rows)), rows.scale, bias, dtype)
 
     def held_bits(self) -> float:
         """Returns the bits a weight that kernels hold at present, beside codes of one byte."""
         return sum(k.held_bits for k in self.kernels if k.name in self._prepared)
+
+    def _weight_bytes(self) -> int:
+        return 0 if self._weight is None else self._weight.codes.numel()
+
+    def _few_rows(self, name: str) -> Multiply | None:
+        if self._weight is None:
+            return None
+        codes, scale, zero = self._weight.codes, self._weight.scale, self._weight.zero
+        few = IntegerWeight(codes[:FEW], scale[:FEW], None if zero is None else zero[:FEW])
+        return next(k for k in self.kernels if k.name == name).prepare(few)
 
     def _prepare(self, name: str) -> Multiply:
         if self._weight is None:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 
+from quantize.codecs.base import stored_bytes
 from quantize.kernels.base import SIMULATED, registered
 from quantize.kernels.choice import AUTO, Choice, Multiplier
 from quantize.kernels.fastest import Fastest, Keeper, KernelMismatch, Timings
@@ -121,8 +122,10 @@ class Products(Fastest[torch.Tensor]):
         kernel = next((k for k in self.kernels if k.name == name), None)
         if kernel is not None:
             return kernel.held_bits(weight.spec, weight.dtype) or None
-        stored = sum(8 * t.numel() * t.element_size() for t in weight.stored.values())
-        return stored / (weight.shape[0] * weight.shape[1]) + 16 * weight.dtype.itemsize
+        return 8 * stored_bytes(weight.stored) / (weight.shape[0] * weight.shape[1]) + 16 * weight.dtype.itemsize
+
+    def _weight_bytes(self) -> int:
+        return stored_bytes(self._held().stored)
 
     def _held(self) -> StoredWeight:
         if self._weight is None:

@@ -76,3 +76,14 @@ def test_short_calls_are_counted_until_there_are_enough(timed):
 def test_slow_products_are_timed_the_least_number_of_times_whatever_it_takes(timed):
     products = timed(one=[500], other=[400])
     assert products.fastest(4) == "other" and products.calls["one"] == 1 + fastest.ROUNDS
+
+
+def test_before_each_call_that_is_timed_other_memory_and_a_few_rows_pass_the_caches(monkeypatch):
+    clock, few = Clock(), []
+    monkeypatch.setattr(fastest, "time", clock)
+    products = Scripted(clock, {"hot": [1], "cold": [2]})
+    monkeypatch.setattr(products, "_weight_bytes", lambda: 64)
+    monkeypatch.setattr(products, "_few_rows", lambda name: lambda given: few.append(name))
+    products.run(torch.zeros(4, 2), 4)
+    timed = {name: count - 1 for name, count in products.calls.items()}
+    assert {name: few.count(name) for name in timed} == timed

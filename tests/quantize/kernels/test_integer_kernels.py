@@ -187,7 +187,6 @@ def test_a_kernel_asked_for_by_name_says_why_it_cannot():
         (QuantSpec(bits=4, granularity="group", group_size=8), TOKEN, (8, 16), "it takes one scale a row of the weight, not groups"),
         (QuantSpec(bits=8, symmetric=False), TOKEN, (8, 16), "it takes no zero points"),
         (QuantSpec(bits=8), STATIC, (8, 16), "it takes no zero points"),
-        (QuantSpec(bits=8), TOKEN, (8, 1), "it takes two columns or more"),
     ],
 )  # fmt: skip
 def test_what_fbgemm_does_not_multiply_is_refused(weight, inputs, shape, why):
