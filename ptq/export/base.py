@@ -93,6 +93,21 @@ class GrowingExporter(Protocol):
         """Returns what writes it. Of `source` each block is read when its turn comes, what lies outside them when it is asked for."""
 
 
+@runtime_checkable
+class CorrectedExporter(Protocol):
+    """An exporter that holds a product of low rank beside a quantized weight (`QuantizedTensors.correction`)."""
+
+    corrected_as: str
+    """What becomes of it there: an adapter of which library."""
+
+    def check_corrections(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
+        """Raises `UserError`, naming the field, where the weights that the scheme quantizes cannot all have one there. Needs no weights.
+
+        Returns:
+            Sentences to be said before the work.
+        """
+
+
 def specs_by_linear(scheme: SchemeConfig, network: Network) -> dict[str, LinearSpecs]:
     """Returns the weight and input specs of every Linear of the blocks by full name."""
     return {name: linear_specs(scheme, name) for name in network.linears}

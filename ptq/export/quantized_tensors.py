@@ -19,6 +19,7 @@ from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, grouped, integer_range
 from quantize.kernels.matmul import Linear
 from quantize.modules.simulated import InputQuantizer, QuantLinear
+from quantize.solvers.lowrank import Factors
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -53,7 +54,7 @@ class LinearTensors:
     stored: Encoded | None = None
 
     def dense(self) -> torch.Tensor:
-        """Returns the weight (out, in) that the simulation multiplies by, in float32."""
+        """Returns the weight (out, in) that the codes stand for, in float32; what corrects it is beside it (`QuantizedTensors.correction`)."""
         if self.spec is None or self.codes is None or self.scale is None:
             return torch.as_tensor(self.weight).float()
         if self.stored is not None:
@@ -95,10 +96,20 @@ class QuantizedTensors(Protocol):
     def tensor(self, name: str) -> torch.Tensor:
         """Returns the parameter or buffer `name` of the model, in floating point."""
 
+    def correction(self, name: str) -> Factors | None:
+        """Returns what is added to the weight of the Linear `name`, or None."""
 
-def refuse_foreign(block: Block) -> None:
-    """Raises `UserError` where a step has put a module into the block that no format has a place for."""
+
+def refuse_foreign(block: Block, corrections: bool = False) -> None:
+    """Raises `UserError` where a step has put something into the block that no format has a place for.
+
+    Args:
+        block: as it is quantized.
+        corrections: products of low rank that are added to weights have a place, or are looked at elsewhere.
+    """
     for name, module in block.module.named_modules():
+        if isinstance(module, QuantLinear) and module.corrected and not corrections:
+            raise unheld_correction(f"{block.name}.{name}")
         ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
         cached = isinstance(module, AttentionQuantizers) and not module.transforms and module.cache is None
         if ours and not cached and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
@@ -106,6 +117,14 @@ def refuse_foreign(block: Block) -> None:
                 f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
                 "which no format can hold: leave the step out"
             )
+
+
+def unheld_correction(name: str) -> UserError:
+    """Returns what is said where the weight of the Linear `name` is corrected and the export would lose that."""
+    return UserError(
+        f"export: a step has added a product of low rank to {name}, which this format cannot hold, and its `acts` do not say so: "
+        "leave the step out"
+    )
 
 
 def walked(
@@ -156,7 +175,7 @@ class ResidentSource:
         self.network, self.tokenizer, self.scheme, self.origin = network, tokenizer, scheme, origin
         self._narrow, self._outside = narrow, frozenset(network.outside)
         for block in network.blocks:
-            refuse_foreign(block)
+            refuse_foreign(block, corrections=True)
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`: the module's own, no copies."""
@@ -170,6 +189,13 @@ class ResidentSource:
             raise TypeError(f"{name} is no tensor")
         narrowed = self._narrow is not None and value.dim() > 1 and owner in self._outside
         return value.to(self._narrow) if narrowed else value
+
+    def correction(self, name: str) -> Factors | None:
+        """Returns the module's own factors, no copies, or None."""
+        module = self.network.model.get_submodule(name)
+        if not isinstance(module, QuantLinear) or module.left is None or module.right is None:
+            return None
+        return Factors(module.left, module.right)
 
 
 def rounded(name: str, weight: torch.Tensor, spec: QuantSpec) -> LinearTensors:

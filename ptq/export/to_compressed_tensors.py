@@ -3,7 +3,7 @@
 Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
 token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed_floats`); any
 mixture by overrides; the head as a Linear, where it is not tied to the embedding, which has no format; keys and values in FP8 with one static scale each. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
-packed into int32), floats have names of their own.
+packed into int32), floats have names of their own. Corrections of low rank lie beside it, as an adapter for PEFT.
 """
 
 import pathlib
@@ -18,6 +18,7 @@ from torch import nn
 from ptq.config.schema import Override, SchemeConfig
 from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
+from ptq.export.adapters.peft_lora import FOLDER, check_adapter, write_adapter
 from ptq.export.base import (
     BlockShards,
     Exported,
@@ -52,6 +53,7 @@ class Exporter:
     """Writes a folder: safetensors, config.json, the tokenizer's files."""
 
     filename = ""
+    corrected_as = "an adapter for PEFT"
 
     def __init__(self, options: Options):
         self.options = options
@@ -104,6 +106,11 @@ class Exporter:
             _check_weight(LinearSpecs(head.spec, None), head.name, nearest, "scheme.head")
         return (*_flattened(specs, network), *_unread(specs, network))
 
+    def check_corrections(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
+        """Refuses what an adapter for PEFT does not reach: see `check_adapter`."""
+        check_adapter(scheme, network)
+        return (f"{FOLDER}/ holds the corrections, for PEFT: a runtime that is not given it computes without them",)
+
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
         """Writes the folder, a shard in memory at a time."""
         self.check(source.scheme, source.network)
@@ -143,9 +150,11 @@ def _written(
         _write_config(folder, source, groups)
         if source.tokenizer is not None:
             source.tokenizer.save_pretrained(folder)
+        # A block's shard has no place for them: a run that makes the folder of shards has none.
+        notes.extend(() if files else write_adapter(folder, source))
 
     write_folder_atomic(path, fill)
-    size = sum(file.stat().st_size for file in path.iterdir())
+    size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
     return Exported(path, size, tuple(notes))
 
 

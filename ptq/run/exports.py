@@ -16,9 +16,9 @@ from ptq.config.building import recipe_from
 from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
-from ptq.export.base import Exported, Exporter, refuse_existing
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of
-from ptq.export.registry import build_exporter
+from ptq.export.base import CorrectedExporter, Exported, Exporter, refuse_existing
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of, unheld_correction
+from ptq.export.registry import build_exporter, shipped
 from ptq.files.atomic import ensure_folder
 from ptq.files.bounded import load_yaml, parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
@@ -30,8 +30,9 @@ from ptq.run.kept.outside_file import read_outside, stored_type, turns_stream
 from ptq.run.record.journal import Journal
 from ptq.run.session import Session, open_session
 from ptq.steps._registry import TARGET, build_steps
-from ptq.steps._step import RESIDUAL, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, Step
+from ptq.steps._step import CORRECTION, RESIDUAL, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, Step
 from quantize.codecs.registry import codec_of
+from quantize.solvers.lowrank import Factors
 
 QUANTIZED = "quantized"
 """The folder in a run's that holds its finished blocks."""
@@ -56,7 +57,16 @@ def check_export(recipe: Recipe, network: Network, steps: Mapping[str, Step]) ->
     norms = (name for name in network.outside if isinstance(network.model.get_submodule(name), nn.LayerNorm))
     if turned is not None and (norm := next(norms, None)) is not None:
         _refuse_turned(recipe.export, turned, f"makes an RMSNorm of {norm}, which this model's architecture has not")
-    return build_exporter(recipe.export).check(recipe.scheme, network)
+    exporter = build_exporter(recipe.export)
+    notes = exporter.check(recipe.scheme, network)
+    if corrects(steps) is not None and isinstance(exporter, CorrectedExporter):
+        notes += exporter.check_corrections(recipe.scheme, network)
+    return notes
+
+
+def corrects(steps: Mapping[str, Step]) -> str | None:
+    """Returns the first step that adds products of low rank to weights, or None."""
+    return next((name for name, step in steps.items() if CORRECTION in step.acts), None)
 
 
 def check_turned(recipe: Recipe, steps: Mapping[str, Step], context: Context) -> None:
@@ -83,13 +93,35 @@ def check_places(recipe: Recipe, steps: Mapping[str, Step]) -> None:
     """Raises `UserError` when a step acts where the recipe's export has no place for it."""
     if recipe.export is None:
         return
+    correcting = corrects(steps)
+    if correcting is not None and not isinstance(build_exporter(recipe.export), CorrectedExporter):
+        raise UserError(
+            f"export.format: {recipe.export.format} has no place for the products of low rank that steps.{correcting} adds to weights: "
+            f"use {_correctable()}, export=null, or another step than {correcting}"
+        )
     for name, step in steps.items():
-        online = sorted(step.acts - {WEIGHT_INPUT, WEIGHT_OUTPUT, RESIDUAL})
+        online = sorted(step.acts - {WEIGHT_INPUT, WEIGHT_OUTPUT, RESIDUAL, CORRECTION})
         if online:
             raise UserError(
                 f"export.format: {recipe.export.format} has no place for what steps.{name} does at the {' and the '.join(online)}: "
                 f"use export=null, or ~steps.{name}"
             )
+
+
+def _correctable() -> str:
+    """Returns the exports that hold corrections of low rank, and as what."""
+    exporters = {name: build_exporter(ExportConfig(name)) for name in shipped()}
+    words = [f"export={n} ({e.corrected_as})" for n, e in exporters.items() if isinstance(e, CorrectedExporter)]
+    return ", ".join(words)
+
+
+def _refuse_unheld(exporter: Exporter, source: QuantizedTensors) -> None:
+    """Raises `UserError` where a step that has not said so has added products of low rank to weights, and the format has no place for them."""
+    if isinstance(exporter, CorrectedExporter):
+        return
+    lost = next((name for name in source.network.linears if source.correction(name) is not None), None)
+    if lost is not None:
+        raise unheld_correction(lost)
 
 
 def needs_saved_weights(recipe: Recipe) -> bool:
@@ -128,6 +160,7 @@ def export_session(
     )
     if not loaded.weights.resident:
         source = SavedSource(session, folder / QUANTIZED)
+    _refuse_unheld(exporter, source)
     with session.journal.phase("export"):
         return _said(exporter.write(source, path), session.journal)
 
@@ -178,7 +211,9 @@ def export_run(
             raise UserError(f"{error}{again}") from None
         for note in notes:
             journal.say(f"export: {note}")
-        return _said(exporter.write(SavedSource(session, folder / QUANTIZED), path), journal)
+        source = SavedSource(session, folder / QUANTIZED)
+        _refuse_unheld(exporter, source)
+        return _said(exporter.write(source, path), journal)
 
 
 def check_imatrix(recipe: Recipe) -> Any:
@@ -299,6 +334,11 @@ class SavedSource:
             value: torch.Tensor = getattr(self.network.model.get_submodule(owner), last)
             return value
 
+    def correction(self, name: str) -> Factors | None:
+        """Returns what the run's folder holds of it, or None."""
+        left, right = self._maybe(f"{name}.left"), self._maybe(f"{name}.right")
+        return None if left is None or right is None else Factors(left, right)
+
     def _maybe(self, name: str) -> torch.Tensor | None:
         stored = self._saved.get(name)
         return None if stored is None else stored.read(stored.dtype, stored.dtype, torch.device("cpu"))
@@ -330,7 +370,7 @@ def _refuse_unknown_tensors(block: Block, saved: dict[str, StoredTensor]) -> Non
         "labels",
         "inputs.labels",
     )
-    parts += ("scale_step", "scale_mean", "tensor_scale", "step", "least", "least_step")
+    parts += ("left", "right", "scale_step", "scale_mean", "tensor_scale", "step", "least", "least_step")
     own |= {f"{name}.{part}" for name in block.linears for part in parts}
     unknown = sorted(set(saved) - own)
     if unknown and f".{CHILD}." in unknown[0]:

@@ -8,6 +8,7 @@ imported from here. Arithmetic on tensors alone is in `quantize` and `group_meth
 from ptq.config.options import option
 from ptq.steps._solving import BlockInputs, captures_of, quantize_linear, specs_of
 from ptq.steps._step import (
+    CORRECTION,
     INPUT,
     KEY,
     OUTPUT,
@@ -28,6 +29,7 @@ from ptq.steps._step import (
 )
 
 __all__ = [
+    "CORRECTION",
     "INPUT",
     "KEY",
     "OUTPUT",

@@ -39,11 +39,11 @@ SAMPLES = "samples"
 REFERENCE = "reference"
 """Capture: the same samples once more, as they reach each block of the unquantized network."""
 
-INPUT, OUTPUT, WEIGHT_INPUT, WEIGHT_OUTPUT, QUERY, KEY, RESIDUAL = PLACES = (
-    "input", "output", "weight_input", "weight_output", "query", "key", "residual",
+INPUT, OUTPUT, WEIGHT_INPUT, WEIGHT_OUTPUT, QUERY, KEY, RESIDUAL, CORRECTION = PLACES = (
+    "input", "output", "weight_input", "weight_output", "query", "key", "residual", "correction",
 )  # fmt: skip
-"""Where a transform acts: on what a Linear reads or gives (online), on its columns or rows, on query and key after rotary
-embeddings (online), or on the residual stream as a whole."""
+"""Where a step acts: on what a Linear reads or gives (online), on its columns or rows, on query and key after rotary embeddings
+(online), on the residual stream as a whole, or by a product of low rank that it adds to a weight (`QuantLinear.correct`)."""
 
 
 @dataclass(frozen=True)
@@ -260,7 +260,7 @@ class Step:
 
     kind: ClassVar[str]
     acts: ClassVar[frozenset[str]] = frozenset()
-    """Where a transform acts, of `PLACES`."""
+    """Where the step acts, of `PLACES`."""
     proved: ClassVar[bool] = True
     """Whether a transform leaves what the network computes as it is; one that changes it on purpose is not proved."""
     by_block: ClassVar[bool] = False

@@ -103,7 +103,7 @@ def work_of(
         work["tune"] = Work(products * c.length + a_token * evaluated)
     work["evaluate"] = Work(2 * head_token * evaluated)
     if recipe.export is not None:
-        linked = once and keeps_export(recipe)
+        linked = once and keeps_export(recipe, steps)
         work["export"] = Work(read=0 if linked else saved, written=0 if linked else quantized, shared=False)
     return work
 

@@ -17,10 +17,12 @@ from ptq.export.registry import build_exporter
 from ptq.files.atomic import write_atomic, write_text, writing_failed
 from ptq.files.bounded import parse_json
 from ptq.network.network import Block, Network
-from ptq.run.exports import origin_of
+from ptq.run.exports import corrects, origin_of
 from ptq.run.kept.block_file import read_figures, write_block
 from ptq.run.kept.kept_pass import sum_of_file
 from ptq.run.session import Session
+from ptq.steps._step import Step
+from quantize.solvers.lowrank import Factors
 
 
 class WholeBlocks:
@@ -114,17 +116,20 @@ class Growing:
             raise ValueError(f"{path} is damaged: {error}") from None
 
 
-def keeps_export(recipe: Recipe) -> bool:
-    """Whether what a run in one pass keeps of finished blocks is its export's: one that can be, and no codes are asked for."""
-    if recipe.export is None or recipe.execution.save:
+def keeps_export(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
+    """Whether what a run in one pass keeps of finished blocks is its export's: one that can be, and no codes are asked for.
+
+    Corrections of low rank lie beside the model's own tensors, and so beside no block's: these are kept with their codes.
+    """
+    if recipe.export is None or recipe.execution.save or corrects(steps) is not None:
         return False
     return isinstance(build_exporter(recipe.export), ShardedExporter | GrowingExporter)
 
 
-def files_of(session: Session) -> WholeBlocks | Shards | Growing:
-    """Returns how the session's finished blocks are kept; what lies outside them is in memory."""
+def files_of(session: Session, steps: Mapping[str, Step]) -> WholeBlocks | Shards | Growing:
+    """Returns how the session's finished blocks, which `steps` make, are kept; what lies outside them is in memory."""
     recipe, source = session.recipe, HeldSource(session)
-    exporter = build_exporter(recipe.export) if recipe.export is not None and keeps_export(recipe) else None
+    exporter = build_exporter(recipe.export) if recipe.export is not None and keeps_export(recipe, steps) else None
     if isinstance(exporter, ShardedExporter):
         return Shards(exporter.block_shards(source))
     return Growing(exporter.growing_file(source)) if isinstance(exporter, GrowingExporter) else WholeBlocks()
@@ -150,3 +155,7 @@ class HeldSource:
         with self._weights.hold([owner]):
             value: torch.Tensor = getattr(self.network.model.get_submodule(owner), last)
             return value
+
+    def correction(self, name: str) -> Factors | None:
+        """Returns None: a block that has one is not kept this way (`keeps_export`)."""
+        return None

@@ -124,7 +124,7 @@ def quantize_in_one_pass(
     by_block = {name: step for name, step in steps.items() if step.by_block}
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
-            files = files_of(session)
+            files = files_of(session, steps)
             now = Beginning(digest.state, found is None, baseline is None, measures and statistics is None)
             begun = _beginning(session, files, now)
             tracer = Tracer(network, stream, sums) if begun.traced else None

@@ -23,7 +23,7 @@ from ptq.steps._solving import (
     specs_of,
     weight_specs,
 )
-from ptq.steps._step import OUTPUT, SAMPLES, Context, Solver, StepPlan
+from ptq.steps._step import CORRECTION, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import dequantize, grouped, quantize
@@ -56,10 +56,10 @@ class Options:
 class Step(Solver):
     """Replaces the block's Linears by `QuantLinear` with a correction of low rank beside the codes.
 
-    Exports refuse it: the correction is a second product at the Linear's output, which no format of theirs holds.
+    The correction is a second product beside the Linear's own: exports write it as an adapter, or refuse it.
     """
 
-    acts: ClassVar[frozenset[str]] = frozenset({OUTPUT})
+    acts: ClassVar[frozenset[str]] = frozenset({CORRECTION})
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the samples, and what static input ranges need. `UserError` for weights without levels, or none at all."""
