@@ -27,6 +27,11 @@ def tied_parameters(model: nn.Module) -> frozenset[str]:
     return frozenset(getattr(model, "all_tied_weights_keys", None) or ()) if _is_tied(model) else frozenset()
 
 
+def untied_parameters(model: nn.Module) -> frozenset[str]:
+    """Returns the full names of parameters that were another's once more when the model was made, and that a step has untied."""
+    return frozenset() if _is_tied(model) else frozenset(getattr(model, "all_tied_weights_keys", None) or ())
+
+
 def untie(model: Any) -> None:
     """Lets embedding and head of a model of transformers be stored apart from now on."""
     model.config.get_text_config().tie_word_embeddings = False

@@ -64,6 +64,8 @@ class Size:
     Attributes:
         before_bytes: bytes of all weights in the baseline's type.
         after_bytes: bytes of all weights, the quantized ones as they are stored, with scales and zero points.
+        untied_bytes: those of a head that was the embedding's weight, in the baseline's type, where a step has made it one of its own;
+            after_bytes has them too, before_bytes has not.
         bits_per_weight: bits a quantized weight, with scales and zero points.
         quantized_parameters: number of quantized weights.
         parameters: number of weights in all.
@@ -71,6 +73,7 @@ class Size:
 
     before_bytes: int
     after_bytes: int
+    untied_bytes: int
     bits_per_weight: float
     quantized_parameters: int
     parameters: int

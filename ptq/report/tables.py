@@ -9,7 +9,7 @@ from ptq.evaluation.comparison import Comparison
 from ptq.evaluation.tasks.accuracy import TaskResult
 from ptq.evaluation.token_statistics import Estimate, TokenStatistics
 from ptq.report.plain import printable
-from ptq.report.results import Beginnings, Facts, SharedText, TensorKind
+from ptq.report.results import Beginnings, Facts, SharedText, Size, TensorKind
 
 PERCENTILES = {
     "max": "max",
@@ -48,7 +48,7 @@ def result_table(recipe: Recipe, comparison: Comparison, facts: Facts) -> Table:
             if facts.tuned is None
             else [("tuned", ", ".join(f"{name} {value:.4g}" for name, value in facts.tuned.items()))]
         ),
-        ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB"),
+        ("size", f"{size.before_bytes / 1e6:.1f} MB -> {size.after_bytes / 1e6:.1f} MB{_untied(size)}"),
         ("tokens", f"{c.windows} windows, {c.tokens} targets, {facts.evaluation_source}, {_begun(facts.bos)}"),
         *_overlap(facts.overlap),
         ("seconds", ", ".join(f"{name} {value:.1f}" for name, value in facts.seconds.items())),
@@ -177,6 +177,14 @@ def _overlap(overlap: SharedText) -> list[tuple[str, str]]:
 
 def _outliers(share: float | None) -> list[tuple[str, str]]:
     return [] if share is None else [("outlier columns", f"{share:.2%} of an input's columns stay in floating point")]
+
+
+def _untied(size: Size) -> str:
+    return (
+        ""
+        if not size.untied_bytes
+        else f", {size.untied_bytes / 1e6:.1f} MB of it for a head that is no longer the embedding"
+    )
 
 
 def _gib(size: int) -> str:

@@ -13,7 +13,7 @@ from ptq.errors import UserError
 from ptq.network.attention import AttentionQuantizers
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, Network, weight_of
-from ptq.network.outside import outside_weights
+from ptq.network.outside import outside_weights, untied_parameters
 from ptq.network.replaced import hooked, modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_cached, describe_spec
 from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
@@ -266,6 +266,9 @@ def size_of(network: Network, visitor: QuantizeVisitor, baseline_bytes: int) -> 
     outside = [w for w in outside_weights(visitor.context.scheme, network) if w.spec is not None and not w.tied]
     stored = visitor.stored + sum(codec_of(w.spec).layout_bytes(w.shape, w.spec) for w in outside if w.spec is not None)
     quantized = visitor.quantized + sum(w.parameters for w in outside)
-    after = before - quantized * baseline_bytes + stored
+    untied = (
+        sum(network.model.get_parameter(name).numel() for name in untied_parameters(network.model)) * baseline_bytes
+    )
+    after = before + untied - quantized * baseline_bytes + stored
     bits = 8 * stored / quantized if quantized else 8.0 * baseline_bytes
-    return Size(before, after, bits, quantized, network.parameters)
+    return Size(before, after, untied, bits, quantized, network.parameters)

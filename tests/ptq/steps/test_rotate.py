@@ -2,9 +2,12 @@
 
 import dataclasses
 import functools
+import json
 import re
 
 import pytest
+import torch
+import transformers
 
 from ptq.errors import UserError
 from ptq.run.experiment import run
@@ -77,6 +80,22 @@ def test_a_turned_model_in_half_precision_is_proved_too(tmp_path, tiny_opt):
     assert m["kl_mean"] < 0.01
 
 
+@pytest.mark.parametrize("execution", [{}, {"weights": "offloaded"}])
+def test_a_head_that_is_no_longer_the_embedding_counts_in_the_size_and_is_said(tmp_path, tiny_opt, execution):
+    scheme, rotate = {"weight": {"bits": 8}}, {"online": []}
+    found = [
+        run(make(tmp_path, tiny_opt, scheme, {**steps, "rtn": {}}, execution=execution))
+        for steps in ({}, {"rotate": rotate})
+    ]
+    tied, untied = (metrics_of(folder)["size"] for folder in found)
+    config = json.loads((tiny_opt / "config.json").read_text())
+    head = 2 * config["vocab_size"] * config["word_embed_proj_dim"]
+    assert (tied["untied_bytes"], untied["untied_bytes"]) == (0, head)
+    assert untied["after_bytes"] - tied["after_bytes"] == head
+    assert untied["before_bytes"] == tied["before_bytes"]
+    assert "for a head that is no longer the embedding" in (found[1] / "run.log").read_text()
+
+
 def test_a_network_whose_norms_do_not_show_who_reads_the_stream_is_refused(tmp_path):
     with pytest.raises(UserError, match=r"steps.rotate.residual: .*use residual=false"):
         run(make(tmp_path, tiny(tmp_path, "bloom"), {}, {"rotate": {}}))
@@ -109,9 +128,24 @@ def test_blocks_of_the_formats_groups_serve_it_and_a_size_that_does_not_divide_i
         run(make(tmp_path, tiny_llama_outliers, scheme, {"rotate": {"block": 48}, "gptq": {}}))
 
 
-def test_a_width_without_a_hadamard_matrix_says_what_is_used(tmp_path):
+def test_a_width_without_a_hadamard_matrix_says_what_is_used_and_is_turned_all_the_same(tmp_path):
     folder = run(make(tmp_path, tiny(tmp_path, "llama"), {}, {"rotate": {"block": 16, "online": ["down"]}}))
     assert "3 blocks: width 16 = 2^4: a Hadamard matrix" in (folder / "run.log").read_text()
+    config = transformers.LlamaConfig(
+        vocab_size=258, hidden_size=46, intermediate_size=94, num_hidden_layers=2, num_attention_heads=2, head_dim=24
+    )
+    torch.manual_seed(0)
+    odd = saved(transformers.LlamaForCausalLM(config), tmp_path / "odd")
+    folder = run(make(tmp_path, odd, {}, {"rotate": {"online": ["down"]}}))
+    log = (folder / "run.log").read_text()
+    assert metrics_of(folder)["kl_mean"] < 1e-6
+    assert (
+        "rotate: residual stream: width 46 = 2^1 x 23: no Hadamard matrix is known here; the factor 23 is the orthogonal"
+        in log
+    )
+    assert (
+        "rotate: online: width 94 = 2^1 x 47: no Hadamard matrix is known here; the factor 47 is the orthogonal" in log
+    )
 
 
 def test_smoothing_by_the_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
