@@ -10,9 +10,10 @@ import torch
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.export.base import advice, refuse_attention, refuse_outside, require, specs_by_linear
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded
 from ptq.network.network import Network
 from quantize.codecs.q8_0 import encode_flat
+from quantize.spec.quant_spec import QuantSpec
 
 PROJECTIONS = {
     "wq": "self_attn.q_proj", "wk": "self_attn.k_proj", "wv": "self_attn.v_proj", "wo": "self_attn.o_proj",
@@ -36,6 +37,7 @@ class Runtime:
         eps: of the RMS norms.
         interleaved: rotary pairs are neighbours (2i, 2i + 1); otherwise (i, i + head_dim / 2) as in transformers.
         int8_inputs: every Linear's input is rounded to int8 in groups; otherwise it stays in fp32.
+        int8_embedding: the embedding is in int8 groups; otherwise it is in fp32.
     """
 
     name: str
@@ -43,6 +45,7 @@ class Runtime:
     eps: float
     interleaved: bool
     int8_inputs: bool
+    int8_embedding: bool
 
 
 @dataclass(frozen=True)
@@ -122,7 +125,9 @@ def nearest_group_size(network: Network) -> int:
 
 
 def check_scheme(scheme: SchemeConfig, network: Network, runtime: Runtime) -> None:
-    """Raises `UserError` unless every Linear has int8 weights in symmetric groups of one size, and the inputs fit the runtime."""
+    """Raises `UserError` unless every Linear has int8 weights in symmetric groups of one size, embedding and head the same or no format,
+    and the inputs fit the runtime.
+    """
     config, size = network.model.config, nearest_group_size(network)
     specs = specs_by_linear(scheme, network)
     sizes = {s.weight.group_size for s in specs.values() if s.weight is not None and s.weight.group_size is not None}
@@ -134,9 +139,16 @@ def check_scheme(scheme: SchemeConfig, network: Network, runtime: Runtime) -> No
     inputs = f"{groups}, dynamic: true" if runtime.int8_inputs else None
     nearest = advice(f"scheme={'w8a8_g64' if runtime.int8_inputs else 'w8a16_g64'}{sized}", groups, inputs)
     refuse_attention(scheme, runtime.name, nearest)
-    refuse_outside(scheme, runtime.name)
+    # A tied embedding in fp32 can hold the head's rounded values.
+    if not runtime.int8_embedding and not config.tie_word_embeddings:
+        refuse_outside(scheme, runtime.name, ("embedding",))
     nearest += " for every Linear"
     allowed = {"format": ("int",), "bits": (8,), "granularity": ("group",), "group_size": (size,), "symmetric": (True,)}
+    for tensor, weight in (("embedding", scheme.embedding), ("head", scheme.head)):
+        if weight is not None:
+            require(
+                weight, f"scheme.{tensor}", f"the {tensor}", runtime.name, f"scheme.{tensor}={{{groups}}}", **allowed
+            )
     for name, spec in specs.items():
         for tensor, found, wanted in (("weight", spec.weight, True), ("input", spec.input, runtime.int8_inputs)):
             path = f"scheme.{tensor}"
@@ -175,10 +187,15 @@ def write_linear(file: BinaryIO, tensors: LinearTensors, heads: int | None) -> N
     write_quantized(file, codes, scales)
 
 
-def write_encoded(file: BinaryIO, weight: torch.Tensor, group_size: int) -> float:
-    """Quantizes a table that is in floating point piece by piece and writes it; returns the greatest error."""
+def write_table(file: BinaryIO, table: LinearTensors, group_size: int) -> float | None:
+    """Writes embedding or head in int8 groups. Returns the greatest error of one that the scheme leaves in floating point, which is
+    quantized here piece by piece; None for one that the scheme has quantized.
+    """
+    if table.spec is not None:
+        write_linear(file, table, None)
+        return None
     scales, greatest = [], 0.0
-    for piece in weight.detach().reshape(-1).split(PIECE // group_size * group_size):
+    for piece in torch.as_tensor(table.weight).detach().reshape(-1).split(PIECE // group_size * group_size):
         codes, scale, error = encode_flat(piece, group_size)
         write_array(file, codes)
         scales.append(scale)
@@ -206,14 +223,20 @@ def norms_in_order(source: QuantizedTensors) -> Iterator[torch.Tensor]:
     yield source.tensor(f"{outer}.norm.weight").float()
 
 
-def embedding_of(source: QuantizedTensors) -> torch.Tensor:
-    """Returns the token embedding (vocabulary, dim)."""
-    return source.tensor(f"{_name_of(source, source.network.model.get_input_embeddings())}.weight")
+def embedding_of(source: QuantizedTensors) -> LinearTensors:
+    """Returns the token embedding (vocabulary, dim), quantized where the scheme gives it a format."""
+    return _outside(source, source.network.model.get_input_embeddings(), source.scheme.embedding)
 
 
-def head_of(source: QuantizedTensors) -> torch.Tensor:
-    """Returns the output matrix (vocabulary, dim)."""
-    return source.tensor(f"{_name_of(source, source.network.model.get_output_embeddings())}.weight")
+def head_of(source: QuantizedTensors) -> LinearTensors:
+    """Returns the output matrix (vocabulary, dim), quantized where the scheme gives it a format."""
+    return _outside(source, source.network.model.get_output_embeddings(), source.scheme.head)
+
+
+def _outside(source: QuantizedTensors, module: Any, spec: QuantSpec | None) -> LinearTensors:
+    name = _name_of(source, module)
+    weight = source.tensor(f"{name}.weight")
+    return LinearTensors(name, None, None, None, None, weight, None) if spec is None else rounded(name, weight, spec)
 
 
 def _name_of(source: QuantizedTensors, module: Any) -> str:

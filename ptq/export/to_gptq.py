@@ -1,7 +1,8 @@
 """GPTQ checkpoints: what transformers (with gptqmodel) and vLLM load as ``quant_method: gptq``.
 
 Expresses: weights int of 2, 4 or 8 bits in groups or per channel, one format for all Linears of the blocks; symmetric ones in
-the first form of the checkpoint, ones with zero points in ``gptq_v2``, whose zero points may be 0. Inputs are left alone.
+the first form of the checkpoint, ones with zero points in ``gptq_v2``, whose zero points may be 0; a head that is not tied to the
+embedding in the same format (``lm_head``, which vLLM reads). Inputs are left alone.
 """
 
 from collections.abc import Mapping
@@ -29,6 +30,7 @@ class Exporter(FolderExporter):
     name = NAME
     allowed: ClassVar = {"bits": (2, 4, 8), "granularity": ("channel", "group")}
     example = "w4a16_g64 bits: 4, granularity: group, group_size: 64, symmetric: false"
+    heads = True
 
     def packed(self, tensors: LinearTensors) -> Mapping[str, torch.Tensor]:
         """Returns codes packed along the inputs, zero points along the outputs, scales (groups, out), and each column's group."""

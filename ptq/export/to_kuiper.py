@@ -1,14 +1,17 @@
 """KuiperLLama int8 ("version 3"): LLaMA blocks, int8 weights in groups, inputs, embedding and norms in fp32.
 
 Expresses: weights int8 in symmetric groups of one size; inputs unquantized (its kernel multiplies fp32 inputs by
-dequantized weights). The output matrix is Q8_0 and always written apart, because the public loader misreads the shared
-form. Layout: METHODS.md section 9.
+dequantized weights); the head in the same groups. The output matrix is always written apart, because the public loader misreads
+the shared form, and is Q8_0 where the scheme leaves it alone; an embedding that is tied to a quantized head holds its rounded
+values. Layout: METHODS.md section 9.
 """
 
 import pathlib
 import struct
 from dataclasses import dataclass
 from typing import BinaryIO
+
+import torch
 
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
@@ -20,9 +23,15 @@ from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
 
 BUILDS = {
-    "llama2": family.Runtime("kuiper", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=False),
-    "llama3": family.Runtime("kuiper (build llama3)", rope_base=5e5, eps=1e-5, interleaved=False, int8_inputs=False),
-    "qwen2": family.Runtime("kuiper (build qwen2)", rope_base=1e6, eps=1e-6, interleaved=False, int8_inputs=False),
+    "llama2": family.Runtime(
+        "kuiper", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=False, int8_embedding=False
+    ),
+    "llama3": family.Runtime(
+        "kuiper (build llama3)", rope_base=5e5, eps=1e-5, interleaved=False, int8_inputs=False, int8_embedding=False
+    ),
+    "qwen2": family.Runtime(
+        "kuiper (build qwen2)", rope_base=1e6, eps=1e-6, interleaved=False, int8_inputs=False, int8_embedding=False
+    ),
 }
 """What each build of the runtime hard-codes."""
 
@@ -68,7 +77,8 @@ class Exporter:
         """Writes the model, tensor by tensor."""
         self.check(source.scheme, source.network)
         shape = family.shape_of(source.scheme, source.network)
-        errors: list[float] = []
+        errors: list[float | None] = []
+        embedding = family.embedding_of(source)
 
         def fill(file: BinaryIO) -> None:
             file.write(
@@ -79,11 +89,16 @@ class Exporter:
             )  # fmt: skip
             for tensors, heads in family.linears_in_order(source, shape, self.runtime.interleaved):
                 family.write_linear(file, tensors, heads)
-            errors.append(family.write_encoded(file, family.head_of(source), shape.group_size))
-            for piece in family.embedding_of(source).reshape(-1).split(family.PIECE):
+            errors.append(family.write_table(file, family.head_of(source), shape.group_size))
+            for piece in (
+                (embedding.dense() if embedding.spec else torch.as_tensor(embedding.weight))
+                .reshape(-1)
+                .split(family.PIECE)
+            ):
                 family.write_array(file, piece.float())
             for norm in family.norms_in_order(source):
                 family.write_array(file, norm)
 
         write_atomic(path, family.streamed(fill))
-        return Exported(path, path.stat().st_size, (f"the head is Q8_0: greatest error {max(errors):.3g}",))
+        notes = tuple(f"the head is Q8_0: greatest error {error:.3g}" for error in errors if error is not None)
+        return Exported(path, path.stat().st_size, notes)

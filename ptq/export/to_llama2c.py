@@ -1,7 +1,8 @@
 """llama2.c version 2 (runq.c): LLaMA blocks, everything but the norms in int8 groups, inputs rounded to int8 at run time.
 
 Expresses: weights int8 in symmetric groups of one size that divides both widths; inputs int8 in the same groups, dynamic.
-The embedding and the head, which a scheme leaves alone, are Q8_0 too. Layout: METHODS.md section 9.
+Embedding and head are int8 in the same groups whether the scheme gives them that format or leaves them alone. Layout: METHODS.md
+section 9.
 """
 
 import pathlib
@@ -18,7 +19,7 @@ from ptq.files.atomic import write_atomic
 from ptq.network.network import Network
 
 MAGIC, VERSION, HEADER_BYTES = 0x616B3432, 2, 256
-RUNTIME = family.Runtime("llama2c", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=True)
+RUNTIME = family.Runtime("llama2c", rope_base=1e4, eps=1e-5, interleaved=True, int8_inputs=True, int8_embedding=True)
 
 
 @dataclass(frozen=True)
@@ -54,20 +55,21 @@ class Exporter:
         """Writes the model, tensor by tensor, then the tokenizer."""
         self.check(source.scheme, source.network)
         shape = family.shape_of(source.scheme, source.network)
-        errors: list[float] = []
+        errors: list[float | None] = []
 
         def fill(file: BinaryIO) -> None:
             file.write(_header(shape))
             for norm in family.norms_in_order(source):
                 family.write_array(file, norm)
-            errors.append(family.write_encoded(file, family.embedding_of(source), shape.group_size))
+            errors.append(family.write_table(file, family.embedding_of(source), shape.group_size))
             for tensors, heads in family.linears_in_order(source, shape, RUNTIME.interleaved):
                 family.write_linear(file, tensors, heads)
             if not shape.shared:
-                errors.append(family.write_encoded(file, family.head_of(source), shape.group_size))
+                errors.append(family.write_table(file, family.head_of(source), shape.group_size))
 
         write_atomic(path, family.streamed(fill))
-        notes = [f"embedding and head are Q8_0 too: greatest error {max(errors):.3g}"]
+        own = [error for error in errors if error is not None]
+        notes = [f"embedding and head are Q8_0 too: greatest error {max(own):.3g}"] if own else []
         if self.options.tokenizer:
             notes += write_tokenizer(source.tokenizer, shape.vocabulary, path.with_name("tokenizer.bin"))
         return Exported(path, path.stat().st_size, tuple(notes))

@@ -11,12 +11,13 @@ import torch
 from ptq.config.schema import Override, SchemeConfig
 from ptq.config.scheme import LinearSpecs
 from ptq.errors import UserError
-from ptq.export.base import BlockShards, Exported, advice, refuse_attention, require, specs_by_linear
+from ptq.export.base import BlockShards, Exported, advice, refuse_attention, refuse_outside, require, specs_by_linear
 from ptq.export.packing.shards import lossless, write_shards
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, walked
+from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded, walked
 from ptq.files.atomic import write_folder_atomic
 from ptq.network.experts.published_names import published_names
 from ptq.network.network import Network
+from ptq.network.outside import OutsideWeight, outside_weights
 from quantize.kernels.matmul import is_plain
 from quantize.spec.quant_spec import QuantSpec
 
@@ -34,10 +35,13 @@ def with_fp16_scales(scheme: SchemeConfig) -> SchemeConfig:
         Override(o.modules, {t: half(s) if t == "weight" else s for t, s in o.tensors.items()})
         for o in scheme.overrides
     )
-    return replace(scheme, weight=half(scheme.weight), overrides=overrides)
+    outside = {"embedding": half(scheme.embedding), "head": half(scheme.head)}
+    return replace(scheme, weight=half(scheme.weight), overrides=overrides, **outside)
 
 
-def check(scheme: SchemeConfig, network: Network, name: str, allowed: dict[str, tuple[Any, ...]], example: str) -> None:
+def check(
+    scheme: SchemeConfig, network: Network, name: str, allowed: dict[str, tuple[Any, ...]], example: str, heads: bool
+) -> None:
     """Raises `UserError` for what such a folder cannot hold.
 
     Args:
@@ -46,10 +50,12 @@ def check(scheme: SchemeConfig, network: Network, name: str, allowed: dict[str, 
         name: of the format.
         allowed: values of a weight's fields.
         example: a shipped scheme that can be held, and the fields of its weight, after a blank.
+        heads: whether a head that is not tied to the embedding can be held, in the Linears' format.
     """
     shipped, _, fields = example.partition(" ")
     nearest = advice(f"scheme={shipped}", fields, None)
     refuse_attention(scheme, name, nearest)
+    refuse_outside(scheme, name, ("embedding",) if heads else ("embedding", "head"))
     specs = specs_by_linear(scheme, network)
     found: dict[str, LinearSpecs] = {owner: s for owner, s in specs.items() if s.any}
     if not found:
@@ -70,12 +76,27 @@ def check(scheme: SchemeConfig, network: Network, name: str, allowed: dict[str, 
             raise UserError(
                 f"scheme.overrides: {owner} has another format than the first Linear, and {name} has one for all: use {nearest}"
             )
-        rows, columns = network.shapes[owner]
-        lanes = 32 // spec.weight.bits
-        if rows % lanes or columns % lanes:
+        _check_words(spec.weight, network.shapes[owner], f"scheme.weight: {owner}", name, "exclude it (scheme.exclude)")
+    if (head := _head(scheme, network)) is not None and head.spec is not None:
+        require(head.spec, "scheme.head", head.name, name, nearest, **allowed)
+        if first is None or _told(head.spec) != _told(first):
             raise UserError(
-                f"scheme.weight: {owner} is {rows} x {columns}, and {name} packs {lanes} codes a word: exclude it (scheme.exclude)"
+                f"scheme.head: another format than scheme.weight, and {name} has one for all: give both the same"
             )
+        _check_words(head.spec, head.shape, f"scheme.head: {head.name}", name, "use null")
+
+
+def _check_words(spec: QuantSpec, shape: tuple[int, int], what: str, name: str, instead: str) -> None:
+    """Raises `UserError` for a weight (out, in) that does not fill whole words."""
+    rows, columns = shape
+    lanes = 32 // spec.bits
+    if rows % lanes or columns % lanes:
+        raise UserError(f"{what} is {rows} x {columns}, and {name} packs {lanes} codes a word: {instead}")
+
+
+def _head(scheme: SchemeConfig, network: Network) -> OutsideWeight | None:
+    """Returns the head's weight where the scheme gives it a format."""
+    return next((w for w in outside_weights(scheme, network) if w.tensor == "head" and w.spec is not None), None)
 
 
 def _told(spec: QuantSpec) -> tuple[Any, ...]:
@@ -109,7 +130,8 @@ def write(
         saved = type(model.config).from_dict(model.config.to_dict())
         saved.architectures, saved.use_cache = [type(model).__name__], True
         # The kernels of both formats compute in fp16.
-        saved.dtype, saved.quantization_config = torch.float16, words(spec, left)
+        described = words(spec, left) | ({} if _head(source.scheme, source.network) is None else {"lm_head": True})
+        saved.dtype, saved.quantization_config = torch.float16, described
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             saved.save_pretrained(folder)
@@ -129,6 +151,8 @@ class FolderExporter:
     """Values of a weight's fields."""
     example: ClassVar[str]
     """A shipped scheme that can be held, and the fields of its weight, after a blank."""
+    heads: ClassVar[bool] = False
+    """Whether it can hold a quantized head."""
 
     def __init__(self, options: Any):
         self.options = options
@@ -139,7 +163,7 @@ class FolderExporter:
 
     def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other formats, and more than one."""
-        check(scheme, network, self.name, self.allowed, self.example)
+        check(scheme, network, self.name, self.allowed, self.example, self.heads)
         return ()
 
     def write(self, source: QuantizedTensors, path: pathlib.Path) -> Exported:
@@ -174,7 +198,12 @@ def _tensors(
     without: Sequence[str] = (),
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yields every tensor of the checkpoint as `walked` does, under its `published` name."""
+    head = _head(source.scheme, source.network)
     for owner, is_linear in walked(source, within, without):
+        if head is not None and head.spec is not None and owner == f"{head.name}.weight":
+            parts = linear(rounded(head.name, source.tensor(owner), head.spec))
+            yield from ((f"{head.name}.{last}", lossless(value)) for last, value in parts.items())
+            continue
         if not is_linear:
             yield published.get(owner, owner), lossless(source.tensor(owner))
             continue

@@ -14,6 +14,7 @@ from ptq.export import to_awq, to_gptq
 from ptq.export.packing.int32_words import words
 from ptq.network.network import build_network
 from ptq.testing import random_tiny
+from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = QuantSpec(4, granularity="group", group_size=16)
@@ -116,3 +117,32 @@ def test_what_the_formats_cannot_hold_is_refused_with_what_they_can(llama_model,
 def test_modules_that_are_no_plain_linears_are_refused():
     with pytest.raises(UserError, match="is a Conv1D"):
         to_gptq.Exporter(to_gptq.Options()).check(SCHEMES["groups"], build_network(random_tiny("gpt2")))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_gptq_holds_a_head_of_its_own_as_the_run_has_rounded_it(tmp_path, llama_model, quantized, symmetric):
+    spec = dataclasses.replace(GROUPS, symmetric=symmetric)
+    model = llama_model(tied=False, vocab_size=64, num_hidden_layers=1)
+    head = model.lm_head.weight.detach().clone()
+    source, tensors, config = write(to_gptq, model, SchemeConfig(weight=spec, head=spec), tmp_path / "out", quantized)
+    stored = source.scheme.head
+    assert config["lm_head"] and stored.scales == "float16" and "lm_head.weight" not in tensors
+    expected = codec_of(stored).fake_weight(head, stored).numpy()
+    np.testing.assert_allclose(gptq_weight(tensors, "lm_head", config), expected, atol=1e-6)
+    assert np.array_equal(tensors["model.embed_tokens.weight"], model.model.embed_tokens.weight.numpy())
+
+
+@pytest.mark.parametrize(
+    ("module", "scheme", "said"),
+    [
+        (to_awq, SchemeConfig(weight=GROUPS, head=GROUPS), "scheme.head: quantized, but awq has no place"),
+        (to_gptq, SchemeConfig(weight=GROUPS, embedding=GROUPS), "scheme.embedding: quantized, but gptq has no place"),
+        (to_gptq, SchemeConfig(weight=GROUPS, head=dataclasses.replace(GROUPS, bits=8)), "scheme.head: another format than scheme.weight"),
+        (to_gptq, SchemeConfig(weight=GROUPS, head=dataclasses.replace(GROUPS, bits=3)), "scheme.head.bits: 3"),
+        (to_gptq, SchemeConfig(weight=GROUPS, head=GROUPS), "scheme.head: lm_head is 60 x 32, and gptq packs 8 codes a word: use null"),
+    ],
+)  # fmt: skip
+def test_embedding_and_head_that_the_formats_cannot_hold_are_refused(llama_model, module, scheme, said):
+    with pytest.raises(UserError) as error:
+        module.Exporter(module.Options()).check(scheme, build_network(llama_model(tied=False)))
+    assert said in str(error.value)

@@ -14,6 +14,7 @@ from ptq.export import to_kuiper, to_llama2c
 from ptq.inspect.q8_readers import open_kuiper, open_llama2c
 from ptq.inspect.q8_reference import Reference
 from ptq.network.network import build_network
+from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = QuantSpec(granularity="group", group_size=16)
@@ -88,6 +89,40 @@ def test_kuiper_files_have_the_bytes_of_the_description_and_always_their_own_hea
     expected += q8(embedding) + floats(embedding, *norms)
     kuiper(build).write(quantized(model, Q8_WEIGHTS), tmp_path / "model.bin")
     assert (tmp_path / "model.bin").read_bytes() == expected
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_embedding_and_head_of_the_scheme_lie_in_the_files_as_the_run_has_rounded_them(
+    tmp_path, llama_model, quantized, tied
+):
+    path, model = tmp_path / "model.bin", llama_model(tied)
+    norms, _, embedding, head = pieces(model)
+    llama2c().write(quantized(model, Q8), path)
+    alone = path.read_bytes()
+    both = dataclasses.replace(Q8, embedding=GROUPS, head=GROUPS)
+    assert not [n for n in llama2c().write(quantized(llama_model(tied), both), path).notes if "Q8_0" in n]
+    assert path.read_bytes() == alone
+    spec = {"head": GROUPS, **({"embedding": GROUPS} if tied else {})}
+    assert kuiper().write(quantized(llama_model(tied), dataclasses.replace(Q8_WEIGHTS, **spec)), path).notes == ()
+    values = codec_of(GROUPS).fake_weight(torch.from_numpy(embedding), GROUPS).numpy() if tied else embedding
+    rest = floats(values, *norms)
+    assert path.read_bytes()[: -len(rest)].endswith(q8(head))
+    # A code of 0 has no sign: -0 and 0 are equal.
+    assert np.array_equal(np.frombuffer(path.read_bytes()[-len(rest) :], "<f4"), np.frombuffer(rest, "<f4"))
+
+
+@pytest.mark.parametrize(
+    ("exporter", "scheme", "said"),
+    [
+        (llama2c(), dataclasses.replace(Q8, head=dataclasses.replace(GROUPS, bits=4)), "scheme.head.bits: 4"),
+        (llama2c(), dataclasses.replace(Q8, embedding=dataclasses.replace(GROUPS, group_size=8)), "scheme.embedding.group_size: 8"),
+        (kuiper(), dataclasses.replace(Q8_WEIGHTS, embedding=GROUPS), "scheme.embedding: quantized, but kuiper has no place"),
+    ],
+)  # fmt: skip
+def test_other_formats_of_embedding_and_head_are_refused(llama_model, exporter, scheme, said):
+    with pytest.raises(UserError) as error:
+        exporter.check(scheme, build_network(llama_model(tied=False)))
+    assert said in str(error.value)
 
 
 @pytest.mark.parametrize(

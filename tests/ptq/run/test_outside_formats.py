@@ -146,7 +146,9 @@ def test_compressed_tensors_holds_a_head_of_its_own_and_transformers_loads_it(tm
     ("scheme", "changes", "line"),
     [
         ({"weight": INT4, "embedding": INT8, "head": INT8}, {"export": {"format": "compressed-tensors"}}, "scheme.embedding: quantized, but compressed-tensors"),
-        ({"weight": {**INT8, "group_size": 16}, "embedding": INT8, "head": INT8}, {"export": {"format": "llama2c"}}, "scheme.embedding: quantized, but llama2c"),
+        ({"weight": {**INT8, "group_size": 16}, "embedding": INT8, "head": INT8}, {"export": {"format": "llama2c"}}, "scheme.embedding.group_size: 32 of the embedding cannot be exported to llama2c"),
+        ({"weight": INT4, "embedding": INT4, "head": INT4}, {"export": {"format": "gptq"}}, "scheme.embedding: quantized, but gptq has no place"),
+        ({"weight": INT4, "embedding": INT4, "head": INT4}, {"export": {"format": "awq"}}, "scheme.embedding: quantized, but awq has no place"),
         ({"weight": INT4, "embedding": {"bits": 5, "symmetric": False}, "head": {"bits": 5, "symmetric": False}}, {"export": {"format": "gguf"}}, "scheme.embedding.bits: 5"),
         ({"embedding": {**INT8, "group_size": 33}, "head": {**INT8, "group_size": 33}}, {}, "scheme.embedding.group_size: 33 does not divide"),
         ({"embedding": {"granularity": "cluster"}}, {}, "scheme.embedding.granularity: 'cluster'"),
