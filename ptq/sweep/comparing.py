@@ -21,18 +21,14 @@ class Run:
         metrics: what metrics.json holds.
         losses: mean loss of the quantized model on every window, nats a target.
         errors: relative output error of every quantized Linear by full name; None where no token reached it.
+        documents: the document of every window; None where the run does not know.
     """
 
     folder: pathlib.Path
     metrics: Mapping[str, Any]
     losses: tuple[float, ...]
     errors: Mapping[str, float | None]
-
-    @property
-    def documents(self) -> list[int] | None:
-        """The document of every window, None where the run does not know."""
-        found = self.metrics.get("window_documents")
-        return None if found is None else [int(i) for i in found]
+    documents: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -57,7 +53,13 @@ def read_run(folder: pathlib.Path) -> Run:
     try:
         metrics = parse_json(path.read_text(encoding="utf-8"))
         losses = tuple(float(value) for value in metrics["window_losses"]["quantized"])
-        str(metrics["evaluation_fingerprint"]), float(metrics["kl_mean"])
+        baseline, documents = metrics["window_losses"]["baseline"], metrics.get("window_documents")
+        documents = None if documents is None else tuple(map(int, documents))
+        if any(len(found) != len(losses) for found in (baseline, losses if documents is None else documents)):
+            raise ValueError("windows of unequal number")
+        str(metrics["evaluation_fingerprint"]), float(metrics["size"]["bits_per_weight"])
+        for name in ("kl_mean", "quantized_perplexity", "baseline_perplexity", "top1_agreement"):
+            float(metrics[name])
         with (folder / "layers.csv").open(encoding="utf-8", newline="") as file:
             errors = {
                 row["name"]: float(row["output_error"]) if row["output_error"] else None for row in csv.DictReader(file)
@@ -69,7 +71,7 @@ def read_run(folder: pathlib.Path) -> Run:
         raise UserError(
             f"{path}: window_losses: losses that are no numbers cannot be compared: run it again with more bits"
         )
-    return Run(folder, metrics, losses, errors)
+    return Run(folder, metrics, losses, errors, documents)
 
 
 def compare_runs(first: Run, second: Run, confidence: float = 0.95) -> RunPair:

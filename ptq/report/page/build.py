@@ -2,6 +2,7 @@
 
 import importlib.resources
 import json
+import math
 from datetime import datetime
 from typing import Any
 
@@ -47,8 +48,17 @@ def _plotly() -> str:
 
 def _json(data: Any) -> str:
     """Returns JSON for a script element: whatever stands in its texts, none of it can end the element or begin a comment."""
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, default=str, separators=(",", ":"))
+    text = json.dumps(_finite(data), ensure_ascii=True, allow_nan=False, default=str, separators=(",", ":"))
     return text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+
+
+def _finite(value: Any) -> Any:
+    """Returns plain containers with null for NaN and inf, which JSON has no words for and figures no place."""
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    return [_finite(item) for item in value] if isinstance(value, list | tuple) else value
 
 
 def _best(page: PageInput) -> Any:

@@ -64,6 +64,7 @@
   }
   const head = document.querySelector("#table thead"), body = document.querySelector("#table tbody");
   const filter = document.getElementById("filter"), open = new Set();
+  const usual = done.length ? "quantized_perplexity" : "point";
   function details(p) {
     const row = make("tr", null, "detail"), cell = make("td"), list = make("dl");
     cell.colSpan = columns.length;
@@ -78,7 +79,7 @@
     return row;
   }
   function ordered() {
-    const by = chosen.get("sort") || (done.length ? "quantized_perplexity" : "point");
+    const by = chosen.get("sort") || usual;
     const name = by.replace(/^-/, ""), column = columns.find((c) => c.name === name) || columns[0], sign = by.startsWith("-") ? -1 : 1;
     const empty = (v) => v === undefined || v === null || v === "";
     return [...points].sort((a, b) => {
@@ -89,7 +90,7 @@
     });
   }
   function showTable() {
-    const by = chosen.get("sort") || (done.length ? "quantized_perplexity" : "point"), name = by.replace(/^-/, "");
+    const by = chosen.get("sort") || usual, name = by.replace(/^-/, "");
     [...head.querySelectorAll("th")].forEach((th) => {
       if (th.dataset.name === name) th.setAttribute("aria-sort", by.startsWith("-") ? "descending" : "ascending");
       else th.removeAttribute("aria-sort");
@@ -132,7 +133,7 @@
     if (c.full) th.title = c.full;
     button.type = "button";
     button.addEventListener("click", () => {
-      const now = chosen.get("sort") || "quantized_perplexity";
+      const now = chosen.get("sort") || usual;
       keep("sort", now === c.name ? `-${c.name}` : c.name);
       showTable();
     });
@@ -157,6 +158,8 @@
     };
   };
   const hover = (p) => `<b>${p.values.point}</b> ${wrapped(optionsOf(p))}`;
+  // Of points with different models there is no one baseline to draw.
+  const common = (list, of) => (list.every((p) => of(p) === of(list[0])) ? of(list[0]) : undefined);
   const nothing = (words) => ({ nothing: words });
   function front(name, title) {
     return () => {
@@ -165,7 +168,7 @@
       const sorted = [...all].sort((a, b) => a.values.model_bits - b.values.model_bits || a.values[name] - b.values[name]);
       const best = [];
       sorted.forEach((p) => { if (!best.length || p.values[name] < best.at(-1).values[name]) best.push(p); });
-      const base = done[0].metrics.baseline_perplexity;
+      const base = common(done, (p) => p.metrics.baseline_perplexity);
       const shapes = name === "quantized_perplexity" && number(base) ? [{ type: "line", xref: "paper", x0: 0, x1: 1, y0: base, y1: base, line: { color: colour("quiet"), width: 1, dash: "dot" } }] : [];
       const at = (list) => ({ x: list.map((p) => p.values.model_bits), y: list.map((p) => p.values[name]) });
       return {
@@ -253,7 +256,7 @@
   function bytes() {
     const list = ordered().filter((p) => done.includes(p) && number(p.values.bytes));
     if (!list.length) return nothing("No sizes were recorded.");
-    const before = list[0].size.before_bytes;
+    const before = common(list, (p) => p.size.before_bytes);
     return {
       traces: [{ type: "bar", x: list.map((p) => String(p.values.point)), y: list.map((p) => p.values.bytes / 1e6), text: list.map(hover), textposition: "none", marker: { color: series()[0] }, hovertemplate: "%{text}<br>%{y:.2f} MB<extra></extra>" }],
       layout: layout({ xaxis: { type: "category", title: { text: "point" } }, yaxis: { title: { text: "MB" }, rangemode: "tozero" },

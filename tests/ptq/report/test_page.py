@@ -166,6 +166,12 @@ def test_a_run_whose_files_are_gone_leaves_gaps(tmp_path):
     shutil.rmtree(tmp_path / "1")
     (tmp_path / "2" / "metrics.json").write_text("{")
     (tmp_path / "3" / "layers.csv").write_text("other\n1\n")
+    (tmp_path / "4" / "channels.json").write_text(
+        '{"links": [{"name": "x", "step": 1, "before": {"low": [NaN], "high": [Infinity]}}]}'
+    )
+    (tmp_path / "5" / "layers.csv").write_text("name,output_error\nmodel.layers.0.q,inf\n")
+    data = re.search(r'id="data">(.*?)</script>', build_page(page), re.S)[1]
+    assert json.loads(data)["points"][4]["errors"] == [[0, "q", None]]
     points = gather(page)["points"]
     assert (points[0]["metrics"], points[0]["errors"], points[1]["metrics"], points[2]["errors"]) == ({}, [], {}, [])
     assert len(points[3]["errors"]) == 8

@@ -20,6 +20,7 @@ def make(folder: pathlib.Path, losses, kl=0.1, errors=None, **facts) -> pathlib.
     folder.mkdir(parents=True)
     metrics = {
         "quantized_perplexity": float(np.exp(np.mean(losses))),
+        "baseline_perplexity": float(np.exp(np.mean(BASE))),
         "kl_mean": kl,
         "top1_agreement": 0.9,
         "size": {"bits_per_weight": 4.2},
@@ -137,6 +138,22 @@ def test_a_damaged_run_is_told_in_one_line(two, content):
     (two[0] / "metrics.json").write_text(content)
     with pytest.raises(UserError, match="is damaged"):
         read_run(two[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"size": {}}, {"top1_agreement": None}, {"quantized_perplexity": "x"}, {"window_documents": ["a"] * 12}, {"window_documents": [0]},
+        {"window_losses": {"quantized": BASE.tolist()}}, {"window_losses": {"quantized": BASE.tolist(), "baseline": [1.0]}},
+    ],
+    ids=lambda change: "-".join(change),
+)  # fmt: skip
+def test_a_run_that_lacks_a_figure_is_told_in_one_line(two, change, capsys):
+    path = two[1] / "metrics.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | change))
+    assert main(["compare", *map(str, two)]) == 2
+    err = capsys.readouterr().err
+    assert "metrics.json or layers.csv is damaged" in err and err.count("\n") == 1
 
 
 def test_against_a_point_that_is_not_done_is_refused(swept, capsys):

@@ -50,7 +50,7 @@ def made_up(monkeypatch):
             folder.mkdir(parents=True, exist_ok=True)
             losses = {"quantized": [loss + 0.01 * i for i in range(windows)], "baseline": [1 + 0.01 * i for i in range(windows)]}  # fmt: skip
             metrics = {
-                "quantized_perplexity": loss, "baseline_perplexity": 1.0, "ratio": loss, "difference": loss - 1, "kl_mean": 2.0**-bits,
+                "quantized_perplexity": loss, "baseline_perplexity": 1.0, "ratio": loss, "difference": loss - 1, "kl_mean": 2.0**-bits, "top1_agreement": 0.9,
                 "size": {"bits_per_weight": bits, "after_bytes": bits * 125, "parameters": 1000}, "window_losses": losses,
                 "evaluation_fingerprint": "e", "identity": folder.name,
             }  # fmt: skip
