@@ -35,8 +35,13 @@ def with_fp16_scales(scheme: SchemeConfig) -> SchemeConfig:
         Override(o.modules, {t: half(s) if t == "weight" else s for t, s in o.tensors.items()})
         for o in scheme.overrides
     )
-    outside = {"embedding": half(scheme.embedding), "head": half(scheme.head)}
-    return replace(scheme, weight=half(scheme.weight), overrides=overrides, **outside)
+    return replace(
+        scheme,
+        weight=half(scheme.weight),
+        embedding=half(scheme.embedding),
+        head=half(scheme.head),
+        overrides=overrides,
+    )
 
 
 def check(
