@@ -9,9 +9,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
-from ptq.allocation.allocating import Allocation, allocated, best_uniform, recipe_text, scheme_of
+from ptq.allocation.allocating import Allocation, allocated, best_uniform, check_budget, recipe_text, scheme_of
 from ptq.allocation.budget import Budget
-from ptq.allocation.candidates import candidate, named, uniform
+from ptq.allocation.candidates import candidate, candidates_before, named, uniform
 from ptq.allocation.sensitivity import Sensitivity, measured, weighing_solver
 from ptq.allocation.sensitivity_run import with_samples
 from ptq.allocation.tables import place_of
@@ -81,6 +81,8 @@ def run_allocate(
     own, solved = with_samples(own, samples, by_solver and weighing_solver(steps) is not None)
     named(names, own.scheme)
     check_before(own, steps)
+    if (before := candidates_before(names, own, given)) is not None:
+        check_budget(*before, own, budget)
     name = f"{recipe.name}-{budget.name}"[:100]
     path = output or pathlib.Path(recipe.outputs).expanduser() / recipe.name / "allocated" / f"{name}.yaml"
     if path.suffix != ".yaml":

@@ -8,12 +8,16 @@ from typing import Any
 
 import yaml
 
+from ptq.allocation.budget import Budget
 from ptq.allocation.candidates import stored_bytes, total_bytes, uniform
 from ptq.allocation.knapsack import allocate
 from ptq.allocation.sensitivity import Sensitivity
 from ptq.config.options import MISSING, default_of
 from ptq.config.schema import Override, Recipe, SchemeConfig
+from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
+from ptq.network.network import Network
+from quantize.spec.quant_spec import QuantSpec
 
 
 @dataclass(frozen=True)
@@ -52,11 +56,7 @@ def allocated(found: Sensitivity, budget: int, asked: str) -> Allocation:
     count = sum(out * columns for out, columns in found.shapes.values())
     least, most = (sum(pick(group) for group in sizes) for pick in (min, max))
     if budget < least:
-        low = min(forms, key=found.uniform_bits)
-        raise UserError(
-            f"{asked}: below the smallest: {low} everywhere takes {8 * least / count:.4f} bits a weight, {least} bytes of quantized "
-            f"weights, and the budget leaves {8 * budget / count:.4f}: use more, or smaller --formats"
-        )
+        raise _below(asked, min(forms, key=found.uniform_bits), least, budget, count)
     if budget >= most:
         high = max(forms, key=found.uniform_bits)
         raise UserError(
@@ -67,6 +67,34 @@ def allocated(found: Sensitivity, budget: int, asked: str) -> Allocation:
     formats = {name: form for group, form in zip(found.groups, chosen, strict=True) for name in group}
     size = sum(stored_bytes(found.shapes[name], found.formats[form]) for name, form in formats.items())
     return Allocation(formats, size, 8 * size / count, sum(found.costs[name][form] for name, form in formats.items()))
+
+
+def check_budget(formats: Mapping[str, QuantSpec], network: Network, recipe: Recipe, budget: Budget) -> None:
+    """Raises `UserError` for a budget that even the smallest formats exceed, before anything is measured.
+
+    Args:
+        formats: the candidates by name.
+        network: the model, without weights.
+        recipe: its scheme says which Linears count; where embedding or head do too, only what is measured tells.
+        budget: what the weights may take.
+    """
+    if recipe.scheme.embedding is not None or recipe.scheme.head is not None:
+        return
+    shapes = {n: shape for n, shape in network.shapes.items() if linear_specs(recipe.scheme, n).weight is not None}
+    count = sum(out * columns for out, columns in shapes.values())
+    least = sum(min(stored_bytes(shape, spec) for spec in formats.values()) for shape in shapes.values())
+    # With the narrowest type that the other weights can have: what does not fit so fits in no way.
+    room = budget.room(count, recipe, network, 2)
+    if count and room < least:
+        low = min(formats, key=lambda form: total_bytes(shapes, formats[form]))
+        raise _below(budget.words, low, least, room, count)
+
+
+def _below(asked: str, low: str, least: int, budget: int, count: int) -> UserError:
+    return UserError(
+        f"{asked}: below the smallest: {low} everywhere takes {8 * least / count:.4f} bits a weight, {least} bytes of quantized "
+        f"weights, and the budget leaves {8 * budget / count:.4f}: use more, or smaller --formats"
+    )
 
 
 def best_uniform(found: Sensitivity, budget: int) -> str | None:

@@ -44,12 +44,21 @@ class Budget:
         return f"{self.bytes}bytes" if self.bytes is not None else f"{self.footprint}footprint"
 
     def weight_bytes(self, found: Sensitivity, recipe: Recipe, network: Network, baseline_bytes: int) -> int:
-        """Returns how many bytes the quantized weights may take.
+        """Returns how many bytes the quantized weights may take. Raises `UserError` as `room` does."""
+        return self.room(sum(out * columns for out, columns in found.shapes.values()), recipe, network, baseline_bytes)
+
+    def room(self, count: int, recipe: Recipe, network: Network, baseline_bytes: int) -> int:
+        """Returns how many bytes `count` quantized weights may take.
+
+        Args:
+            count: how many there are.
+            recipe: whose cache a footprint has.
+            network: the model.
+            baseline_bytes: of each of the other weights.
 
         Raises:
             UserError: for a footprint of a model whose cache is not known.
         """
-        count = sum(out * columns for out, columns in found.shapes.values())
         if self.bits is not None:
             return int(self.bits * count / 8 + 1e-6)
         rest = (network.parameters - count) * baseline_bytes

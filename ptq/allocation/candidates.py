@@ -5,12 +5,15 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 from ptq.config.checking import check_specs
-from ptq.config.schema import ExportConfig, SchemeConfig
+from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import check_scheme
 from ptq.errors import UserError, nearest
 from ptq.export.registry import build_exporter
+from ptq.files.store import store_of
+from ptq.models.locations import locate
 from ptq.network.network import Network
 from ptq.network.outside import check_outside
+from ptq.network.skeleton import skeleton
 from quantize.codecs.registry import codec_of
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
@@ -101,6 +104,18 @@ def candidates(
     if not found:
         raise UserError(f"--formats: none of {', '.join(names)} fits: {dropped[-1]}")
     return found, dropped
+
+
+def candidates_before(names: Sequence[str], recipe: Recipe, given: bool) -> tuple[dict[str, QuantSpec], Network] | None:
+    """Returns what `candidates` will find, and the model without its weights, before these are read; None for one on the hub.
+
+    Raises:
+        UserError: as `candidates` does.
+    """
+    if locate(recipe.model).kind == "hub":
+        return None
+    network = skeleton(recipe.model, store_of(recipe))
+    return candidates(names, recipe.scheme, recipe.export, network, given)[0], network
 
 
 def uniform(scheme: SchemeConfig, spec: QuantSpec) -> SchemeConfig:

@@ -5,7 +5,7 @@ import json
 import pathlib
 from collections.abc import Sequence
 
-from ptq.allocation.candidates import named
+from ptq.allocation.candidates import candidates_before, named
 from ptq.allocation.one_at_a_time import one_at_a_time
 from ptq.allocation.sensitivity import Sensitivity, measured, open_forward, weighing_solver
 from ptq.allocation.tables import save_csv, save_picture, tables_of
@@ -81,6 +81,7 @@ def run_sensitivity(
             "--rounding: solver, but no step of this recipe weighs errors by what Linears read: use nearest, or steps.gptq"
         )
     check_before(recipe, steps)
+    candidates_before(names, recipe, given)
     folder = output or pathlib.Path(recipe.outputs).expanduser() / recipe.name / "sensitivity" / recipe.digest()
     ensure_folder(folder, "--output")
     journal = Journal(folder / "sensitivity.log")

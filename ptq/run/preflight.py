@@ -11,6 +11,7 @@ from ptq.data.overlap import check_overlap, overlap_of
 from ptq.data.sampling import Tokens
 from ptq.data.sources import check_disjoint, check_source
 from ptq.errors import UserError
+from ptq.evaluation.tasks.harness import check_names
 from ptq.evaluation.tasks.task_files import read_tasks
 from ptq.files.atomic import check_folder
 from ptq.files.store import store_of
@@ -63,10 +64,12 @@ def check_apart(recipe: Recipe, steps: Mapping[str, Step] | None = None) -> list
     check_folder(pathlib.Path(recipe.outputs).expanduser(), "outputs")
     check_folder(pathlib.Path(recipe.store).expanduser(), "store")
     check_trackers(recipe.trackers)
-    if read_tasks(recipe.evaluation.tasks) and recipe.execution.weights != "resident":
+    tasks = read_tasks(recipe.evaluation.tasks)
+    if tasks and recipe.execution.weights != "resident":
         raise UserError(
             f"evaluation.tasks: answered by the model in memory, but execution.weights is {recipe.execution.weights}: use resident"
         )
+    check_names(tasks)
     check_source(recipe.data.calibration, "data.calibration")
     check_source(recipe.data.evaluation, "data.evaluation")
     if not recipe.data.allow_overlap:

@@ -129,6 +129,10 @@ def _compare_sweep(folder: pathlib.Path, chosen: str, confidence: float, as_text
         perplexity, kl = pair.second.metrics["quantized_perplexity"], pair.second.metrics["kl_mean"]
         table.add_row(str(number), printable(options), f"{perplexity:.4f}", f"{d.difference:+.5f}", _interval(d), f"{d.p:.4f}", f"{p:.4f}", f"{kl:.5f}", _figure(d.detectable))  # fmt: skip
     console.print(table)
+    if any(pair.paired.low is None for _, pair, _ in found):
+        console.print(
+            "note: all windows are of one document, or there is one: too few to say whether a difference is chance"
+        )
     for note in dict.fromkeys(note for _, pair, _ in found for note in pair.notes):
         console.print(f"note: {printable(note)}")
     return 0

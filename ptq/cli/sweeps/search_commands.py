@@ -119,7 +119,7 @@ def run(search: "Search", sweep: "Sweep", options: argparse.Namespace, launcher_
     from ptq.cli.compose.hydra_edge import compose_points
     from ptq.report.plain import plain_console
     from ptq.sweep.display import Display
-    from ptq.sweep.launchers.base import Task, build_launcher
+    from ptq.sweep.launchers.base import Task, build_launcher, shares_this_machine
     from ptq.sweep.points import Point
     from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
     from ptq.sweep.search.loop import conclude, run_search
@@ -145,7 +145,7 @@ def run(search: "Search", sweep: "Sweep", options: argparse.Namespace, launcher_
         print(f"search {sweep.name}: {words}; would write to {sweep.folder}")
         return 0
     name, jobs = options.launcher or "processes", min(options.jobs or 1, search.trials)
-    if name == "processes":
+    if shares_this_machine(name, launcher_options):
         recipe = make(0, ()).recipe
         jobs, line = jobs_that_fit(jobs, [] if recipe is None else [recipe])
         if line:

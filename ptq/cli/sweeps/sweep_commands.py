@@ -148,7 +148,7 @@ def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int
     from ptq.models.shared import Shared
     from ptq.report.plain import plain_console
     from ptq.sweep.display import Display
-    from ptq.sweep.launchers.base import Task, build_launcher
+    from ptq.sweep.launchers.base import Task, build_launcher, shares_this_machine
     from ptq.sweep.loop import check_points, conclude, run_sweep
     from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
 
@@ -158,7 +158,7 @@ def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int
     console = plain_console()
     display = Display(made.name, console if console.is_terminal else plain_console(width=160))
     name, jobs = options.launcher or "processes", min(options.jobs or 1, len(made.points))
-    if name == "processes":
+    if shares_this_machine(name, own):
         jobs, line = jobs_that_fit(jobs, [p.recipe for p in made.points if p.recipe is not None])
         if line:
             display.console.print(line)

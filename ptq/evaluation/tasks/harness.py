@@ -1,6 +1,8 @@
 """lm-eval on a model that is in memory: it is wrapped, nothing is loaded."""
 
 import contextlib
+import difflib
+import functools
 import io
 import json
 import logging
@@ -58,10 +60,8 @@ def evaluate_tasks(
     with _quiet():
         from lm_eval import simple_evaluate
         from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
 
-        shipped = any(task.config is None for task in tasks)
-        manager = TaskManager(include_defaults=shipped)
+        manager = _manager(any(task.config is None for task in tasks))
         wrapped = HFLM(
             pretrained=model, tokenizer=tokenizer, backend="causal", batch_size=batch_size, add_bos_token=bos
         )
@@ -81,6 +81,25 @@ def evaluate_tasks(
             raise UserError(f"evaluation.tasks: {name}: none of its metrics is right or wrong a sample: use acc or exact_match")  # fmt: skip
         answers += of_it
     return sorted(answers, key=lambda each: (each.task, each.metric, each.sample))
+
+
+def check_names(tasks: Sequence[TaskSource]) -> None:
+    """Raises `UserError` for a task that is no file and none of lm-eval's own; takes some seconds where there is one that is no file."""
+    for name in (task.name for task in tasks if task.config is None):
+        known = [*_manager(True).all_tasks, *_manager(True).all_tags]
+        if name not in known:
+            close = difflib.get_close_matches(name, known, n=1)
+            hint = f"did you mean {close[0]!r}?" if close else "see lm-eval ls tasks"
+            raise UserError(f"evaluation.tasks: {name!r} is no task of lm-eval, and no .yaml file; {hint}")
+
+
+@functools.cache
+def _manager(shipped: bool) -> Any:
+    """Returns what knows lm-eval's tasks, its own too where `shipped`: thousands of files are read for these."""
+    with _quiet():
+        from lm_eval.tasks import TaskManager
+
+        return TaskManager(include_defaults=shipped)
 
 
 def _answers(task: str, sample: dict[str, Any]) -> Iterator[Sample]:

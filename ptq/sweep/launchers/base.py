@@ -102,6 +102,12 @@ def build_launcher(name: str, jobs: int, threads: int, options: Mapping[str, Any
     return launcher
 
 
+def shares_this_machine(name: str, options: Mapping[str, Any]) -> bool:
+    """Returns whether points of a launcher with these options run beside one another on this machine, whose memory they share."""
+    local = {"slurm": options.get("cluster") == "local", "ray": options.get("address") is None}
+    return local.get(name, name == "processes")
+
+
 def refuse_options(launcher: str, options: Mapping[str, Any], known: Sequence[str] = ()) -> None:
     """Raises `UserError` for an option that the launcher does not know."""
     for key in options:

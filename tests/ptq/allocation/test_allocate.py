@@ -151,6 +151,27 @@ def test_formats_that_the_exporter_cannot_express_are_left_out_or_refused(tmp_pa
 
 
 @pytest.mark.parametrize(
+    ("budget", "formats", "line"),
+    [
+        (Budget(bits=2.9), FORMATS, "--bits: 2.9: below the smallest: int2_g32 everywhere takes 3.0625 bits a weight"),
+        (Budget(bytes=10_000), FORMATS, "--bytes: 10000: below the smallest: int2_g32 everywhere takes 3.0625"),
+        (
+            Budget(bits=4.0),
+            ("int2_g32", "int4_g33"),
+            "--formats: int4_g33: scheme.weight.group_size: 33 does not divide",
+        ),
+    ],
+)
+def test_what_no_measuring_would_mend_is_refused_before_the_weights_are_read(
+    tmp_path, tiny_llama, budget, formats, line, monkeypatch
+):
+    monkeypatch.setattr(allocate_run, "open_session", lambda *a: pytest.fail("the weights are read"))
+    with pytest.raises(UserError) as error:
+        run_allocate(make(tmp_path, tiny_llama), budget, formats, True)
+    assert line in str(error.value)
+
+
+@pytest.mark.parametrize(
     ("arguments", "line"),
     [
         ((None, None, None, None), "a budget is one of"),

@@ -166,6 +166,24 @@ def test_tasks_that_cannot_be_answered_are_one_line_before_the_work(tasks, words
     assert not (tasks / "outputs").exists()
 
 
+@needs_lm_eval
+def test_a_name_that_lm_eval_does_not_know_is_one_line_before_the_work(tasks, monkeypatch, capsys):
+    from ptq.evaluation.tasks import harness
+
+    class Few:
+        """lm-eval's own, of which there are thousands, would take seconds to read."""
+
+        all_tasks = ("hellaswag", "lambada_openai")
+        all_tags = ("ai2_arc",)
+
+    monkeypatch.setattr(harness, "_manager", lambda shipped: Few())
+    assert run(tasks, f"evaluation.tasks=[{tasks}/cloze.yaml,helaswag]", "--dry-run") == 2
+    err = capsys.readouterr().err
+    assert "evaluation.tasks: 'helaswag' is no task of lm-eval, and no .yaml file; did you mean 'hellaswag'?" in err
+    assert err.count("\n") == 1
+    assert run(tasks, f"evaluation.tasks=[{tasks}/cloze.yaml,hellaswag,ai2_arc]", "--dry-run") == 0
+
+
 def test_without_lm_eval_the_extra_is_named_before_the_work(tasks, monkeypatch, capsys):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
     find = importlib.util.find_spec

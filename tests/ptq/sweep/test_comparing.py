@@ -113,7 +113,9 @@ def test_a_sweep_is_compared_with_its_best_point_or_a_chosen_one(swept, capsys):
     assert found["reference"] == min(perplexities, key=perplexities.__getitem__)
     assert all(point["log_perplexity_difference"] >= 0 for point in found["points"]) and len(found["points"]) == 3
     assert main(["compare", str(swept.main), "--against", "2"]) == 0
-    assert "against point 2: steps.smooth.alpha=0.3 scheme.weight.bits=8" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "against point 2: steps.smooth.alpha=0.3 scheme.weight.bits=8" in out
+    assert "all windows are of one document, or there is one: too few" in out
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,7 @@ import pytest
 
 from ptq.errors import UserError
 from ptq.sweep.launchers import base
-from ptq.sweep.launchers.base import LAUNCHERS, Ended, Task, build_launcher
+from ptq.sweep.launchers.base import LAUNCHERS, Ended, Task, build_launcher, shares_this_machine
 from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
 
 FIGURES = ("quantized_perplexity", "kl_mean", "difference_low", "top1_agreement", "model_bits")
@@ -96,6 +96,17 @@ def test_a_process_that_is_killed_ends_its_own_point_only(sweeps, monkeypatch):
     assert sorted(e.number for e in ended) == [1, 2, 3]
     assert all("holds no sweep" in e.problem for e in ended)
     assert isinstance(ended[0], Ended)
+
+
+@pytest.mark.parametrize(
+    ("name", "options", "shared"),
+    [
+        ("processes", {}, True), ("here", {}, False), ("slurm", {"partition": "gpu"}, False), ("slurm", {"cluster": "local"}, True),
+        ("ray", {}, True), ("ray", {"address": "auto"}, False),
+    ],
+)  # fmt: skip
+def test_memory_is_divided_where_points_share_this_machine(name, options, shared):
+    assert shares_this_machine(name, options) == shared
 
 
 def test_threads_and_memory_are_divided(swept, monkeypatch):
