@@ -45,7 +45,7 @@ from ptq.run.kept.outside_file import stored_type, write_outside
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.one_pass.quantize import Passed, check_devices, goes_in_one_pass, quantize_in_one_pass
-from ptq.run.planning import check_steps, open_context, plan_steps, uncalibrated
+from ptq.run.planning import check_steps, open_context, plan_steps, uncalibrated, warnings_of
 from ptq.run.preflight import check_apart, check_before, check_model, check_ranks, check_tokens
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.record.findings import report
@@ -168,7 +168,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         for note in check_export(recipe, session.network, steps):
             journal.say(f"export: {note}")
         journal.note(check_memory(recipe, session.network, steps))
-        for line in uncalibrated(recipe.scheme, steps):
+        for line in (*uncalibrated(recipe.scheme, steps), *warnings_of(recipe.scheme, steps)):
             journal.say(line)
         tokens = session.evaluation_tokens()
         check_tokens(recipe, session.loaded.tokenizer, session.seen_tokens(), tokens, session.network.vocabulary)
@@ -332,7 +332,7 @@ def dry_run(recipe: Recipe) -> None:
         network = skeleton(recipe.model, store_of(recipe), weights)
         for part in forecast(recipe, network, steps):
             journal.say(part) if isinstance(part, str) else journal.show(part)
-    about = uncalibrated(recipe.scheme, steps)
+    about = uncalibrated(recipe.scheme, steps) + warnings_of(recipe.scheme, steps)
     for line in (*lines, *check_model(recipe, steps, network=network, weights=weights), *about):
         print(line)
     print(f"ok: {recipe.name} would write to {folder_of(recipe, sources_of(steps))}")

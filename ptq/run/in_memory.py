@@ -19,7 +19,15 @@ from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
 from ptq.network.outside import check_outside
 from ptq.report.results import LayerResult
-from ptq.run.planning import captures_of_steps, check_steps, context_of, looks_at_samples, open_samples, plan_all
+from ptq.run.planning import (
+    captures_of_steps,
+    check_steps,
+    context_of,
+    looks_at_samples,
+    open_samples,
+    plan_all,
+    warnings_of,
+)
 from ptq.run.quantize_visitor import QuantizeVisitor
 from ptq.run.tuned.tuning import put_into_blocks, tuner_of
 from ptq.steps._proof import Proof
@@ -73,7 +81,7 @@ def quantize(
     check_scheme(scheme, network.shapes, network.head_dim)
     check_outside(scheme, network)
     stream = BlockStream(network, ResidentWeights(), device)
-    notes: list[str] = []
+    notes = warnings_of(scheme, built)
     use_cache, model.config.use_cache = model.config.use_cache, False
     try:
         context = context_of(network, stream, scheme, built, notes.append)

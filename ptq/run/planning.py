@@ -108,6 +108,15 @@ def uncalibrated(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:
     return ["calibration: no step of this recipe looks at samples; their text, number, length and seed change nothing"]
 
 
+def warnings_of(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:
+    """Returns a line for each step that is known to do harm after those before it."""
+    lines, acted = [], frozenset[str]()
+    for step in steps.values():
+        lines.append(step.warned(scheme, acted))
+        acted |= step.acts
+    return [line for line in lines if line is not None]
+
+
 def wants_sums(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
     """Whether a step has to know what is added to the residual stream."""
     # What acts on an input online may be asked to by the Linear's place: rotate's down and out are those that write to the stream.

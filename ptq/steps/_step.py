@@ -276,6 +276,15 @@ class Step:
         """Returns what this step needs from the calibration samples under `scheme`: `STATISTICS`, `SAMPLES`, `REFERENCE`."""
         return frozenset()
 
+    def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
+        """Returns a sentence where theory and measurement agree that the step does harm after what was done before it; None otherwise.
+
+        Args:
+            scheme: the formats.
+            acted: where the steps before it act, of `PLACES`.
+        """
+        return None
+
     def plan(self, context: Context) -> StepPlan:
         """Sees everything once, before the first block. `Context.shown` and `Context.show` apply the steps before it."""
         return StepPlan()

@@ -19,13 +19,16 @@ from ptq.steps._solving import (
     refuse_without_levels,
     specs_of,
     values_of,
+    weight_specs,
 )
-from ptq.steps._step import SAMPLES, Context, Solver, StepPlan
+from ptq.steps._step import RESIDUAL, SAMPLES, Context, Solver, StepPlan
 from quantize.solvers.clip import nearest_clipped
 from quantize.spec.quant_spec import QuantSpec
 
 SCALES = ("range", "diagonal", "block")
 """How scales are fitted: see `Options`."""
+FEW = 4
+"""Bits of a weight that a rotation is known to leave worse rounded."""
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,20 @@ class Step(Solver):
             return captures_of(scheme)
         refuse_without_levels(scheme, "rtn.scales")
         return captures_of(scheme) | {SAMPLES}
+
+    def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
+        """Says so of few bits with one range a row after a rotation of the residual stream.
+
+        A rotation evens out what columns weigh, of which rounding to nearest makes nothing, and leaves to each row the range of a normal
+        distribution; GPTQ gains by it. What inputs gain is more than what such weights lose.
+        """
+        wide = any(s.affine and s.bits <= FEW and s.granularity in ("tensor", "channel") for s in weight_specs(scheme))
+        if not wide or self.options.scales != "range" or RESIDUAL not in acted:
+            return None
+        return (
+            "rtn: weights of few bits with one range a row lose more to rounding to nearest after a rotation of the stream than without one, "
+            "and less to GPTQ: use steps.gptq in place of steps.rtn"
+        )
 
     @property
     def weighs(self) -> bool:

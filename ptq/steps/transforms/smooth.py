@@ -17,7 +17,7 @@ from ptq.network.links import Link
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
 from ptq.steps._solving import Rows, specs_of
-from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
+from ptq.steps._step import RESIDUAL, STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
 from quantize.codecs.registry import codec_of
 from quantize.kernels.matmul import product
 from quantize.modules.online import online_input
@@ -76,14 +76,18 @@ class Step(Transform):
         """Needs the channel statistics of every link."""
         return frozenset({STATISTICS})
 
+    def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
+        """Says so of the formula after a rotation of the residual stream."""
+        if self.options.search or RESIDUAL not in acted:
+            return None
+        return (
+            "smooth: its formula goes by the greatest magnitudes of channels, which a rotation of the stream has made alike, and was "
+            "found to hurt after one (arXiv 2507.17417): search=true tries it by output error, ~steps.smooth leaves it out"
+        )
+
     def plan(self, context: Context) -> StepPlan:
         """Chooses the scale of every link, and rewrites the statistics of what it touches."""
         planning = Formula(self.options, context)
-        if not self.options.search and any(plan.basis is not None for plan in context.plans.values()):
-            context.note(
-                "smooth: its formula goes by the greatest magnitudes of channels, which a rotation of the stream has made alike, and was "
-                "found to hurt after one (arXiv 2507.17417): search=true tries it by output error, ~steps.smooth leaves it out"
-            )
         if not self.options.search:
             for block in context.network.blocks:
                 with context.shown(block):

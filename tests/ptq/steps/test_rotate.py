@@ -10,7 +10,7 @@ import torch
 import transformers
 
 from ptq.errors import UserError
-from ptq.run.experiment import run
+from ptq.run.experiment import dry_run, run
 from ptq.steps._registry import build_steps
 from ptq.steps._step import STATISTICS
 from ptq.steps.transforms.rotate import Options, Step
@@ -146,6 +146,25 @@ def test_a_width_without_a_hadamard_matrix_says_what_is_used_and_is_turned_all_t
     assert (
         "rotate: online: width 94 = 2^1 x 47: no Hadamard matrix is known here; the factor 47 is the orthogonal" in log
     )
+
+
+@pytest.mark.parametrize(
+    ("weight", "steps", "warned"),
+    [
+        ({"bits": 4}, {"rotate": {}, "rtn": {}}, True),
+        ({"bits": 4}, {"rotate": {}, "rtn": {"scales": "block"}}, False),
+        ({"bits": 4}, {"rotate": {}, "gptq": {}}, False),
+        ({"bits": 4}, {"rotate": {"residual": False}, "rtn": {}}, False),
+        ({"bits": 4, "granularity": "group", "group_size": 32}, {"rotate": {}, "rtn": {}}, False),
+        ({"bits": 8}, {"rotate": {}, "rtn": {}}, False),
+        ({"bits": 4}, {"rtn": {}}, False),
+    ],
+)
+def test_rounding_to_nearest_with_one_range_a_row_after_a_rotation_is_warned_of_before_the_work(
+    tmp_path, tiny_llama, capsys, weight, steps, warned
+):
+    dry_run(make(tmp_path, tiny_llama, {"weight": weight}, steps))
+    assert ("use steps.gptq in place of steps.rtn" in capsys.readouterr().out) == warned
 
 
 def test_smoothing_by_the_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
