@@ -4,10 +4,13 @@ import dataclasses
 import re
 
 import pytest
+import yaml
 
 from ptq.cli import catalog
 from ptq.cli.compose.hydra_edge import compose_jobs
 from ptq.errors import UserError
+from ptq.run.experiment import checked
+from ptq.steps._registry import build_steps
 
 SHIPPED = {
     "demo", "smollm2-135m_w8a8", "smollm2-135m_w4a16", "smollm2-135m_w4a4",
@@ -39,6 +42,27 @@ def test_a_shipped_recipe_composes_and_its_name_says_what_it_is(name):
         assert bits(recipe.scheme.weight) == int(weight)
         assert (bits(recipe.scheme.input) or 16) == int(inputs)
         assert model in recipe.model.path.lower()
+
+
+@pytest.mark.parametrize("name", sorted(catalog.recipes()))
+def test_the_steps_of_a_shipped_recipe_are_those_of_the_method_it_names_so_that_another_can_be_named(name):
+    assert "steps" not in yaml.safe_load(catalog.locate(name).read_text())
+    for method in ("hqq", "rotate_clip_gptq"):
+        recipe = compose(name, f"method={method}")
+        assert recipe.steps.keys() == compose("demo", f"method={method}").steps.keys()
+        assert list(build_steps(recipe.steps)) == list(recipe.steps)
+
+
+@pytest.mark.parametrize("words", [
+    "smollm2-135m_quarot_w4a4", "smollm2-135m_wush_w4a4", "smollm2-135m_flatquant_w4a4", "smollm2-135m_spinquant_w4a4",
+    "llama-2-7b_w4a4kv4 steps.rotate.online=[down]", "smollm2-135m_kv4", "smollm2-135m_kv4 scheme=kv2 method=best",
+    *(f"smollm2-135m_w4a16 method={m}" for m in ("awq_gptq", "awq", "hqq", "autoround", "omniquant", "lowrank_gptq", "best")),
+    "smollm2-135m_w3a16 method=best", "smollm2-135m_w4a16 method=lowrank_gptq export=compressed-tensors scheme.weight.symmetric=true",
+])  # fmt: skip
+def test_a_recipe_with_another_method_fits_together(words):
+    name, *overrides = words.split()
+    recipe, steps = checked(compose(name, *overrides))
+    assert list(steps) == list(recipe.steps)
 
 
 def test_the_two_rptq_recipes_differ_only_in_norm_outputs_and_probabilities():
