@@ -80,11 +80,50 @@ def page_of(tmp_path: pathlib.Path, count: int = 6, linears: int = 8, **changes)
     )
 
 
-def shown(path: pathlib.Path, fragment: str = "") -> tuple[str, list[str]]:
+DRIVER = """<script>
+addEventListener("DOMContentLoaded", async () => {
+  const root = document.documentElement, said = {}, wait = (ms) => new Promise((done) => setTimeout(done, ms));
+  const order = () => [...document.querySelectorAll("tr[data-point]")].map((row) => Number(row.dataset.point));
+  while (!root.dataset.ready) await wait(50);
+  said.width = innerWidth;
+  said.beyond = root.scrollWidth - root.clientWidth;
+  const heading = document.querySelector('[data-name="kl_mean"] button');
+  heading.click(); said.up = order();
+  heading.click(); said.down = order();
+  const filter = document.getElementById("filter");
+  filter.value = "plain"; filter.dispatchEvent(new Event("input")); said.filtered = order();
+  document.querySelector('tr[data-point="4"] button').click();
+  said.details = document.querySelector(".detail").textContent;
+  said.focus = document.activeElement.closest("tr").dataset.point;
+  said.reachable = [...document.querySelectorAll("button, input, select")].filter((node) => !node.closest(".plot")).every((node) => node.tabIndex === 0);
+  said.hover = {};
+  for (const [name, curve] of [["perplexity", 1], ["option-0", 1], ["errors", 0], ["percentiles", 0], ["bytes", 0], ["seconds", 0]]) {
+    const plot = document.querySelector(`[data-figure="${name}"]`);
+    Plotly.Fx.hover(plot, name === "errors" ? { xval: 0, yval: 0 } : [{ curveNumber: curve, pointNumber: 0 }]);
+    await wait(100);
+    said.hover[name] = plot.querySelector(".hoverlayer").textContent;
+  }
+  const before = root.dataset.theme;
+  document.getElementById("theme").click(); said.themes = [before, root.dataset.theme].sort();
+  said.address = location.hash;
+  root.dataset.said = JSON.stringify(said);
+});
+</script></body>"""
+"""Uses the page as somebody at it would, and leaves what it has seen in the page."""
+
+
+def used(path: pathlib.Path, page: PageInput, width: int) -> tuple[dict, list[str]]:
+    """What `DRIVER` says of the page in a window of so many pixels, and what the console said."""
+    path.write_text(build_page(page).replace("</body>", DRIVER))
+    dom, console = shown(path, width=width)
+    return json.loads(html.unescape(re.search(r'data-said="([^"]*)"', dom)[1])), console
+
+
+def shown(path: pathlib.Path, fragment: str = "", width: int = 1200) -> tuple[str, list[str]]:
     """Opens a page in headless Chromium without a network. Returns its elements after the scripts have run, and what the console said."""
     command = [
         str(CHROMIUM), "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--proxy-server=127.0.0.1:9",
-        "--window-size=1200,900", "--virtual-time-budget=20000", "--dump-dom", f"file://{path}{fragment}",
+        f"--window-size={width},900", "--virtual-time-budget=20000", "--dump-dom", f"file://{path}{fragment}",
     ]  # fmt: skip
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     console = [line for line in done.stderr.splitlines() if "CONSOLE" in line]
@@ -131,6 +170,27 @@ def test_the_table_sorts_filters_and_remembers_it_in_the_address(tmp_path):
     assert re.search(r'data-name="kl_mean" aria-sort="descending"', dom)
     assert 'data-theme="dark"' in dom
     assert "3 of 6 points" in dom
+
+
+@browser
+def test_headings_filter_rows_theme_and_figures_answer_to_whoever_uses_them(tmp_path):
+    said, console = used(tmp_path / "page.html", page_of(tmp_path), 1200)
+    assert console == []
+    assert (said["up"], said["down"], said["filtered"]) == ([1, 2, 3, 4, 5, 6], [5, 4, 3, 2, 1, 6], [4, 2, 6])
+    assert EVIL in said["details"] and f"{4:064x}" in said["details"] and "torch 2.0" in said["details"]
+    assert said["focus"] == "4" and said["reachable"]
+    assert "perplexity 6.5" in said["hover"]["perplexity"] and "difference" in said["hover"]["option-0"]
+    assert "error 0.03" in said["hover"]["errors"] and "of tokens below" in said["hover"]["percentiles"]
+    assert "MB" in said["hover"]["bytes"] and " s" in said["hover"]["seconds"]
+    assert said["themes"] == ["dark", "light"]
+    assert all(word in said["address"] for word in ("sort=-kl_mean", "filter=plain", "theme="))
+
+
+@browser
+def test_a_narrow_window_scrolls_within_the_table_and_not_the_page(tmp_path):
+    said, console = used(tmp_path / "page.html", page_of(tmp_path), 500)
+    assert console == []
+    assert said["width"] <= 560 and said["beyond"] <= 0
 
 
 @browser

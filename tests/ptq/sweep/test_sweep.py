@@ -11,7 +11,9 @@ import time
 import pyarrow.parquet
 import pytest
 
+from ptq.cli import catalog
 from ptq.cli.app import main
+from ptq.cli.compose.hydra_edge import compose_points
 from ptq.errors import UserError
 from ptq.run.experiment import run_recipe
 from ptq.sweep.points import read_sweep
@@ -82,6 +84,15 @@ def test_every_point_of_a_sweep_shares_one_load_and_one_baseline(sweeps, monkeyp
     logs = [path.read_text() for path in sorted((sweeps.folders[0] / "points").glob("*.log"))]
     assert ["baseline: evaluated before" in log for log in logs] == [False, True, True]
     assert "perplexity" not in capsys.readouterr().out.split("sweep small")[0]
+
+
+def test_ranges_choices_and_globs_are_values_as_hydra_has_them():
+    words = ["scheme=glob(w4a16_g*)", "scheme.weight.bits=range(3,5)", "steps.smooth.alpha=choice(0.3,0.5)"]
+    points = compose_points(catalog.locate("smollm2-135m_w8a8"), words)
+    assert [point.refused for point in points] == [""] * 8
+    assert [(p.recipe.scheme.weight.group_size, p.recipe.scheme.weight.bits, p.recipe.steps["smooth"]["alpha"]) for p in points] == [
+        (group, bits, alpha) for group in (32, 64) for bits in (3, 4) for alpha in (0.3, 0.5)
+    ]  # fmt: skip
 
 
 def test_zip_goes_side_by_side(sweeps, capsys):
