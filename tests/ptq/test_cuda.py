@@ -280,6 +280,15 @@ def test_an_export_from_the_device_has_the_bytes_of_one_from_the_cpu(cuda, tmp_p
     assert written["cpu"] == written["cuda"] and all(written["cpu"])
 
 
+def test_corrections_on_the_device_are_written_as_they_were_kept(cuda, tmp_path, tiny_llama_eps):
+    scheme, steps = CASES["lowrank"]
+    settings, config = {"device": "cuda", "save": True}, ExportConfig("compressed-tensors")
+    folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": config.format}, execution=settings))
+    written = _weights(folder / "export")
+    assert len(written) == 2
+    assert written == _weights(export_run(folder, config, tmp_path / "again", False).path)
+
+
 def _weights(path):
     """Returns the bytes of the file, or of the files in the folder that hold weights."""
     files = [p for p in sorted(path.rglob("*")) if p.suffix in {".safetensors", ".gguf", ".bin"}]
