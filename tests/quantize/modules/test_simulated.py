@@ -97,6 +97,13 @@ def test_bits_per_weight_count_scales_and_zero_points(spec, bits):
     assert QuantLinear(_weight(16, 64), None, spec).bits_per_weight() == pytest.approx(bits)
 
 
+def test_scales_of_clusters_count_and_so_does_which_cluster_a_column_is_in():
+    labels = torch.arange(64) % 4
+    linear = QuantLinear(_weight(16, 64), None, QuantSpec(bits=4, granularity="cluster"), labels=labels)
+    # A scale of each of 4 clusters a row, 32 bits, and 16 bits a column.
+    assert linear.bits_per_weight() == pytest.approx(4 + (32 * 4 * 16 + 16 * 64) / (16 * 64))
+
+
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_weight_that_is_not_finite_is_refused(bad):
     weight = _weight()
