@@ -14,6 +14,13 @@ class UserError(Exception):
     said_elsewhere = False
 
 
+def one_of(value: str, choices: Iterable[str]) -> str:
+    """Returns ``"expected one of a, b; did you mean 'a'?"``, or without the question where none is close to `value`."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
+    return f"expected one of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+
+
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the choice closest to `value`, or the list of choices when none is close."""
     choices = list(choices)

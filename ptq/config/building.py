@@ -88,7 +88,8 @@ def _convert(hint: Any, value: Any, path: str, default: Any = None) -> Any:
         return tuple(_convert(arguments[0], item, f"{path}[{i}]") for i, item in enumerate(value))
     if origin is dict:
         if not isinstance(value, dict):
-            raise UserError(f"{path}: {shown(value)} is not a mapping")
+            without = f", or ~{path} to leave it out" if value is None and path.startswith("steps.") else ""
+            raise UserError(f"{path}: {shown(value)} is not a mapping: use {{}} for what it is by default{without}")
         return {str(key): _convert(arguments[1], item, _join(path, str(key))) for key, item in value.items()}
     if hint is Any:
         return value

@@ -5,7 +5,7 @@ import re
 from ptq.config.cache import check_cache, check_rounded
 from ptq.config.options import check_fields
 from ptq.config.schema import AT_MOST, CalibrationConfig, Recipe, SchemeConfig, TextConfig
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError, nearest, one_of
 from quantize.spec.quant_spec import QuantSpec, SpecError
 from quantize.spec.rules import OUTSIDE, TENSORS, TensorRuleError, check_tensor
 
@@ -141,6 +141,4 @@ def refused(path: str, error: SpecError) -> UserError:
 
 def _choice(path: str, value: str, choices: tuple[str, ...]) -> None:
     if value not in choices:
-        raise UserError(
-            f"{path}: {value!r} is not valid: expected one of {', '.join(choices)}{nearest(value, choices)}"
-        )
+        raise UserError(f"{path}: {value!r} is not valid: {one_of(value, choices)}")

@@ -7,7 +7,7 @@ import dataclasses
 from collections.abc import Collection, Mapping
 from typing import Any
 
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError, one_of
 
 MISSING = dataclasses.MISSING
 MOST_SEED = 2**32 - 1
@@ -101,8 +101,7 @@ def _check_value(path: str, value: Any, metadata: Mapping[str, Any]) -> None:
     choices = metadata.get("choices", ())
     for item in (value if isinstance(value, tuple) else (value,)) if choices else ():
         if item is not None and item not in choices:
-            words = ", ".join(choices)
-            raise UserError(f"{path}: {item!r} is not valid: expected one of {words}{nearest(item, choices)}")
+            raise UserError(f"{path}: {item!r} is not valid: {one_of(item, choices)}")
     least, most = metadata.get("least"), metadata.get("most")
     for number in value if isinstance(value, tuple) else (value,):
         if isinstance(number, bool) or not isinstance(number, int | float):

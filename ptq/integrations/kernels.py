@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError, one_of
 from ptq.files.kernel_timings import KeptTimings
 from ptq.integrations.attention_parts import use_attention_in_parts_
 from quantize.codecs.llm_int8 import WEIGHT
@@ -53,9 +53,7 @@ def use_kernels_(
     """
     packed = {name: m for name, m in model.named_modules() if isinstance(m, PackedLinear)}
     if kernels not in stored_names():
-        raise UserError(
-            f"kernels: {kernels!r} is not valid: expected one of {', '.join(stored_names())}{nearest(kernels, stored_names())}"
-        )
+        raise UserError(f"kernels: {kernels!r} is not valid: {one_of(kernels, stored_names())}")
     if not hold_bits >= 0:
         raise UserError(
             f"hold_bits: {hold_bits!r} is not valid: expected a number of bits a weight, such as {HOLD_BITS:g}"

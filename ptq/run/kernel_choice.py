@@ -5,7 +5,7 @@ from contextlib import contextmanager
 
 from ptq.config.schema import Recipe
 from ptq.config.scheme import linear_specs
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError, one_of
 from ptq.files import kernel_timings
 from ptq.files.kernel_timings import read_timings
 from ptq.network.network import Network
@@ -24,9 +24,7 @@ def check_kernels(recipe: Recipe, network: Network) -> str:
     """
     wanted, device = recipe.execution.kernels, device_of(recipe)
     if wanted not in names():
-        raise UserError(
-            f"execution.kernels: {wanted!r} is not valid: expected one of {', '.join(names())}{nearest(wanted, names())}"
-        )
+        raise UserError(f"execution.kernels: {wanted!r} is not valid: {one_of(wanted, names())}")
     choice = Choice(wanted)
     for name, shape in network.shapes.items():
         specs = linear_specs(recipe.scheme, name)

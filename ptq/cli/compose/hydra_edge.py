@@ -242,7 +242,8 @@ def _zipped(overrides: list[Override]) -> Iterator[tuple[tuple[str, bool], ...]]
             f"--zip: values of unequal number ({counts}): give as many of each, or leave --zip out for the product"
         )
     count = next(iter(swept.values()), 1)
-    yield from zip(*(axis if axis[0][1] else axis * count for axis in axes), strict=True)
+    # Without an override there is one point still.
+    yield from zip(*(axis if axis[0][1] else axis * count for axis in axes), strict=True) if axes else [()]
 
 
 def _axes(overrides: list[Override], multirun: bool) -> list[list[tuple[str, bool]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from ptq.errors import UserError, nearest
+from ptq.errors import UserError, one_of
 from ptq.files.bounded import read_yaml
 
 OUTPUT_TYPES = ("multiple_choice", "loglikelihood", "generate_until")
@@ -85,8 +85,9 @@ def _check(where: str, config: dict[str, Any]) -> None:
             raise UserError(f"{where}: {field}: missing: give it a value")
     kind = config["output_type"]
     if kind not in OUTPUT_TYPES:
-        words = ", ".join(OUTPUT_TYPES)
-        raise UserError(f"{where}: output_type: {kind!r} is not right or wrong a sample: expected one of {words}{nearest(str(kind), OUTPUT_TYPES)}")  # fmt: skip
+        raise UserError(
+            f"{where}: output_type: {kind!r} is not right or wrong a sample: {one_of(str(kind), OUTPUT_TYPES)}"
+        )
     if kind == "multiple_choice" and not config.get("doc_to_choice"):
         raise UserError(f"{where}: doc_to_choice: missing: a multiple_choice task needs its choices")
     if not config.get("test_split") and not config.get("validation_split"):

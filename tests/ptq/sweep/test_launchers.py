@@ -87,6 +87,17 @@ def test_no_ray_and_no_slurm_are_one_line_of_the_command_before_any_work(
     assert not (sweeps.folder / "outputs").exists()
 
 
+def test_a_slurm_job_that_is_preempted_is_submitted_again_with_its_point(sweeps):
+    pytest.importorskip("submitit")
+    from ptq.sweep.launchers.slurm import PointWork
+
+    assert sweeps.run("scheme.weight.bits=4,3") == 0
+    work, [folder] = PointWork(), sweeps.folders
+    again = work.checkpoint(str(folder), 2, 1, True)
+    assert again.args == (str(folder), 2, 1, True)
+    assert again.result() == "done" and sweeps.table()[1]["status"] == "done"
+
+
 def test_a_process_that_is_killed_ends_its_own_point_only(sweeps, monkeypatch):
     from ptq.sweep.launchers.processes import Processes
 

@@ -172,6 +172,12 @@ def test_a_mistake_in_the_command_line_is_one_line(sweeps, words, said, capsys):
     assert not (sweeps.folder / "outputs").exists()
 
 
+def test_a_sweep_over_nothing_has_one_point_side_by_side_too(sweeps, capsys):
+    for words in ([], ["--zip"], ["--zip", "scheme.weight.bits=8"]):
+        assert sweeps.run("--dry-run", *words) == 0
+        assert "1 points, 0 refused" in capsys.readouterr().out
+
+
 def test_options_of_sweeps_need_m(sweeps, capsys):
     assert main(["run", "--config", str(sweeps.recipe), "--jobs", "2"]) == 2
     assert "--jobs: is for sweeps: add -m" in capsys.readouterr().err

@@ -276,6 +276,12 @@ def test_a_search_that_cannot_be_is_one_line_before_any_work(sweeps, search, spa
     assert not (sweeps.folder / "outputs").exists()
 
 
+def test_a_choice_that_is_none_names_the_choices_once(search):
+    status, printed = search(BITS, "search.sampler=foo")
+    assert status == 2
+    assert printed.err == f"error: search.sampler: 'foo' is not valid: expected one of {', '.join(SAMPLERS)}\n"
+
+
 def test_without_optuna_the_extra_is_named(sweeps, search, monkeypatch):
     for name in [name for name in sys.modules if name.startswith(("optuna", "ptq.sweep.search.study", "ptq.sweep.search.loop"))]:  # fmt: skip
         monkeypatch.delitem(sys.modules, name)
