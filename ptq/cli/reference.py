@@ -23,8 +23,15 @@ from quantize.spec import quant_spec
 from quantize.spec.formats import INTEGER, Format
 from quantize.spec.quant_spec import QuantSpec
 
-SECTIONS = ("recipes", "steps", "models", "data", "schemes", "methods", "formats", "exporters")
-_GROUPS = {"models": "model", "data": "data", "schemes": "scheme", "methods": "method"}
+SECTIONS = ("recipes", "steps", "models", "data", "schemes", "methods", "formats", "exporters", "ablations", "searches")
+_GROUPS = {
+    "models": "model",
+    "data": "data",
+    "schemes": "scheme",
+    "methods": "method",
+    "ablations": "ablation",
+    "searches": "search",
+}
 
 
 @dataclass(frozen=True)
@@ -47,7 +54,9 @@ class RecipePart:
 def list_command(arguments: list[str], program: str) -> int:
     """``ptq list [SECTION]``."""
     words = ", ".join(SECTIONS)
-    parser = Parser(prog=program, allow_abbrev=False, description="Lists what there is to name in a recipe.")
+    parser = Parser(
+        prog=program, allow_abbrev=False, description="Lists what there is to name in a recipe, and sweeps to run."
+    )
     parser.add_argument("section", nargs="?", metavar="SECTION", help=f"one of {words} (all of them)")
     section = parser.parse_args(arguments).section
     if section is not None and section not in SECTIONS:

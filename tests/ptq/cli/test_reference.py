@@ -31,7 +31,9 @@ def test_list_has_all_there_is_and_says_something_of_each(capsys):
         assert found and all(len(about) > 10 for about in found.values()), section
         assert f"{section}:" in out
     assert set(reference.entries("steps")) == set(shipped())
-    assert {"smollm2-135m_w8a8", "w4a16", "nf4", "gptq", "gguf"} <= set(re.findall(r"^  (\S+) ", out, re.M))
+    assert {"smollm2-135m_w8a8", "w4a16", "nf4", "gptq", "gguf", "smooth_alpha", "solvers"} <= set(
+        re.findall(r"^  (\S+) ", out, re.M)
+    )
     assert main(["list", "schems"]) == 2
     assert "did you mean 'schemes'" in capsys.readouterr().err
 

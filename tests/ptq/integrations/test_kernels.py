@@ -118,6 +118,6 @@ def test_the_command_shows_kernels_and_what_was_timed(capsys, tmp_path):
     KeptTimings(CPU, tmp_path).keep({f"{QuantSpec()} x None (8, 8) cpu 1 rows": {"slow": 2.0, "quick": 0.5}})
     assert main(["show", "kernels"]) == 0
     shown = capsys.readouterr().out
-    for part in ("auto:", "int_mm:", "fbgemm:", "onednn_int8:", "onnxruntime:", "timed here (torch"):
+    for part in ("auto:", "int_mm:", "fbgemm:", "onednn_int8:", "onnxruntime:", "timed here (", "torch "):
         assert part in shown
     assert "  (bits=8) x None (8, 8) cpu 1 rows: quick 0.5 ms, slow 2 ms" in "\n".join(lines(str(tmp_path)))
