@@ -134,3 +134,24 @@ def test_threads_and_memory_are_divided(swept, monkeypatch):
     assert jobs_that_fit(2, recipes)[0] == 1
     monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: None)
     assert jobs_that_fit(2, recipes) == (2, "")
+
+
+def test_a_process_whose_memory_has_grown_keeps_the_model_that_it_has_loaded(tmp_path, monkeypatch):
+    def grow(folder, number, threads, force):
+        import os
+        import pathlib
+        import sys
+        import time
+
+        hoard = sys.__dict__.setdefault("hoard", [])
+        hoard.append(b"1" * 400_000_000 if hoard else b"")
+        with (pathlib.Path(folder) / "pids").open("a", encoding="ascii") as file:
+            file.write(f"{os.getpid()}\n")
+        time.sleep(1.1)  # loky looks once a second
+        return ""
+
+    monkeypatch.setattr("ptq.sweep.launchers.processes.work_on", grow)
+    launcher = build_launcher("processes", 1, 1, {}, str(tmp_path))
+    ended = [e for e in launcher.run(Task(str(tmp_path), 1, False), [1, 2, 3]) if e is not None]
+    assert [e.problem for e in ended] == ["", "", ""]
+    assert len(set((tmp_path / "pids").read_text().split())) == 1
