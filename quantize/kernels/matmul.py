@@ -20,6 +20,12 @@ STRIP = 256
 TOKENS = 512
 """Tokens whose copy is transposed at a time: a few MiB."""
 
+EIGHTHS, MANY = 8, 1024
+"""Numbers of rows between a power of two and the next one that are multiplied as they are, up to so many rows; others are filled up with
+zeros. oneDNN makes a program for every shape and keeps a thousand: for the tokens of experts, ever another number of them, that
+is half a MiB and half a millisecond each. No bit changes.
+"""
+
 
 class _Mode(threading.local):
     fast = False
@@ -57,8 +63,26 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
         return functional.linear(x, weight, bias)
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
         weight = weight.contiguous()  # oneDNN would take its reference loops, 1,000 times as slow.
+    count = x.numel() // x.shape[-1]
+    if more := filled(count) - count:
+        rows = functional.pad(x.reshape(count, -1), (0, 0, 0, more))
+        return _by_onednn(rows, weight, bias)[:count].view(*x.shape[:-1], len(weight))
+    return _by_onednn(x, weight, bias)
+
+
+def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
+
+
+def filled(count: int) -> int:
+    """Returns the least number of rows from `count` on that oneDNN is to see: up to 8 and beyond 1024 any, else a multiple of 8
+    and of an eighth of the power of two below.
+    """
+    if not EIGHTHS < count <= MANY:
+        return count
+    step = max(EIGHTHS, (1 << count.bit_length() >> 1) // EIGHTHS)
+    return -(-count // step) * step
 
 
 def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
@@ -74,7 +98,8 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
     for part in x.split(TOKENS) if on_cpu else (x,):
         rows = part.float().t()
         if on_cpu:
-            rows = rows.contiguous()  # oneDNN wants both sides of a strip in one piece.
+            # oneDNN wants both sides of a strip in one piece, and few numbers of tokens; zeros add nothing.
+            rows = functional.pad(rows, (0, filled(len(part)) - len(part))).contiguous()
         for start in range(0, len(total), STRIP):
             total[start : start + STRIP, start:] += product(rows[start : start + STRIP], rows[start:].t())
 

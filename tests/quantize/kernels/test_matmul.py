@@ -16,6 +16,7 @@ from quantize.kernels.matmul import (
     Linear,
     add_gram,
     fast_linears,
+    filled,
     linear,
     product,
     row_squares,
@@ -48,6 +49,27 @@ def test_a_large_product_is_numpys_whatever_the_layout(a, b):
     x, w = views(200, 96, 1)[a], views(160, 96, 2)[b]
     assert x.numel() * len(w) >= SMALL
     assert close(product(x, w.t()), x.double().numpy() @ w.double().numpy().T)
+
+
+@given(
+    count=st.integers(9, 300),
+    inner=st.sampled_from([64, 384]),
+    columns=st.sampled_from([130, 1024]),
+    bias=st.booleans(),
+)
+def test_filling_rows_up_changes_no_bit(count, inner, columns, bias):
+    x, w, b = normal(count, inner), normal(columns, inner, seed=1), normal(columns, seed=2) if bias else None
+    expected = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
+    with fast_linears():
+        got = linear(x, w, b)
+    assert torch.equal(got, expected if x.numel() * columns >= SMALL else nn.functional.linear(x, w, b))
+
+
+def test_few_numbers_of_rows_are_multiplied_up_to_a_thousand():
+    counts = range(1, 1025)
+    assert len({filled(count) for count in counts}) <= 64
+    assert all(count <= filled(count) <= count * 9 / 8 + 7 for count in counts)
+    assert filled(2049) == 2049
 
 
 @given(rows=SIZES, inner=SIZES, columns=SIZES, bias=st.booleans(), leading=st.sampled_from([(), (2,), (2, 3)]))
