@@ -71,6 +71,8 @@ class Samples:
                 Otherwise they see all batches, in order, on every rank.
             sums: by full name of a module among the watched ones, what its input is the sum of.
         """
+        # What a step has freed since the last pass lies in holes that the next one's tensors fit only in part.
+        self.stream.weights.tidy()
         if self._paused is not None and watchers and self._is_there(self._paused, watchers, sums, shared):
             for rows, x in self._paused.inputs() if shared else self._paused.all_inputs():
                 tokens = _tokens(self.flow, rows)

@@ -42,6 +42,9 @@ class Weights(Protocol):
     def prefetch(self, names: Iterable[str]) -> None:
         """Begins to read what the next `hold` of these submodules needs; drops what was read for another one."""
 
+    def tidy(self) -> None:
+        """Gives back to the system what was freed while a block is held, where memory is short enough to keep weights on disk."""
+
 
 class WeightPiece(Protocol):
     """One matrix, or some of its rows, of the tensor `source`, which holds `shape`[0] of them."""
@@ -80,6 +83,9 @@ class ResidentWeights:
         yield
 
     def prefetch(self, names: Iterable[str]) -> None:
+        """Does nothing."""
+
+    def tidy(self) -> None:
         """Does nothing."""
 
 
@@ -164,6 +170,10 @@ class OffloadedWeights:
             self._reading = ReadAhead(
                 wanted, lambda full, device: self._read(full, read, device, waits=True), self._device_of(wanted[0])
             )
+
+    def tidy(self) -> None:
+        """Gives back what was freed."""
+        return_freed_memory()
 
     def _device_of(self, full: str) -> torch.device:
         parts = full.split(".")

@@ -20,11 +20,12 @@ STRIP = 256
 TOKENS = 512
 """Tokens whose copy is transposed at a time: a few MiB."""
 
-EIGHTHS, MANY = 8, 1024
-"""Numbers of rows between a power of two and the next one that are multiplied as they are, up to so many rows; others are filled up with
-zeros. oneDNN makes a program for every shape and keeps a thousand: for the tokens of experts, ever another number of them, that
-is half a MiB and half a millisecond each. No bit changes.
+STEP, MANY = 8, 1024
+"""Up to so many rows their number is filled up with zeros to a multiple of 8 at least. oneDNN makes a program for every shape and
+keeps a thousand: for the tokens of experts, ever another number of them, that is a MiB and half a millisecond each. No bit changes.
 """
+ROWS, INNER = 8, 4
+"""Numbers between a power of two and the next one that remain, of rows and of what is summed over: a moment's strips are four shapes."""
 
 
 class _Mode(threading.local):
@@ -75,13 +76,13 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return result
 
 
-def filled(count: int) -> int:
-    """Returns the least number of rows from `count` on that oneDNN is to see: up to 8 and beyond 1024 any, else a multiple of 8
-    and of an eighth of the power of two below.
+def filled(count: int, steps: int = ROWS) -> int:
+    """Returns the least number from `count` on that oneDNN is to see: up to 8 and beyond 1024 any, else a multiple of 8 and of the
+    power of two below divided by `steps`.
     """
-    if not EIGHTHS < count <= MANY:
+    if not STEP < count <= MANY:
         return count
-    step = max(EIGHTHS, (1 << count.bit_length() >> 1) // EIGHTHS)
+    step = max(STEP, (1 << count.bit_length() >> 1) // steps)
     return -(-count // step) * step
 
 
@@ -99,7 +100,7 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
         rows = part.float().t()
         if on_cpu:
             # oneDNN wants both sides of a strip in one piece, and few numbers of tokens; zeros add nothing.
-            rows = functional.pad(rows, (0, filled(len(part)) - len(part))).contiguous()
+            rows = functional.pad(rows, (0, filled(len(part), INNER) - len(part))).contiguous()
         for start in range(0, len(total), STRIP):
             total[start : start + STRIP, start:] += product(rows[start : start + STRIP], rows[start:].t())
 
