@@ -75,18 +75,25 @@ def telling_dtype(stream: BlockStream, flow: Flow, block: Block, hidden: torch.T
 
     A block that cannot be computed in float64 (some devices) stays in float32, with its tolerance.
     """
+    return hidden.dtype if hidden.dtype == torch.float64 else telling_output(stream, flow, block, hidden).dtype
+
+
+def telling_output(stream: BlockStream, flow: Flow, block: Block, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns what the block gives for `hidden`, in the type that `telling_dtype` names."""
+
+    def output_in(dtype: torch.dtype) -> torch.Tensor:
+        with precise_block(stream, flow, block, dtype) as call:
+            return call(hidden)
+
     if hidden.dtype == torch.float64:
-        return torch.float64
-    with precise_block(stream, flow, block) as call:
-        output = call(hidden)
+        return output_in(torch.float64)
+    output = output_in(torch.float32)
     if tolerance_of(hidden.float(), output) <= TELLING:
-        return torch.float32
+        return output
     try:
-        with precise_block(stream, flow, block, torch.float64) as call:
-            call(hidden)
+        return output_in(torch.float64)
     except (RuntimeError, TypeError):
-        return torch.float32
-    return torch.float64
+        return output
 
 
 def change_error(hidden: torch.Tensor, reference: torch.Tensor, output: torch.Tensor) -> float:

@@ -11,8 +11,9 @@ import torch
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
-from ptq.network.precise import change_error, precise_block, telling_dtype, tolerance_of
+from ptq.network.precise import change_error, precise_block, telling_output, tolerance_of
 from ptq.steps._step import Context, Step, StepPlan
+from quantize.kernels.matmul import fast_linears
 
 
 @dataclass
@@ -56,20 +57,23 @@ def prove(
     Raises:
         UserError: when the error is beyond that tolerance, or a weight has become too great for the model's type.
     """
-    dtype = telling_dtype(context.stream, flow, block, hidden)
     try:
-        with precise_block(context.stream, flow, block, dtype, keep=True) as call:
-            wide = hidden.to(dtype)
-            before = call(wide)
-            if not bool(torch.isfinite(before).all()):
-                raise UserError(
-                    f"steps.{name}: {block.name} gives NaN or inf before the step: there is nothing to prove it by: "
-                    f"check the weights, or evaluate the model without steps"
-                )
+        # Neither output is evaluated: products may be the fast ones.
+        with fast_linears():
+            before = telling_output(context.stream, flow, block, hidden)
+        if not bool(torch.isfinite(before).all()):
+            raise UserError(
+                f"steps.{name}: {block.name} gives NaN or inf before the step: there is nothing to prove it by: "
+                f"check the weights, or evaluate the model without steps"
+            )
+        with precise_block(context.stream, flow, block, before.dtype, keep=True) as call:
+            wide = hidden.to(before.dtype)
             step.apply(block, plan, context)
             if plan.basis is not None:
                 wide, before = plan.basis.forward(wide), plan.basis.forward(before)
-            error, tolerance = change_error(wide, before, call(wide)), tolerance_of(wide, before)
+            with fast_linears():
+                after = call(wide)
+            error, tolerance = change_error(wide, before, after), tolerance_of(wide, before)
             if not error <= tolerance:
                 raise UserError(
                     f"steps.{name}: changes the output of {block.name} by {error:.1e} (relative; rounding explains "
