@@ -23,7 +23,7 @@ Timings = dict[str, dict[str, float]]
 def timings_key(device: torch.device) -> dict[str, object]:
     """Returns what the speed of kernels depends on."""
     key: dict[str, object] = {
-        "others": EVICTED,
+        "timed": f"{EVICTED >> 20} MiB read between",
         "torch": torch.__version__,
         "onnxruntime": _version("onnxruntime"),
         "device": device.type,
