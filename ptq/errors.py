@@ -17,14 +17,16 @@ class UserError(Exception):
 def one_of(value: str, choices: Iterable[str]) -> str:
     """Returns ``"expected one of a, b; did you mean 'a'?"``, or without the question where none is close to `value`."""
     choices = list(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    return f"expected one of {', '.join(choices)}" + (f"; did you mean {close[0]!r}?" if close else "")
+    return f"expected one of {', '.join(choices)}{_question(value, choices)}"
 
 
 def nearest(value: str, choices: Iterable[str]) -> str:
     """Returns ``"; did you mean 'x'?"`` for the choice closest to `value`, or the list of choices when none is close."""
     choices = list(choices)
-    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.5)
-    if close:
-        return f"; did you mean {close[0]!r}?"
-    return f"; choose one of: {', '.join(choices)}" if choices else ""
+    return _question(value, choices) or (f"; choose one of: {', '.join(choices)}" if choices else "")
+
+
+def _question(value: str, choices: Iterable[str]) -> str:
+    """Returns ``"; did you mean 'x'?"`` for the choice closest to `value`, or nothing when none is close."""
+    close = difflib.get_close_matches(str(value), list(choices), n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else ""

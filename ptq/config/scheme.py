@@ -1,10 +1,10 @@
 """A scheme resolved: which `QuantSpec` each tensor of one Linear gets."""
 
 import fnmatch
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from ptq.config.schema import SchemeConfig
+from ptq.config.schema import Override, SchemeConfig
 from ptq.errors import UserError
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec
@@ -24,6 +24,21 @@ class LinearSpecs:
     def any(self) -> bool:
         """Whether anything of this Linear is quantized."""
         return any((self.weight, self.input))
+
+
+def with_weights(scheme: SchemeConfig, change: Callable[[QuantSpec | None], QuantSpec | None]) -> SchemeConfig:
+    """Returns `scheme` with what `change` makes of every format of a weight: Linears', overrides', embedding's, head's."""
+    overrides = tuple(
+        Override(o.modules, {t: change(s) if t == "weight" else s for t, s in o.tensors.items()})
+        for o in scheme.overrides
+    )
+    return replace(
+        scheme,
+        weight=change(scheme.weight),
+        embedding=change(scheme.embedding),
+        head=change(scheme.head),
+        overrides=overrides,
+    )
 
 
 def linear_specs(scheme: SchemeConfig, name: str) -> LinearSpecs:

@@ -12,7 +12,8 @@ import pathlib
 from dataclasses import dataclass, replace
 from typing import Any
 
-from ptq.config.schema import Override, SchemeConfig
+from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import with_weights
 from ptq.errors import UserError
 from ptq.export.base import Exported, advice, most_weight_bits, refuse_attention, require, specs_by_linear
 from ptq.export.packing.gguf_architectures import ARCHITECTURES, names_of, stacked_experts
@@ -50,17 +51,7 @@ class Exporter:
 
     def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
         """Returns `scheme` with scales, and least values, that are exact in fp16."""
-        overrides = tuple(
-            Override(o.modules, {t: _half(s) if t == "weight" else s for t, s in o.tensors.items()})
-            for o in scheme.overrides
-        )
-        return replace(
-            scheme,
-            weight=_half(scheme.weight),
-            embedding=_half(scheme.embedding),
-            head=_half(scheme.head),
-            overrides=overrides,
-        )
+        return with_weights(scheme, _half)
 
     def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses other models than llama.cpp computes from this file, and weights that no block format holds."""

@@ -151,12 +151,15 @@ class Multiplier(Fastest[IntegerRows]):
             return None
         codes, scale, zero = self._weight.codes, self._weight.scale, self._weight.zero
         few = IntegerWeight(codes[:FEW], scale[:FEW], None if zero is None else zero[:FEW])
-        return next(k for k in self.kernels if k.name == name).prepare(few)
+        return self._kernel(name).prepare(few)
 
     def _prepare(self, name: str) -> Multiply:
         if self._weight is None:
             raise ValueError("weight: none was taken: call take first")
-        return next(k for k in self.kernels if k.name == name).prepare(self._weight)
+        return self._kernel(name).prepare(self._weight)
+
+    def _kernel(self, name: str) -> Kernel:
+        return next(k for k in self.kernels if k.name == name)
 
     def _check(self, results: Mapping[str, torch.Tensor], given: IntegerRows) -> None:
         first = next(iter(results))

@@ -129,8 +129,15 @@ class Fastest(Generic[Given]):
         device = results[self.names[0]].device
         others = min(EVICTED, LINEARS * self._weight_bytes()) if device.type == "cpu" else 0
         few = {name: product for name in products if (product := self._few_rows(name)) is not None} if others else {}
-        cold = _Cold(torch.ones(others // 4), few)
-        self._timings[self._key(rows)] = _least_milliseconds(products, given, device, cold)
+        between = torch.ones(others // 4)
+
+        def leave_the_caches_cold(name: str) -> None:
+            """Leaves them as a model's pass does: without the weight, but with the program."""
+            between.sum()
+            if name in few:
+                few[name](given)
+
+        self._timings[self._key(rows)] = _least_milliseconds(products, given, device, leave_the_caches_cold)
         self._keeper.keep(self._timings)
         winners = {min(t, key=t.__getitem__) for key, t in self._timings.items() if key.startswith(f"{self._what} ")}
         self._prepared = {name: multiply for name, multiply in self._prepared.items() if name in winners}
@@ -146,33 +153,21 @@ class Fastest(Generic[Given]):
         return {**self.__dict__, "_prepared": {}, "_by_size": {}}
 
 
-class _Cold(Generic[Given]):
-    """Leaves the caches as a model's pass does: without the weight, but with the program.
-
-    Args:
-        others: stands for the weights that a model reads in between.
-        few: products by the same kernels with a few rows, by name.
-    """
-
-    def __init__(self, others: torch.Tensor, few: Mapping[str, Callable[[Given], torch.Tensor]]):
-        self.others, self.few = others, few
-
-    def __call__(self, name: str, given: Given) -> None:
-        self.others.sum()
-        if name in self.few:
-            self.few[name](given)
-
-
 def _least_milliseconds(
-    products: Mapping[str, Callable[[Given], torch.Tensor]], given: Given, device: torch.device, cold: _Cold[Given]
+    products: Mapping[str, Callable[[Given], torch.Tensor]],
+    given: Given,
+    device: torch.device,
+    before: Callable[[str], None],
 ) -> dict[str, float]:
-    """Returns the least time of each kernel; they take turns, so that what disturbs one disturbs the others."""
+    """Returns the least time of each kernel; they take turns, so that what disturbs one disturbs the others. `before` is called with the
+    kernel's name ahead of each call.
+    """
     times: dict[str, list[float]] = {name: [] for name in products}
     while any(len(found) < ROUNDS for found in times.values()) or (
         not all(map(_enough, times.values())) and sum(map(sum, times.values())) < PATIENCE
     ):
         for name, multiply in products.items():
-            cold(name, given)
+            before(name)
             times[name].append(_milliseconds(multiply, given, device))
     return {name: min(found) for name, found in times.items()}
 

@@ -8,8 +8,8 @@ from typing import Any, ClassVar
 
 import torch
 
-from ptq.config.schema import Override, SchemeConfig
-from ptq.config.scheme import LinearSpecs
+from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import LinearSpecs, with_weights
 from ptq.errors import UserError
 from ptq.export.base import BlockShards, Exported, advice, refuse_attention, refuse_outside, require, specs_by_linear
 from ptq.export.packing.shards import lossless, write_shards
@@ -31,17 +31,7 @@ def with_fp16_scales(scheme: SchemeConfig) -> SchemeConfig:
     def half(spec: QuantSpec | None) -> QuantSpec | None:
         return replace(spec, scales="float16") if spec is not None and spec.affine else spec
 
-    overrides = tuple(
-        Override(o.modules, {t: half(s) if t == "weight" else s for t, s in o.tensors.items()})
-        for o in scheme.overrides
-    )
-    return replace(
-        scheme,
-        weight=half(scheme.weight),
-        embedding=half(scheme.embedding),
-        head=half(scheme.head),
-        overrides=overrides,
-    )
+    return with_weights(scheme, half)
 
 
 def check(

@@ -66,7 +66,6 @@ class KeptPass:
         self._last: dict[str, Any] | None = None
         self._total = 0
         self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()
-        self._kept_last = True
 
     def take_up(self, blocks: Sequence[Block]) -> int:
         """Puts back what was kept; returns how many blocks are done."""
@@ -94,8 +93,8 @@ class KeptPass:
         self.visitor.write(block, path)
         self._sums.append(self._sum_of(path))
         # A pass that is quicker than its writing would mostly write; two blocks in a row are never left out.
-        self._kept_last = not self._kept_last or self._spent <= WORST_SHARE * (start - self._since)
-        if self._kept_last:
+        left_out = block.index != (0 if self._last is None else self._last["blocks"])
+        if left_out or self._spent <= WORST_SHARE * (start - self._since):
             sums = [_write_tensor(flow.hidden, self._hidden(self._slot, i)) for i, flow in enumerate(self.flows)]
             entry = {
                 "blocks": block.index + 1,

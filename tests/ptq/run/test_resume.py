@@ -96,24 +96,8 @@ def test_a_run_killed_at_every_block_in_turn_ends_with_the_same_bits(
     assert not (folder / RESUME).exists()
 
 
-def test_a_resumed_run_says_so_and_passes_only_the_blocks_that_are_left(tmp_path, tiny_llama, monkeypatch, capsys):
-    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
-    with monkeypatch.context() as patch:
-        kill_at(patch, 3, before=False)
-        with pytest.raises(Killed):
-            run(recipe)
-    kept = []
-    keep = KeptPass.keep
-    monkeypatch.setattr(KeptPass, "keep", lambda self, block: (kept.append(block.index), keep(self, block)))
-    run(recipe)
-    assert kept == [3]
-    assert "resumed after block 3 of 4" in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("count", [2, 3, 4])
-def test_however_slow_the_disk_is_one_finished_block_at_most_is_done_again(tmp_path, tiny_llama, monkeypatch, count):
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", -1.0)
-    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+def taken_up_after(recipe, count, monkeypatch):
+    """Kills the run after so many blocks were kept, and runs it again; returns the blocks that it passes then."""
     with monkeypatch.context() as patch:
         kill_at(patch, count, before=False)
         with pytest.raises(Killed):
@@ -122,6 +106,21 @@ def test_however_slow_the_disk_is_one_finished_block_at_most_is_done_again(tmp_p
     keep = KeptPass.keep
     monkeypatch.setattr(KeptPass, "keep", lambda self, block: (kept.append(block.index), keep(self, block)))
     run(recipe)
+    return kept
+
+
+def test_a_resumed_run_says_so_and_passes_only_the_blocks_that_are_left(tmp_path, tiny_llama, monkeypatch, capsys):
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    kept = taken_up_after(recipe, 3, monkeypatch)
+    assert kept == [3]
+    assert "resumed after block 3 of 4" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("count", [2, 3, 4])
+def test_however_slow_the_disk_is_one_finished_block_at_most_is_done_again(tmp_path, tiny_llama, monkeypatch, count):
+    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", -1.0)
+    recipe = make(tmp_path, tiny_llama, *CASES["nearest"])
+    kept = taken_up_after(recipe, count, monkeypatch)
     assert kept == list(range(count - count % 2, 4))
 
 
