@@ -22,10 +22,10 @@ FLOORS = (
 """The folders of ptq from the edge down: each imports those after it only."""
 MOST_MODULES = 13
 ALLOWED_BESIDE = {
-    "quantize": {"torch", "onnx", "onnxruntime"},
+    "quantize": {"torch", "gemlite", "onnx", "onnxruntime"},
     "group_methods": {"torch", "sklearn", "threadpoolctl", "numpy"},
 }
-"""onnx and onnxruntime: an optional kernel, imported when it first multiplies."""
+"""gemlite, onnx and onnxruntime: optional kernels, imported when they first multiply."""
 MOST_LINES = 449
 
 

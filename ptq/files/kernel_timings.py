@@ -29,7 +29,7 @@ def timings_key(device: torch.device) -> dict[str, object]:
         "device": device.type,
     }
     if device.type == "cuda":
-        return {**key, "gpu": torch.cuda.get_device_name(device)}
+        return {**key, "gpu": torch.cuda.get_device_name(device), "gemlite": _version("gemlite")}
     # Whether OpenMP's threads spin or sleep while they wait decides who can have the cores meanwhile.
     waiting = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     return {**key, **waiting, "processor": processor(), "threads": torch.get_num_threads(),

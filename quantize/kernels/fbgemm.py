@@ -13,6 +13,7 @@ import torch
 from torch.nn import functional
 
 from quantize.kernels.base import IntegerRows, IntegerWeight, Multiply, register
+from quantize.kernels.onednn_int8 import OVERFLOW
 from quantize.spec.quant_spec import QuantSpec
 
 ENGINES = ("x86", "fbgemm")
@@ -37,9 +38,7 @@ class Fbgemm:
             return "it takes no zero points"
         if torch.backends.quantized.engine not in ENGINES or not _there():
             return "torch's quantized Linear is not FBGEMM's here"
-        return (
-            "without VNNI instructions it adds pairs of products in 16 bits, which overflow" if _saturates() else None
-        )
+        return OVERFLOW if _saturates(weight.bits) else None
 
     def prepare(self, weight: IntegerWeight) -> Multiply:
         """Packs the weight; the codes stay where they are too."""
@@ -82,12 +81,15 @@ def _there() -> bool:
 
 
 @cache
-def _saturates() -> bool:
-    """Returns whether the greatest codes are multiplied wrongly on this processor."""
-    codes = torch.full((16, 64), GREATEST, dtype=torch.int8)
-    weight = IntegerWeight(codes, torch.ones(16, 1), None)
-    found = Fbgemm().prepare(weight)(IntegerRows(codes[:4], torch.ones(4, 1), None))
-    return bool((found != 64.0 * GREATEST**2).any())
+def _saturates(bits: int) -> bool:
+    """Returns whether the greatest codes of so many bits are multiplied wrongly on this processor, as `onednn_int8.saturates` does."""
+    least = -(2 ** (bits - 1))
+    codes = torch.full((16, 64), least, dtype=torch.int8)
+    greatest = torch.full((4, 64), GREATEST, dtype=torch.int8)
+    found = Fbgemm().prepare(IntegerWeight(codes, torch.ones(16, 1), None))(
+        IntegerRows(greatest, torch.ones(4, 1), None)
+    )
+    return bool((found != 64.0 * least * GREATEST).any())
 
 
 register(Fbgemm())

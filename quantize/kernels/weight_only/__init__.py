@@ -2,6 +2,6 @@
 `quantize.kernels` does.
 """
 
-from quantize.kernels.weight_only import digits, int4pack, int8pack
+from quantize.kernels.weight_only import digits, gemlite, int4pack, int8pack
 
-__all__ = ["digits", "int4pack", "int8pack"]
+__all__ = ["digits", "gemlite", "int4pack", "int8pack"]

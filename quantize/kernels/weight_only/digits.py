@@ -38,7 +38,7 @@ class Digits:
             return "it takes symmetric integers with one scale a row"
         if dtype not in DIGITS:
             return f"it multiplies no {dtype}".replace("torch.", "")
-        return refusal_here(device)
+        return refusal_here(device, weight.bits)
 
     def held_bits(self, weight: QuantSpec, dtype: torch.dtype) -> float:
         """Another copy of the codes, one a byte."""

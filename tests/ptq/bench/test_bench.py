@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+import re
 
 import pytest
 import torch
@@ -22,7 +23,9 @@ from ptq.integrations.transformers import PtqConfig
 from ptq.models.loading import load
 from ptq.run.experiment import run
 from ptq.run.in_memory import quantize
+from quantize.kernels.choice import Choice
 from quantize.modules.simulated import QuantLinear
+from quantize.spec.quant_spec import QuantSpec
 
 QUICK = Tasks(prefill=(8,), decode=2, batches=(1, 2), rounds=1, loading=False)
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
@@ -51,9 +54,10 @@ def test_every_side_is_measured_in_every_task_and_the_files_say_so(tiny_llama, t
     quarter = report["sides"]["fp32"]["weight_bytes"] / 4
     assert quarter < report["sides"]["kernels"]["weight_bytes"] < 1.2 * quarter
     assert 0.8 < report["sides"]["kernels"]["read_over_weights"] <= 1 == report["sides"]["fp32"]["read_over_weights"]
-    assert {row["rows"] for row in report["linears"]} >= {1, 2, 8} and all(
-        row["least"] > 0 for row in report["linears"]
-    )
+    # A kernel that is alone, as on CPUs without VNNI, is not timed.
+    able, _ = Choice().candidates(QuantSpec(bits=8), QuantSpec(**TOKEN), (64, 64), torch.device("cpu"))
+    timed = {1, 2, 8} if len(able) > 1 else set()
+    assert {row["rows"] for row in report["linears"]} >= timed and all(row["least"] > 0 for row in report["linears"])
     assert report["sides"]["fp32"]["head_bytes"] == 2 * report["sides"]["bf16"]["head_bytes"] > 0
     table = (folder / "bench.md").read_text()
     assert "| prefill 8 | kernels |" in table and "10^9 operations a second" in table
@@ -74,7 +78,7 @@ def test_schemes_with_static_inputs_are_measured_too(tiny_llama, tmp_path):
     recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor"}})
     tasks = Tasks(prefill=(8,), decode=0, rounds=1, loading=False, against=("torch-qint8",))
     report = json.loads((bench(recipe, tasks, tmp_path, say=lambda line: None) / "bench.json").read_text())
-    assert "28 Linears: integer (not packed)" in report["sides"]["kernels"]["note"]
+    assert re.search(r"28 Linears: (integer|int_mm) \(not packed\)", report["sides"]["kernels"]["note"])
     assert {f["side"] for f in report["figures"]} == {"fp32", "bf16", "simulated", "kernels", "torch-qint8"}
 
 

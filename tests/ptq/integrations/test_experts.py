@@ -48,7 +48,10 @@ def test_a_mixture_is_packed_while_it_is_loaded_and_saved_under_its_published_na
     after = {name.rpartition(".")[0] for name in load_file(tmp_path / "packed" / "model.safetensors")}
     assert all(any(a == b or b.startswith(f"{a}.") or a.startswith(b) for b in before) for a in after)
     again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "packed", dtype=torch.float32)
-    assert packed(again) == packed(loaded) and torch.equal(logits(again), logits(loaded))
+    assert packed(again) == packed(loaded) and again.state_dict().keys() == loaded.state_dict().keys()
+    assert all(torch.equal(tensor, again.state_dict()[name]) for name, tensor in loaded.state_dict().items())
+    # A floating-point product's last bit may depend on where in a file its weight lies.
+    torch.testing.assert_close(logits(again), logits(loaded), rtol=1e-6, atol=1e-6)
 
 
 def test_a_run_over_tokens_holds_no_fused_weight_and_generates(tmp_path, tiny_mixtral):
