@@ -9,15 +9,17 @@ from typing import Any
 import torch
 
 from ptq.bench.decode_step import step_times
+from ptq.bench.energy import joules_a_token, meter_of
 from ptq.bench.loading import loading
 from ptq.bench.report import write
 from ptq.bench.roofline import measured
 from ptq.bench.side import DYNAMIC, Side
-from ptq.bench.sides import BFLOAT16, FLOAT32, KERNELS, check_competitors, folder_of, sides_of
-from ptq.bench.timing import Figure, in_turn
+from ptq.bench.sides import BFLOAT16, FLOAT32, HALF_KERNELS, KERNELS, check_competitors, folder_of, sides_of
+from ptq.bench.timing import Figure, clock_of, in_turn
 from ptq.config.schema import Recipe
 from ptq.errors import UserError
 from ptq.files.kernel_timings import timings_key
+from ptq.run.session import device_of
 from quantize.modules.packed import PackedLinear
 from quantize.spec.quant_spec import QuantSpec, SpecError
 
@@ -81,31 +83,39 @@ def bench(
         raise UserError(
             f"bench: {longest} tokens, and the model has {limit} positions: use --prefill and --decode below that"
         )
-    ids = torch.arange(longest)[None] % (made[0][1].config.vocab_size - 5) + 5
+    device = device_of(recipe)
+    ids = (torch.arange(longest)[None] % (made[0][1].config.vocab_size - 5) + 5).to(device)
+    clock, meter = clock_of(device), meter_of(device)
     figures: list[Figure] = []
+    joules: dict[str, dict[str, float]] = {}
+
+    def measure(task: str, work: dict[str, Callable[[], object]], tokens: int) -> None:
+        figures.extend(in_turn(task, work, tokens, tasks.rounds, clock))
+        if meter is not None:
+            joules[task] = {name: joules_a_token(each, tokens, meter, clock) for name, each in work.items()}
+
     for side in sides:
         say(f"{side.name}: {side.note}" if side.note else side.name)
     for tokens in tasks.prefill:
-        figures += in_turn(
-            f"prefill {tokens}", {s.name: _call(s.prefill, ids[:, :tokens]) for s in sides}, tokens, tasks.rounds
-        )
+        measure(f"prefill {tokens}", {s.name: _call(s.prefill, ids[:, :tokens]) for s in sides}, tokens)
         say(f"prefill of {tokens} tokens: done")
     for batch in tasks.batches if tasks.decode else ():
         able = [s for s in sides if batch == 1 or s.batches]
         prompt = ids[:, :PROMPT].expand(batch, -1).contiguous()
         if batch == 1:
-            figures += in_turn("first token", {s.name: _decode(s, prompt, 1) for s in able}, 1, tasks.rounds)
+            measure("first token", {s.name: _decode(s, prompt, 1) for s in able}, 1)
         work = {s.name: _decode(s, prompt, tasks.decode) for s in able}
-        figures += in_turn(f"decode {tasks.decode} x {batch}", work, batch * tasks.decode, tasks.rounds)
+        measure(f"decode {tasks.decode} x {batch}", work, batch * tasks.decode)
         say(f"decoding {tasks.decode} tokens of {batch} sequences: done")
     report: dict[str, Any] = {
         "recipe": recipe.name,
-        "machine": timings_key(torch.device("cpu")),
+        "machine": timings_key(device),
         "tasks": asdict(tasks),
         "figures": [asdict(f) | {"tokens_a_second": f.tokens_a_second} for f in figures],
+        "joules_a_token": joules,
         "sides": {s.name: _facts(s) for s in sides},
-        "loading": _loading(made) if tasks.loading else {},
-        "roofline": asdict(roofline := measured()),
+        "loading": _loading(made, device) if tasks.loading else {},
+        "roofline": asdict(roofline := measured(device)),
         "linears": _linears(made, roofline),
         "decode_step": _steps(made, ids, tasks),
     }
@@ -127,7 +137,8 @@ def _with_head(recipe: Recipe, bits: int | None) -> Recipe:
 
 def _steps(made: list[tuple[Side, Any]], ids: torch.Tensor, tasks: Tasks) -> dict[str, dict[str, float]]:
     """Returns milliseconds a token by part, of the baseline and of the kernels' side."""
-    wanted = [(side, model) for side, model in made if side.name in {FLOAT32, KERNELS}] if tasks.decode else []
+    names = {FLOAT32, KERNELS, HALF_KERNELS}
+    wanted = [(side, model) for side, model in made if side.name in names] if tasks.decode else []
     return {side.name: step_times(side, model, ids[:, :PROMPT], tasks.decode) for side, model in wanted}
 
 
@@ -146,34 +157,36 @@ def _facts(side: Side) -> dict[str, Any]:
     return {**facts, "read_bytes": read, "read_over_weights": share}
 
 
-def _loading(made: list[tuple[Side, Any]]) -> dict[str, dict[str, float]]:
-    """Returns seconds and peak bytes of the sides that can be saved and loaded by transformers."""
+def _loading(made: list[tuple[Side, Any]], device: torch.device) -> dict[str, dict[str, float]]:
+    """Returns seconds and peak bytes of the sides that can be saved and loaded by transformers, onto `device`."""
     models = {side.name: model for side, model in made if model is not None}
     found: dict[str, dict[str, float]] = {}
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)
         models[FLOAT32].save_pretrained(folder / "plain")
-        found[FLOAT32], found[BFLOAT16] = (loading(folder / "plain", kind) for kind in ("float32", "bfloat16"))
-        packed = [m for m in models[KERNELS].modules() if isinstance(m, PackedLinear)]
-        if packed and getattr(models[KERNELS].config, "quantization_config", None) is not None:
-            models[KERNELS].save_pretrained(folder / "packed")
-            found[KERNELS] = loading(folder / "packed", "float32")
+        found[FLOAT32], found[BFLOAT16] = (loading(folder / "plain", kind, device) for kind in ("float32", "bfloat16"))
+        for name, kind in ((KERNELS, "float32"), (HALF_KERNELS, "bfloat16")):
+            packed = [m for m in models[name].modules() if isinstance(m, PackedLinear)] if name in models else []
+            if packed and getattr(models[name].config, "quantization_config", None) is not None:
+                models[name].save_pretrained(folder / "packed" / kind)
+                found[name] = loading(folder / "packed" / kind, kind, device)
     return found
 
 
 def _linears(made: list[tuple[Side, Any]], roofline: Any) -> list[dict[str, Any]]:
     """Returns each shape of the packed Linears: what each kernel took for so many rows, and what the machine needs at least."""
-    model = next(model for side, model in made if side.name == KERNELS)
-    packed = [m for m in model.modules() if isinstance(m, PackedLinear) and m.kernel_choice is not None]
+    models = [model for side, model in made if side.name in {KERNELS, HALF_KERNELS}]
+    packed = [m for model in models for m in model.modules() if isinstance(m, PackedLinear) and m.kernel_choice]
+    timings = {what: times for m in packed if m.kernel_choice for what, times in m.kernel_choice.timings.items()}
     rows: list[dict[str, Any]] = []
-    for what, times in packed[0].kernel_choice.timings.items() if packed and packed[0].kernel_choice else ():
+    for what, times in timings.items():
         module = next(
             (m for m in packed if f" ({m.out_features}, {m.in_features}) " in what and str(m.weight_spec) in what), None
         )
         if module is None:
             continue
         count = int(what.split()[-2])
-        kind = "int8" if "int_mm" in times else "float32"
+        kind = "int8" if "int_mm" in times else "bfloat16" if "bfloat16" in what else "float32"
         bits = 8 * module.read_bytes() / (module.in_features * module.out_features)
         least = 1e3 * roofline.least_seconds(count, (module.out_features, module.in_features), kind, bits)
         rows.append(

@@ -35,6 +35,7 @@ def tables(report: dict[str, Any]) -> str:
             f"| {f['task']} | {f['side']} | {1e3 * f['median']:.1f} | {f['tokens_a_second']:.1f} | {f['ratio']:.2f} x "
             f"| {f['least']:.2f} to {f['most']:.2f} |"
         )
+    lines += _energy_table(report["joules_a_token"])
     lines += [
         "",
         "| side | MB of weights | read a token / weights | s to load | peak MB | |",
@@ -66,6 +67,24 @@ def tables(report: dict[str, Any]) -> str:
         )
         lines.append(f"| {row['shape'][0]} x {row['shape'][1]} | {row['rows']} | {row['least']:.3g} | {times} |")
     return "\n".join(lines) + "\n"
+
+
+def _energy_table(joules: dict[str, dict[str, float]]) -> list[str]:
+    """Returns the energy a token in Markdown, nothing where the machine does not tell."""
+    if not joules:
+        return []
+    sides = list(next(iter(joules.values())))
+    lines = [
+        "",
+        "Millijoules a token, idle power in them:",
+        "",
+        f"| task | {' | '.join(sides)} |",
+        "|---|" + "---|" * len(sides),
+    ]
+    for task, found in joules.items():
+        cells = (f"{1e3 * found[side]:.2f}" if side in found else "" for side in sides)
+        lines.append(f"| {task} | {' | '.join(cells)} |")
+    return lines
 
 
 def _step_table(steps: dict[str, dict[str, float]]) -> list[str]:

@@ -1,13 +1,16 @@
 """What this machine can do at best: products a second by type, bytes read a second; and where a Linear lies under that."""
 
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 
+from ptq.bench.timing import clock_of
+
 SIZE = (512, 2048, 2048)
 """Rows, inner and columns of the products that are timed: large enough that arithmetic counts alone."""
+LARGE = (4096, 4096, 4096)
+"""The same on a GPU."""
 READ = 1 << 28
 """Bytes that are read: more than caches hold."""
 ROUNDS = 5
@@ -38,10 +41,11 @@ class Roofline:
         return max(2 * rows * weights / self.operations[kind], weights * bits / 8 / self.bandwidth)
 
 
-def measured() -> Roofline:
-    """Measures both, with torch's own products."""
-    rows, inner, columns = SIZE
-    x, w = torch.randn(rows, inner), torch.randn(inner, columns)
+def measured(device: torch.device) -> Roofline:
+    """Measures both on `device`, with torch's own products."""
+    rows, inner, columns = SIZE if device.type == "cpu" else LARGE
+    clock = clock_of(device)
+    x, w = torch.randn(rows, inner, device=device), torch.randn(inner, columns, device=device)
     a, b = (t.mul(16).to(torch.int8) for t in (x, w))
     half = x.bfloat16(), w.bfloat16()
     work = 2 * rows * inner * columns
@@ -49,15 +53,15 @@ def measured() -> Roofline:
     products: dict[str, Callable[[], object]] = {
         "float32": lambda: x @ w, "bfloat16": lambda: half[0] @ half[1], "int8": lambda: torch._int_mm(a, b),
     }  # fmt: skip
-    data = torch.ones(READ // 8, dtype=torch.int64)
-    return Roofline({name: work / _least(run) for name, run in products.items()}, READ / _least(data.max))
+    data = torch.ones(READ // 8, dtype=torch.int64, device=device)
+    return Roofline({name: work / _least(run, clock) for name, run in products.items()}, READ / _least(data.max, clock))
 
 
-def _least(run: Callable[[], object]) -> float:
+def _least(run: Callable[[], object], clock: Callable[[], float]) -> float:
     run()
     seconds = []
     for _ in range(ROUNDS):
-        start = time.perf_counter()
+        start = clock()
         run()
-        seconds.append(time.perf_counter() - start)
+        seconds.append(clock() - start)
     return min(seconds)

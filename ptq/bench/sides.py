@@ -28,12 +28,15 @@ from ptq.run.in_memory import quantize
 from ptq.run.kept.block_file import rebuild
 from ptq.run.kept.outside_file import FILE as OUTSIDE
 from ptq.run.kept.outside_file import read_outside
+from ptq.run.session import device_of
 from quantize.kernels.choice import Choice
 from quantize.modules.simulated import QuantLinear
 
 CALIBRATION = (4, 128)
 """Samples and tokens for what needs ranges: the speed of a product does not depend on its values."""
 FLOAT32, BFLOAT16, SIMULATED, KERNELS = "fp32", "bf16", "simulated", "kernels"
+HALF_KERNELS = "kernels bf16"
+"""On CUDA alone, whose kernels are made for models in 16 bits."""
 
 
 def competitors() -> list[str]:
@@ -66,25 +69,38 @@ def sides_of(
         run: a finished run of the recipe whose codes are taken; None rounds to nearest.
 
     Raises:
-        UserError: for what a run would refuse.
+        UserError: for what a run would refuse, and for a runtime that computes on CPUs beside a model on another device.
     """
     torch.set_num_threads(threads)
+    device = device_of(recipe)
+    if against and device.type != "cpu":
+        raise UserError(
+            f"--against: other runtimes are measured on CPUs, and this is {device}: add execution.device=cpu"
+        )
     loaded = load(recipe.model, recipe.execution)
-    model = loaded.model.float().eval().requires_grad_(False)
+    model = loaded.model.float().eval().requires_grad_(False).to(device)
     model.config.use_cache = True
     yield side_of(FLOAT32, model, cache=cache), model
     yield side_of(BFLOAT16, half := copy.deepcopy(model).bfloat16(), cache=cache), half
-    if run is None:
-        ids = torch.arange(CALIBRATION[0] * CALIBRATION[1]).view(CALIBRATION) % (model.config.vocab_size - 1)
-        simulated = quantize(copy.deepcopy(model), recipe.scheme, {"rtn": {}}, ids).model
-    else:
-        simulated = saved_model(copy.deepcopy(model), recipe.scheme, run)
+    simulated = _simulated(copy.deepcopy(model), recipe, run)
     yield side_of(SIMULATED, simulated, "" if run is None else "the run's own codes", cache), simulated
     made = copy.deepcopy(simulated)
     note = by_kernels(made, recipe.scheme)
     yield side_of(KERNELS, made, note, cache), made
+    if device.type == "cuda":
+        made = _simulated(copy.deepcopy(half), recipe, run)
+        note = by_kernels(made, recipe.scheme)
+        yield side_of(HALF_KERNELS, made, note, cache), made
     for name in against:
         yield _module(name).side(model, loaded.tokenizer), None
+
+
+def _simulated(model: Any, recipe: Recipe, run: pathlib.Path | None) -> Any:
+    """Returns `model`, quantized in place: to nearest, or with the codes of a finished run."""
+    if run is not None:
+        return saved_model(model, recipe.scheme, run)
+    ids = torch.arange(CALIBRATION[0] * CALIBRATION[1]).view(CALIBRATION) % (model.config.vocab_size - 1)
+    return quantize(model, recipe.scheme, {"rtn": {}}, ids).model
 
 
 def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
@@ -94,7 +110,7 @@ def saved_model(model: Any, scheme: SchemeConfig, run: pathlib.Path) -> Any:
     Raises:
         UserError: for a file that is missing, damaged, or of modules that are not known.
     """
-    network, device = build_network(model), torch.device("cpu")
+    network, device = build_network(model), next(model.parameters()).device
     for block in network.blocks:
         path = run / QUANTIZED / f"block-{block.index:05d}.safetensors"
         with _usable(path):

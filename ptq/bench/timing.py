@@ -5,6 +5,19 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+import torch
+
+
+def clock_of(device: torch.device) -> Callable[[], float]:
+    """Returns a clock in seconds that first waits for what `device` was told to do."""
+
+    def clock() -> float:
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        return time.perf_counter()
+
+    return clock
+
 
 @dataclass(frozen=True)
 class Figure:

@@ -22,7 +22,8 @@ TOKENS = 512
 
 STEP, MANY = 8, 1024
 """Up to so many rows their number is filled up with zeros to a multiple of 8 at least. oneDNN makes a program for every shape and
-keeps a thousand: for the tokens of experts, ever another number of them, that is a MiB and half a millisecond each. No bit changes.
+keeps a thousand: for the tokens of experts, ever another number of them, that is a MiB and half a millisecond each. A product with more
+rows may round otherwise on some processors; the same call always rounds alike.
 """
 ROWS, INNER = 8, 4
 """Numbers between a power of two and the next one that remain, of rows and of what is summed over: a moment's strips are four shapes."""

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import submitit
+import torch
 from submitit.helpers import Checkpointable
 
 from ptq.errors import UserError, nearest
@@ -66,6 +67,9 @@ def build(jobs: int, threads: int, options: Mapping[str, Any], folder: str) -> S
         )
     executor = submitit.AutoExecutor(folder=str(pathlib.Path(folder) / "slurm"), cluster=cluster)
     parameters = {"name": "ptq", "cpus_per_task": threads, "timeout_min": 24 * 60}
+    if cluster == "local":
+        # submitit hides the devices that a job does not ask for, and its points would run on the CPU.
+        parameters["gpus_per_node"] = torch.cuda.device_count()
     for key, value in given.items():
         parameters[key if key in GENERIC or key.startswith("slurm_") else f"slurm_{key}"] = value
     own = {name.removeprefix("slurm_") for name in submitit.SlurmExecutor._valid_parameters()} | GENERIC

@@ -1,5 +1,7 @@
 """torch's product of FP8 matrices with a scale a row on either side, on CPUs and on CUDA from compute capability 8.9 on."""
 
+from functools import cache
+
 import torch
 
 from quantize.codecs.fp8 import FP8_E4M3
@@ -32,9 +34,9 @@ class ScaledMm:
         if inputs is None or inputs.format != "fp8_e4m3" or inputs.granularity != "token":
             return "it rounds inputs to fp8_e4m3 with a range for each token, and in no other way"
         if device.type == "cpu":
-            return (
-                None if dtype in {torch.float32, torch.bfloat16} else f"it multiplies no {dtype}".replace("torch.", "")
-            )
+            if dtype not in {torch.float32, torch.bfloat16}:
+                return f"it multiplies no {dtype}".replace("torch.", "")
+            return None if _rows_on_cpus() else "on CPUs this torch takes one scale for all rows only"
         if device.type != "cuda":
             return f"it runs on CPUs and CUDA, not on {device.type}"
         if dtype != torch.bfloat16:
@@ -67,6 +69,17 @@ class ScaledMm:
             return result
 
         return multiply
+
+
+@cache
+def _rows_on_cpus() -> bool:
+    """Returns whether a scale a row is taken on this processor: torch 2.11 has an assertion against it where oneDNN multiplies FP8."""
+    codes, scale = torch.ones(16, 16).to(torch.float8_e4m3fn), torch.ones(16, 1)
+    try:
+        torch._scaled_mm(codes, codes.t(), scale_a=scale, scale_b=scale.t(), out_dtype=torch.float32)
+    except RuntimeError:
+        return False
+    return True
 
 
 register_floating(ScaledMm())

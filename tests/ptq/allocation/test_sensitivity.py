@@ -41,6 +41,7 @@ def make(tmp_path, model, samples=8, **changes):
         "steps": {"rtn": {}},
         "outputs": str(tmp_path / "outputs"),
         "store": str(tmp_path / "store"),
+        "execution": {"device": "cpu"},
     }
     return recipe_from({**base, **changes})
 

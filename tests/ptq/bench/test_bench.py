@@ -12,9 +12,10 @@ from safetensors import safe_open
 
 from ptq.bench.against import torch_qint8
 from ptq.bench.benchmark import Tasks, bench
+from ptq.bench.energy import joules_a_token, meter_of
 from ptq.bench.loading import loading
 from ptq.bench.roofline import Roofline
-from ptq.bench.sides import competitors, saved_model
+from ptq.bench.sides import competitors, saved_model, sides_of
 from ptq.bench.timing import in_turn
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
@@ -35,7 +36,7 @@ TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
 def own_timings(monkeypatch, tmp_path):
     monkeypatch.setattr("ptq.files.kernel_timings.DEFAULT_FOLDER", str(tmp_path / "timings"))
     small = Roofline({"float32": 1e9, "bfloat16": 2e9, "int8": 4e9}, 1e9)
-    monkeypatch.setattr("ptq.bench.benchmark.measured", lambda: small)
+    monkeypatch.setattr("ptq.bench.benchmark.measured", lambda device: small)
 
 
 def recipe_of(path, scheme):
@@ -68,10 +69,10 @@ def test_loading_is_measured_in_processes_of_their_own(tiny_llama, tmp_path):
     model = tmp_path / "model"
     ptq_config = PtqConfig(scheme="w8a8")
     transformers.AutoModelForCausalLM.from_pretrained(tiny_llama, quantization_config=ptq_config).save_pretrained(model)
-    found = loading(model, "float32")
+    found = loading(model, "float32", torch.device("cpu"))
     assert found["seconds"] > 0 and found["peak_bytes"] > 1e8
     with pytest.raises(UserError, match="bench: loading .* failed: "):
-        loading(tmp_path / "nothing", "float32")
+        loading(tmp_path / "nothing", "float32", torch.device("cpu"))
 
 
 def test_schemes_with_static_inputs_are_measured_too(tiny_llama, tmp_path):
@@ -183,3 +184,42 @@ def test_each_runtime_says_what_it_needs():
 def test_a_prefill_beyond_the_models_positions_is_refused(tiny_llama):
     with pytest.raises(UserError, match="positions: use --prefill and --decode below that"):
         bench(recipe_of(tiny_llama, {"weight": {"bits": 8}}), Tasks(prefill=(10**6,)), say=lambda line: None)
+
+
+def test_energy_a_token_stands_in_the_report_where_the_machine_tells(tiny_llama, tmp_path, monkeypatch):
+    told = iter(range(10**6))
+    monkeypatch.setattr("ptq.bench.benchmark.meter_of", lambda device: lambda: float(next(told)))
+    monkeypatch.setattr("ptq.bench.energy.LEAST_SECONDS", 0.0)
+    recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": TOKEN})
+    tasks = Tasks(prefill=(8,), decode=0, rounds=1, loading=False)
+    folder = bench(recipe, tasks, tmp_path, say=lambda line: None)
+    found = json.loads((folder / "bench.json").read_text())["joules_a_token"]
+    assert found.keys() == {"prefill 8"} and found["prefill 8"].keys() == {"fp32", "bf16", "simulated", "kernels"}
+    assert all(value > 0 for value in found["prefill 8"].values())
+    assert "Millijoules a token" in (folder / "bench.md").read_text()
+
+
+def test_energy_is_of_all_packages_and_a_counter_may_begin_again(tmp_path):
+    assert meter_of(torch.device("cpu"), tmp_path) is None
+    for name, microjoules in (("intel-rapl:0", 900), ("intel-rapl:0:0", 5), ("intel-rapl:1", 100)):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "energy_uj").write_text(str(microjoules))
+        (tmp_path / name / "max_energy_range_uj").write_text("999")
+    meter = meter_of(torch.device("cpu"), tmp_path)
+    assert meter is not None and meter() == 0
+    (tmp_path / "intel-rapl:0" / "energy_uj").write_text("50")
+    (tmp_path / "intel-rapl:1" / "energy_uj").write_text("600")
+    assert meter() == pytest.approx(650e-6)
+    seconds = iter(range(100))
+    energy = iter([1.0, 25.0])
+    assert joules_a_token(lambda: None, 2, lambda: next(energy), lambda: next(seconds), 4) == pytest.approx(
+        24 / (4 * 2)
+    )
+
+
+def test_other_runtimes_beside_a_model_on_a_gpu_are_refused(tiny_llama, monkeypatch):
+    monkeypatch.setattr("ptq.bench.sides.device_of", lambda recipe: torch.device("cuda"))
+    with pytest.raises(
+        UserError, match="--against: other runtimes are measured on CPUs, and this is cuda: add execution"
+    ):
+        next(sides_of(recipe_of(tiny_llama, {"weight": {"bits": 8}}), ["torch-qint8"], 1))

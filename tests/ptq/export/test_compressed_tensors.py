@@ -143,7 +143,7 @@ def test_a_run_is_loaded_by_a_fresh_process(tmp_path, tiny_llama):
     recipe = recipe_from(
         {
             "name": "ct", "model": {"path": str(tiny_llama)}, "evaluation": {"windows": 2, "length": 128},
-            "calibration": {"samples": 2, "length": 64},
+            "calibration": {"samples": 2, "length": 64}, "execution": {"device": "cpu"},
             "scheme": scheme, "steps": {"rtn": {}}, "export": {"format": "compressed-tensors"},
             "outputs": str(tmp_path / "outputs"), "store": str(tmp_path / "store"),
         }

@@ -137,7 +137,10 @@ def test_a_map_may_place_blocks_on_the_disk_and_auto_places_them_itself(folder, 
     expected.save_pretrained(tmp_path / "saved")
     for i, (source, config) in enumerate(((folder, PtqConfig(**options)), (tmp_path / "saved", None))):
         auto = loaded(source, config, device_map="auto")
-        assert torch.equal(auto(IDS).logits, expected(IDS).logits)
+        if torch.cuda.is_available():
+            torch.testing.assert_close(auto(IDS).logits.cpu(), expected(IDS).logits, rtol=1e-2, atol=1e-2)
+        else:
+            assert torch.equal(auto(IDS).logits, expected(IDS).logits)
         there = loaded(source, config, device_map=places(expected), offload_folder=tmp_path / f"offload{i}")
         away = {name for name, module in packed(there).items() if module.codes.is_meta}
         assert away == {name for name in packed(there) if ".1." in name}

@@ -20,7 +20,7 @@ def folder(request, tmp_path):
 
 
 def _final(folder, weights, hidden_states, batch_size=2):
-    loaded = load(ModelConfig(str(folder)), ExecutionConfig(weights=weights))
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig(weights=weights, device="cpu"))
     network = build_network(loaded.model)
     stream = BlockStream(network, loaded.weights, torch.device("cpu"), hidden_states)
     ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
@@ -53,7 +53,7 @@ def test_the_batch_size_changes_nothing_beyond_rounding(folder):
 
 
 def test_a_memory_mapped_file_goes_when_the_stream_is_closed(folder):
-    loaded = load(ModelConfig(str(folder)), ExecutionConfig())
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig(device="cpu"))
     stream = BlockStream(build_network(loaded.model), loaded.weights, torch.device("cpu"), "disk")
     stream.open(torch.ones(2, 4, dtype=torch.long), 1)
     scratch = [s.name for s in stream._scratch]
@@ -64,7 +64,7 @@ def test_a_memory_mapped_file_goes_when_the_stream_is_closed(folder):
 
 
 def test_the_checkpoints_own_tensors_are_what_is_computed_with(folder):
-    loaded = load(ModelConfig(str(folder)), ExecutionConfig())
+    loaded = load(ModelConfig(str(folder)), ExecutionConfig(device="cpu"))
     stored = {k: v for shard in folder.glob("*.safetensors") for k, v in load_file(shard).items()}
     parameters = dict(loaded.model.named_parameters())
     shared = [name for name in stored if name in parameters]

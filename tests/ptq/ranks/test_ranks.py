@@ -60,7 +60,8 @@ def make(folder, model, scheme, steps, **changes):
         "steps": steps,
         "outputs": str(folder / "outputs"),
         "store": str(folder / "store"),
-        "execution": {"save": True},
+        # Processes that are forked may not begin CUDA.
+        "execution": {"save": True, "device": "cpu"},
     }
     return recipe_from({**base, **changes})
 

@@ -53,7 +53,8 @@ def adapted(model, folder):
 def corrected(place, model, weight, rank=4, **changes):
     scheme = changes.pop("scheme", {"weight": weight})
     steps = changes.pop("steps", {"lowrank": {"rank": rank}})
-    return tiny_recipe(place, model, scheme, steps, **{"export": FOLDER, **changes})
+    here = {"execution": {"device": "cpu", **changes.pop("execution", {})}}
+    return tiny_recipe(place, model, scheme, steps, **{"export": FOLDER, **here, **changes})
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,8 @@ INT4 = {"bits": 4, "granularity": "group", "group_size": 32}
 def make(tmp_path, model, scheme, **changes):
     """A recipe with that scheme on a local model."""
     changes = {"steps": {"rtn": {}} if scheme.get("weight") else {}, **changes}
-    return tiny_recipe(tmp_path, model, scheme, changes.pop("steps"), **changes)
+    here = {"device": "cpu", **changes.pop("execution", {})}
+    return tiny_recipe(tmp_path, model, scheme, changes.pop("steps"), execution=here, **changes)
 
 
 @pytest.fixture(scope="module")

@@ -57,12 +57,19 @@ def test_a_large_product_is_numpys_whatever_the_layout(a, b):
     columns=st.sampled_from([130, 1024]),
     bias=st.booleans(),
 )
-def test_filling_rows_up_changes_no_bit(count, inner, columns, bias):
+def test_filling_rows_up_changes_nothing_beyond_rounding(count, inner, columns, bias):
     x, w, b = normal(count, inner), normal(columns, inner, seed=1), normal(columns, seed=2) if bias else None
     expected = torch.ops.mkldnn._linear_pointwise(x, w, b, "none", [], "")
     with fast_linears():
         got = linear(x, w, b)
-    assert torch.equal(got, expected if x.numel() * columns >= SMALL else nn.functional.linear(x, w, b))
+    if x.numel() * columns < SMALL:
+        assert torch.equal(got, nn.functional.linear(x, w, b))
+        return
+    # Which loop oneDNN takes may depend on the number of rows (on an Intel Xeon with torch 2.11 it did, on AMD's Zen 3 and 4 not).
+    bound = inner * torch.finfo(x.dtype).eps * (nn.functional.linear(x.abs(), w.abs()) + (0 if b is None else b.abs()))
+    assert bool(((got - expected).abs() <= bound).all())
+    with fast_linears():
+        assert torch.equal(linear(x, w, b), got)
 
 
 def test_few_numbers_of_rows_are_multiplied_up_to_a_thousand():
