@@ -18,6 +18,8 @@ from ptq.network.replaced import hooked
 from ptq.network.staged_pass import StagedPass
 from ptq.ranks.sample_sum import sums_held
 
+Remembered = Callable[[Block, Callable[[], torch.Tensor]], torch.Tensor]
+"""Returns what a function gives for a block: called now, or remembered since it was called for this block before."""
 Watcher = Callable[[torch.Tensor, slice], None]
 """Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
 
@@ -37,11 +39,15 @@ class _Seen(Exception):
 class Samples:
     """The calibration samples as they reach the present block: every earlier block is quantized already.
 
-    `reference` carries the same samples through the unquantized blocks, where a step captures `REFERENCE`.
+    `reference` carries the same samples through the unquantized blocks, where a step captures `REFERENCE`. With `unquantized` the
+    samples are there for proofs of transforms alone, and go through the unquantized blocks themselves: what such a block gives for
+    them in the proof's precision is what the proof compares with, and is the same for every run of the model.
     """
 
-    def __init__(self, stream: BlockStream, flow: Flow, reference: Flow | None = None):
-        self.stream, self.flow, self.reference = stream, flow, reference
+    def __init__(
+        self, stream: BlockStream, flow: Flow, reference: Flow | None = None, unquantized: Remembered | None = None
+    ):
+        self.stream, self.flow, self.reference, self.unquantized = stream, flow, reference, unquantized
         self._kept: dict[int, torch.Tensor] = {}
         self._paused: StagedPass | None = None
 

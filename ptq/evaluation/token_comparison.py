@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch.nn.functional import log_softmax
@@ -11,6 +12,8 @@ from quantize.kernels.matmul import fast_linears
 TOGETHER = 1 << 19
 """Values of logits that are looked at together on a CPU: 2 MiB."""
 Head = Callable[[torch.Tensor], torch.Tensor]
+Remembered = Callable[[tuple[int, int], Callable[[], torch.Tensor]], torch.Tensor]
+"""Returns the baseline's log-probabilities of the chunk of a window that begins at a token: computed now, or remembered."""
 
 
 @dataclass(frozen=True)
@@ -64,12 +67,17 @@ def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: in
 
 
 def compare_tokens(
-    heads: tuple[Head, Head], baseline: torch.Tensor, quantized: torch.Tensor, ids: torch.Tensor, chunk: int
+    heads: tuple[Head, Head],
+    baseline: torch.Tensor,
+    quantized: torch.Tensor,
+    ids: torch.Tensor,
+    chunk: int,
+    remembered: Remembered = lambda place, compute: compute(),
 ) -> TokenComparison:
     """Compares the next-token distributions that follow from two sets of final hidden states (windows, length, channels).
 
     Each has its own of the two `heads`, which differ where the residual stream was turned. Logits exist for `chunk` tokens
-    at a time.
+    at a time; `remembered` may know the baseline's log-probabilities of some chunks, (tokens, vocabulary), and keep others.
     """
     losses = torch.empty(len(ids), dtype=torch.float64)
     before: list[torch.Tensor] = []
@@ -79,10 +87,11 @@ def compare_tokens(
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            first, second = _logits(heads[0], baseline[w : w + 1, span]), _logits(heads[1], quantized[w : w + 1, span])
+            first = remembered((w, span.start), partial(_log_probabilities, heads[0], baseline[w : w + 1, span]))
+            second = _logits(heads[1], quantized[w : w + 1, span])
             start = len(after)
             for r in _pieces(first):
-                p, q = log_softmax(first[r], dim=-1), log_softmax(second[r], dim=-1)
+                p, q = first[r], log_softmax(second[r], dim=-1)
                 before.append(_losses(p, targets[r]).cpu())
                 after.append(_losses(q, targets[r]).cpu())
                 agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
@@ -103,6 +112,14 @@ def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
         return head(hidden)[0].float()
 
 
+def _log_probabilities(head: Head, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns the log-probabilities (tokens, vocabulary) that follow from final hidden states (1, tokens, channels), float32."""
+    logits = _logits(head, hidden)
+    for r in _pieces(logits):
+        logits[r] = log_softmax(logits[r], dim=-1)
+    return logits
+
+
 def _pieces(logits: torch.Tensor) -> list[slice]:
     """Returns the tokens that are looked at together: on a CPU few, whose probabilities stay in its caches from pass to pass."""
     count = max(1, TOGETHER // logits.shape[1]) if logits.device.type == "cpu" else len(logits)
@@ -115,12 +132,9 @@ def _losses(log_probabilities: torch.Tensor, targets: torch.Tensor) -> torch.Ten
 
 
 def _divergence(p: torch.Tensor, q: torch.Tensor) -> torch.Tensor:
-    """Returns KL(p || q) of each token, float64 (tokens,), out of log-probabilities (tokens, vocabulary); overwrites both.
-
-    Chunks of logits are the largest tensors of an evaluation: no third one is made.
-    """
+    """Returns KL(p || q) of each token, float64 (tokens,), out of log-probabilities (tokens, vocabulary); overwrites q."""
     difference = q.neg_().add_(p)
-    return torch.einsum("tv,tv->t", p.exp_(), difference).double()
+    return torch.einsum("tv,tv->t", p.exp(), difference).double()
 
 
 def _chunks(ids: torch.Tensor, chunk: int) -> list[tuple[slice, torch.Tensor]]:

@@ -16,6 +16,8 @@ from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer
 
 SPARE = 1.25
 """A model is kept for later runs where this many times its bytes are free beside it: for the copy that a run changes."""
+LEFT = 4
+"""What is kept beside a model leaves at least this many times its bytes free at the time."""
 
 
 class Shared:
@@ -26,19 +28,22 @@ class Shared:
 
     Args:
         models: whether models are kept. One run by itself changes the model that it loads, and shares the rest with its checks.
+        room: bytes that may be kept of what was computed of a kept model (`of_model`).
     """
 
-    def __init__(self, models: bool = True) -> None:
-        self.loads = 0
+    def __init__(self, models: bool = True, room: int = 0) -> None:
+        self.loads, self.room = 0, room
         self._models = models
         self._model: tuple[Hashable, LoadedModel] | None = None
         self._known: dict[Hashable, Any] = {}
+        self._of_model: dict[Hashable, torch.Tensor] = {}
 
     def load(self, config: ModelConfig, execution: ExecutionConfig, store: Store) -> LoadedModel:
         """Returns what `ptq.models.loading.load` does: a copy of the kept model, or the model itself where none can be kept."""
         key = (config, execution.device, execution.weights)
         if self._model is None or self._model[0] != key:
-            self._model = None  # the old one goes before the new one comes
+            self._model = None  # the old one goes before the new one comes, with what was computed of it
+            self._of_model.clear()
             loaded = load(config, execution, store)
             self.loads += 1
             if not self._models or not loaded.weights.resident or not _fits_twice(loaded.model):
@@ -68,6 +73,21 @@ class Shared:
 
         found: Tokens = self.once(("tokens", config, draw), drawn)
         return found
+
+    def of_model(self, key: Hashable, compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        """Returns what `compute` gives of the unchanged model that was loaded last, computed once while that is kept.
+
+        Where there is no room for it, and on other devices than the CPU, it is computed each time. Nobody may change it.
+        """
+        if (found := self._of_model.get(key)) is None:
+            found = compute()
+            if self._model is not None and found.device.type == "cpu" and self._fits(found.nbytes):
+                self._of_model[key] = found
+        return found
+
+    def _fits(self, size: int) -> bool:
+        held = sum(tensor.nbytes for tensor in self._of_model.values())
+        return held + size <= self.room and int(psutil.virtual_memory().available) >= LEFT * size
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Returns what `make` made when it was first asked for under this key."""

@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -278,11 +278,21 @@ def _tune(
 def _compared(
     session: Session, heads: tuple[Head, Head], baseline: Baseline, flow: Flow, tokens: Tokens
 ) -> TokenComparison:
-    """Compares the models' tokens; the ranks share the windows."""
+    """Compares the models' tokens; the ranks share the windows, and points of a sweep what the baseline finds likely."""
     chunk = session.recipe.evaluation.chunk
+    key = (
+        "log-probabilities",
+        tokens.fingerprint,
+        session.recipe.evaluation.batch_size,
+        chunk,
+        torch.get_num_threads(),
+    )
 
     def work(w: slice) -> tuple[torch.Tensor, ...]:
-        return compare_tokens(heads, baseline.hidden[w], flow.hidden[w], tokens.ids[w], chunk).tensors()
+        def remembered(place: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+            return session.shared.of_model((*key, w.start, *place), compute)
+
+        return compare_tokens(heads, baseline.hidden[w], flow.hidden[w], tokens.ids[w], chunk, remembered).tensors()
 
     return TokenComparison(*in_shares(session.world, len(tokens.ids), work))
 

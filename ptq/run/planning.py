@@ -5,10 +5,11 @@ import sys
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import torch
 from safetensors import SafetensorError
 
 from ptq.calibration.rotary import rotary_layouts
-from ptq.calibration.samples import Samples
+from ptq.calibration.samples import Remembered, Samples
 from ptq.calibration.statistics import Statistics
 from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import SchemeConfig
@@ -131,7 +132,16 @@ def plan_steps(session: Session, steps: Mapping[str, Step], context: Context) ->
     """
     with session.journal.phase("plan"):
         plan_all(steps, context, _Plans(session, context).of)
-        context.samples = open_samples(steps, context)
+        context.samples = open_samples(steps, context, _remembered(session, context))
+
+
+def _remembered(session: Session, context: Context) -> Remembered:
+    """Returns who knows what the model's unquantized blocks give for the first batch of the calibration samples."""
+    if context.ids is None:
+        return lambda block, compute: compute()
+    tokens, simulated = session.calibration_tokens().fingerprint, any(context.attentions.values())
+    key = ("output before", tokens, context.batch_size, simulated, torch.get_num_threads())
+    return lambda block, compute: session.shared.of_model((*key, block.index), compute)
 
 
 def plan_all(steps: Mapping[str, Step], context: Context, plan_of: Callable[[Step], StepPlan] | None = None) -> None:
@@ -246,12 +256,29 @@ def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozen
     return frozenset[str]().union(*(step.captures(scheme) for step in steps.values()))
 
 
-def open_samples(steps: Mapping[str, Step], context: Context) -> Samples | None:
-    """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None."""
+def open_samples(
+    steps: Mapping[str, Step], context: Context, remembered: Remembered = lambda block, compute: compute()
+) -> Samples | None:
+    """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None.
+
+    `remembered` may know what unquantized blocks give for that batch, of earlier runs of the model.
+    """
     if context.ids is None:
         return None
     batch, wanted, stream = context.batch_size, captures_of_steps(context.scheme, steps), context.stream
     ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
+    if not wanted & {SAMPLES, REFERENCE} and _proved_apart(steps, context):
+        return Samples(stream, stream.open(ids, batch, changed=False), unquantized=remembered)
     shared = bool(wanted & {SAMPLES, REFERENCE})
     reference = stream.calibration(ids, batch, shared) if REFERENCE in wanted else None
     return Samples(stream, stream.calibration(ids, batch, shared), reference)
+
+
+def _proved_apart(steps: Mapping[str, Step], context: Context) -> bool:
+    """Whether what is there for proofs alone can pass the unquantized blocks: the output before the first transform is theirs then.
+
+    In a mixture it passes what the run quantizes: the result counts the tokens that come to each expert.
+    """
+    transforms = [step for step in steps.values() if step.kind == TRANSFORM]
+    mixtures = any(block.mixtures for block in context.network.blocks)
+    return bool(transforms) and all(step.proved for step in transforms) and not mixtures

@@ -3,6 +3,7 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from ptq.network.replaced import hooked, modules_of, restore
 from ptq.report.results import LayerResult, Size, describe_cached, describe_spec
 from ptq.run.kept.block_file import Unbuildable, read_figures, rebuild, write_block
 from ptq.steps._attention import quantize_attention
-from ptq.steps._proof import Proof, prove
+from ptq.steps._proof import Proof, output_before, prove
 from ptq.steps._step import SOLVER, TRANSFORM, Context, Step
 from quantize.codecs.llm_int8 import outlier_columns
 from quantize.codecs.registry import codec_of
@@ -126,23 +127,38 @@ class QuantizeVisitor:
         """Applies the transforms in order, each proved in the basis that the residual stream has before it."""
         if not self.transforms:
             return
-        samples = self.context.samples
+        samples, plans = self.context.samples, self.context.plans
         witness = samples.flow if samples is not None else self.flow
         _, rows = next(witness.slices())
-        stages = [witness.hidden[rows].to(self.context.stream.device)]
-        plans = self.context.plans
-        for name in reversed(self.transforms):
-            basis = plans[name].basis
-            stages.append(stages[-1] if basis is None else basis.back(stages[-1]))
-        for name, step in self.transforms.items():
+        hidden = witness.hidden[rows].to(self.context.stream.device)
+        before = None
+        if samples is not None and samples.unquantized is not None:
+            before = samples.unquantized(block, partial(output_before, block, self.context, witness, hidden))
+            witness.ahead[block.index] = {0: before}
+        stages = self._stages(hidden, from_first=before is not None)
+        for (name, step), stage in zip(self.transforms.items(), stages, strict=True):
             if not step.proved:
                 step.apply(block, plans[name], self.context)
-                stages.pop()
                 continue
-            error, tolerance = prove(name, step, plans[name], block, self.context, witness, stages.pop())
+            error, tolerance = prove(name, step, plans[name], block, self.context, witness, stage, before)
             self.proofs[name].add(error, tolerance, block.name)
+            before = None
         for name, step in self.transforms.items():
             step.finish(block, plans[name], self.context)
+
+    def _stages(self, hidden: torch.Tensor, from_first: bool) -> list[torch.Tensor]:
+        """Returns `hidden` (samples, length, channels) in the basis before each transform; it comes in the first one's, or as all
+        of them leave it.
+        """
+        bases = [self.context.plans[name].basis for name in self.transforms]
+        stages = [hidden]
+        if from_first:
+            for basis in bases[:-1]:
+                stages.append(stages[-1] if basis is None else basis.forward(stages[-1]))
+            return stages
+        for basis in reversed(bases):
+            stages.append(stages[-1] if basis is None else basis.back(stages[-1]))
+        return stages[:0:-1]
 
     def _describe_attentions(self, block: Block) -> None:
         """Notes what stands in the block's attentions. Raises `UserError` where the scheme asks for more than stands there."""

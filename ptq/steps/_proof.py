@@ -35,8 +35,23 @@ class Proof:
 
 
 @torch.no_grad()
+def output_before(block: Block, context: Context, flow: Flow, hidden: torch.Tensor) -> torch.Tensor:
+    """Returns what `block` gives for the first batch of `flow`, `hidden`, in the precision that its transforms are proved in."""
+    # Not evaluated: products may be the fast ones.
+    with fast_linears():
+        return telling_output(context.stream, flow, block, hidden)
+
+
+@torch.no_grad()
 def prove(
-    name: str, step: Step, plan: StepPlan, block: Block, context: Context, flow: Flow, hidden: torch.Tensor
+    name: str,
+    step: Step,
+    plan: StepPlan,
+    block: Block,
+    context: Context,
+    flow: Flow,
+    hidden: torch.Tensor,
+    before: torch.Tensor | None = None,
 ) -> tuple[float, float]:
     """Applies the transform `step` to `block` and compares the block's output on the first batch of `flow`.
 
@@ -50,6 +65,7 @@ def prove(
         context: what the step sees.
         flow: how the model calls the block.
         hidden: the first batch (samples, length, channels), in the basis before the step.
+        before: what `output_before` gives for it, where that is known.
 
     Returns:
         The relative error, and what rounding may cause at most.
@@ -58,9 +74,8 @@ def prove(
         UserError: when the error is beyond that tolerance, or a weight has become too great for the model's type.
     """
     try:
-        # Neither output is evaluated: products may be the fast ones.
-        with fast_linears():
-            before = telling_output(context.stream, flow, block, hidden)
+        if before is None:
+            before = output_before(block, context, flow, hidden)
         if not bool(torch.isfinite(before).all()):
             raise UserError(
                 f"steps.{name}: {block.name} gives NaN or inf before the step: there is nothing to prove it by: "

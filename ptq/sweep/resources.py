@@ -46,13 +46,22 @@ def jobs_that_fit(jobs: int, recipes: Sequence[Recipe]) -> tuple[int, str]:
 
     Of points that share model, calibration, evaluation and execution one is looked at.
     """
-    if jobs == 1 or not recipes:
+    if jobs == 1 or (found := _need_and_there(recipes)) is None:
         return jobs, ""
-    kinds = {(r.model, r.calibration, r.evaluation, r.execution, tuple(r.steps)): r for r in recipes}
-    needs = [need for recipe in kinds.values() if (need := memory_need(recipe)) is not None]
-    if not needs:
-        return jobs, ""
-    need, there = max(needs), min(memory_of(recipe) for recipe in kinds.values())
+    need, there = found
     fit = max(1, min(jobs, there // need))
     line = f"memory: some {need / 2**30:.1f} GiB a point, {there / 2**30:.1f} GiB there"
     return fit, f"{line}: {fit} at once" + (f" instead of {jobs}" if fit < jobs else "")
+
+
+def room_of(jobs: int, recipes: Sequence[Recipe]) -> int:
+    """Returns the bytes that each of `jobs` processes may keep of what it computes of a model: half of what their points leave."""
+    found = _need_and_there(recipes)
+    return 0 if found is None else max(0, found[1] // jobs - found[0]) // 2
+
+
+def _need_and_there(recipes: Sequence[Recipe]) -> tuple[int, int] | None:
+    """Returns the memory that the greediest of some points needs, and what there is; None where neither is known."""
+    kinds = {(r.model, r.calibration, r.evaluation, r.execution, tuple(r.steps)): r for r in recipes}
+    needs = [need for recipe in kinds.values() if (need := memory_need(recipe)) is not None]
+    return (max(needs), min(memory_of(recipe) for recipe in kinds.values())) if needs else None

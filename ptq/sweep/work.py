@@ -24,7 +24,7 @@ def shared_of_process() -> Shared:
     return Shared()
 
 
-def work_on(folder: str, number: int, threads: int, force: bool = False) -> str:
+def work_on(folder: str, number: int, threads: int, force: bool = False, room: int = 0) -> str:
     """Runs one point of the sweep in `folder` and writes where it stands. Returns the kind of its status.
 
     Its mistakes and failures become its status; only what ends the process (Ctrl-C, a signal) goes through.
@@ -34,10 +34,12 @@ def work_on(folder: str, number: int, threads: int, force: bool = False) -> str:
         number: of the point.
         threads: of the arithmetic.
         force: run it again although it is finished.
+        room: bytes that this process may keep of what it computes of a model, for its next points.
     """
     sweep = read_sweep(pathlib.Path(folder))
     point = next(p for p in sweep.points if p.number == number)
     # Relative paths in recipes mean the folder that the sweep was started in, wherever a launcher starts this.
+    shared_of_process().room = room
     with contextlib.chdir(sweep.cwd), threads_set(threads):
         return run_point(sweep, point, shared_of_process(), force).kind
 

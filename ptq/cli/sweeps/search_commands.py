@@ -121,7 +121,7 @@ def run(search: "Search", sweep: "Sweep", options: argparse.Namespace, launcher_
     from ptq.sweep.display import Display
     from ptq.sweep.launchers.base import Task, build_launcher, shares_this_machine
     from ptq.sweep.points import Point
-    from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
+    from ptq.sweep.resources import jobs_that_fit, room_of, threads_for, threads_set
     from ptq.sweep.search.loop import conclude, run_search
     from ptq.sweep.search.space import combinations
 
@@ -145,9 +145,11 @@ def run(search: "Search", sweep: "Sweep", options: argparse.Namespace, launcher_
         print(f"search {sweep.name}: {words}; would write to {sweep.folder}")
         return 0
     name, jobs = options.launcher or "processes", min(options.jobs or 1, search.trials)
+    room = 0
     if shares_this_machine(name, launcher_options):
         recipe = make(0, ()).recipe
         jobs, line = jobs_that_fit(jobs, [] if recipe is None else [recipe])
+        room = room_of(jobs, [] if recipe is None else [recipe])
         if line:
             screen.print(line)
     threads = options.threads or threads_for(jobs)
@@ -155,7 +157,7 @@ def run(search: "Search", sweep: "Sweep", options: argparse.Namespace, launcher_
     known = f"{len(sweep.points)} points so far; " if sweep.points else ""
     screen.print(f"search {sweep.name}: {words}; {known}{sweep.folder}", soft_wrap=True)
     with threads_set(threads):
-        task = Task(str(sweep.folder), threads, options.force)
+        task = Task(str(sweep.folder), threads, options.force, room)
         finding = run_search(search, sweep, launcher, task, jobs, make, display)
     conclude(finding, search, display)
     screen.print(f"results: {sweep.folder}", soft_wrap=True)

@@ -150,7 +150,7 @@ def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int
     from ptq.sweep.display import Display
     from ptq.sweep.launchers.base import Task, build_launcher, shares_this_machine
     from ptq.sweep.loop import check_points, conclude, run_sweep
-    from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
+    from ptq.sweep.resources import jobs_that_fit, room_of, threads_for, threads_set
 
     for name in ("jobs", "threads"):
         if (value := getattr(options, name)) is not None and value < 1:
@@ -174,7 +174,10 @@ def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int
     refused = sum(bool(point.refused) for point in checked)
     counts = f"{len(checked)} points, {len(finished)} finished before{f', {refused} refused' if refused else ''}"
     display.console.print(f"sweep {made.name}: {counts}; {made.folder}")
-    finding = run_sweep(made, launcher, Task(str(made.folder), threads, options.force), finished, display)
+    missing = [p.recipe for p in made.points if p.recipe and not p.refused and p.number not in finished]
+    room = room_of(jobs, missing) if name == "here" or shares_this_machine(name, own) else 0
+    task = Task(str(made.folder), threads, options.force, room)
+    finding = run_sweep(made, launcher, task, finished, display)
     conclude(finding, display)
     return 0 if finding.whole else EXIT_UNFINISHED
 

@@ -10,11 +10,19 @@ from ptq.errors import UserError, nearest
 
 @dataclass(frozen=True)
 class Task:
-    """What every point is started with: the sweep's folder, threads of a point's arithmetic, whether finished ones run again."""
+    """What every point is started with.
+
+    Attributes:
+        folder: of the sweep.
+        threads: of a point's arithmetic.
+        force: whether finished ones run again.
+        room: bytes that a process may keep of what it computes of a model, for its next points.
+    """
 
     folder: str
     threads: int
     force: bool = False
+    room: int = 0
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ class Here:
             yield None
             if number is None:
                 continue
-            work_on(task.folder, number, task.threads, task.force)
+            work_on(task.folder, number, task.threads, task.force, task.room)
             yield Ended(number)
 
 

@@ -34,7 +34,9 @@ class Processes:
             while busy or not feed.ended:
                 for slot in set(range(self.jobs)) - {slot for slot, _ in busy.values()}:
                     if (number := feed.take()) is not None:
-                        future = self._executor(slot).submit(work_on, task.folder, number, task.threads, task.force)
+                        future = self._executor(slot).submit(
+                            work_on, task.folder, number, task.threads, task.force, task.room
+                        )
                         busy[future] = slot, number
                 over, _ = wait(busy, timeout=TICK_SECONDS, return_when=FIRST_COMPLETED)
                 for future in over:

@@ -37,7 +37,7 @@ class Ray:
         try:
             while busy or not feed.ended:
                 while (number := feed.take()) is not None:
-                    busy[remote.remote(task.folder, number, task.threads, task.force)] = number
+                    busy[remote.remote(task.folder, number, task.threads, task.force, task.room)] = number
                 over, _ = ray.wait(list(busy), num_returns=1, timeout=TICK_SECONDS)
                 for reference in over:
                     yield Ended(busy.pop(reference), _problem(reference))

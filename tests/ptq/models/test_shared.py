@@ -1,10 +1,13 @@
 """Runs that share a load: each gets the model as it was read, whatever the runs before it did to theirs."""
 
+import importlib
+
 import pytest
 import torch
 
 from ptq.config.building import recipe_from
 from ptq.data.sources import read_text
+from ptq.errors import UserError
 from ptq.files.store import Store
 from ptq.models.shared import Shared
 from ptq.run.experiment import finished_before, run_recipe
@@ -33,16 +36,17 @@ def make(folder, model, scheme, steps):
     )
 
 
-@pytest.mark.parametrize("kind", ["llama", "opt"])
-def test_runs_that_share_a_load_give_the_bits_of_runs_by_themselves(tmp_path, request, kind):
+@pytest.mark.parametrize(("kind", "room"), [("llama", 1 << 30), ("llama", 0), ("llama", 1 << 16), ("opt", 1 << 30)])
+def test_runs_that_share_a_load_give_the_bits_of_runs_by_themselves(tmp_path, request, kind, room):
     model = request.getfixturevalue(f"tiny_{kind}")
-    shared = Shared()
+    shared = Shared(room=room)
     together = [run_recipe(make(tmp_path / "a", model, *point), shared=shared).metrics for point in POINTS]
     alone = [run_recipe(make(tmp_path / "b", model, *point)).metrics for point in POINTS]
     assert shared.loads == 1
     for one, other in zip(together, alone, strict=True):
         assert one["window_losses"] == other["window_losses"]
         assert one["kl_mean"] == other["kl_mean"]
+        assert one["token_statistics"] == other["token_statistics"]
         assert one["identity"] == other["identity"]
     copies = [
         shared.load(
@@ -90,3 +94,47 @@ def test_a_run_that_was_finished_reads_each_text_once_and_builds_no_network(tmp_
     assert run_recipe(recipe).folder == first.folder
     assert sorted(read) == ["data.calibration", "data.evaluation"]
     assert "finished before" in capsys.readouterr().out
+
+
+def counted(monkeypatch, place):
+    """Counts the calls of a function, by its full name."""
+    calls = []
+    module, _, name = place.rpartition(".")
+    real = getattr(importlib.import_module(module), name)
+    monkeypatch.setattr(place, lambda *arguments, **options: calls.append(name) or real(*arguments, **options))
+    return calls
+
+
+@pytest.mark.parametrize(("room", "times"), [(1 << 30, 1), (0, 2)])
+def test_outputs_of_unquantized_blocks_and_what_the_baseline_finds_likely_are_computed_once_where_there_is_room(
+    tmp_path, tiny_llama, monkeypatch, room, times
+):
+    outputs = counted(monkeypatch, "ptq.steps._proof.telling_output")
+    likely = counted(monkeypatch, "ptq.evaluation.token_comparison._log_probabilities")
+    shared = Shared(room=room)
+    for alpha in (0.3, 0.6):
+        run_recipe(make(tmp_path, tiny_llama, STATIC, {"smooth": {"alpha": alpha}, "rtn": {}}), shared=shared)
+    blocks, windows = 4, 4
+    assert len(outputs) == times * blocks
+    assert len(likely) == times * windows
+
+
+def test_what_is_kept_of_a_model_goes_with_it(tmp_path, tiny_llama, tiny_opt):
+    shared = Shared(room=1 << 30)
+    for model in (tiny_llama, tiny_opt):
+        recipe = make(tmp_path, model, *POINTS[0])
+        shared.load(recipe.model, recipe.execution, Store(tmp_path))
+        assert shared.of_model("kept", lambda: torch.zeros(1)).item() == 0
+        assert shared.of_model("kept", lambda: torch.ones(1)).item() == 0
+    assert shared.loads == 2
+    assert Shared(models=False, room=1 << 30).of_model("kept", lambda: torch.ones(1)).item() == 1
+
+
+def test_a_transform_that_changes_the_function_is_found_where_the_output_before_is_remembered(
+    tmp_path, tiny_llama, monkeypatch
+):
+    shared = Shared(room=1 << 30)
+    run_recipe(make(tmp_path, tiny_llama, STATIC, {"smooth": {"alpha": 0.3}, "rtn": {}}), shared=shared)
+    monkeypatch.setattr("ptq.steps.transforms.smooth.multiply_columns", lambda weight, scale: None)
+    with pytest.raises(UserError, match=r"steps.smooth: changes the output of model.layers.0"):
+        run_recipe(make(tmp_path, tiny_llama, STATIC, {"smooth": {"alpha": 0.6}, "rtn": {}}), shared=shared)

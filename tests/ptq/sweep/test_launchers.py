@@ -8,7 +8,7 @@ import pytest
 from ptq.errors import UserError
 from ptq.sweep.launchers import base
 from ptq.sweep.launchers.base import LAUNCHERS, Ended, Task, build_launcher, shares_this_machine
-from ptq.sweep.resources import jobs_that_fit, threads_for, threads_set
+from ptq.sweep.resources import jobs_that_fit, room_of, threads_for, threads_set
 
 FIGURES = ("quantized_perplexity", "kl_mean", "difference_low", "top1_agreement", "model_bits")
 WORDS = {
@@ -130,14 +130,16 @@ def test_threads_and_memory_are_divided(swept, monkeypatch):
     monkeypatch.setattr("ptq.sweep.resources.memory_of", lambda recipe: 3 << 30)
     monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: 1 << 30)
     assert jobs_that_fit(8, recipes) == (3, "memory: some 1.0 GiB a point, 3.0 GiB there: 3 at once instead of 8")
+    assert [room_of(n, recipes) for n in (1, 2, 3)] == [1 << 30, 1 << 28, 0]
     monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: 4 << 30)
     assert jobs_that_fit(2, recipes)[0] == 1
     monkeypatch.setattr("ptq.sweep.resources.memory_need", lambda recipe: None)
     assert jobs_that_fit(2, recipes) == (2, "")
+    assert room_of(2, recipes) == 0
 
 
 def test_a_process_whose_memory_has_grown_keeps_the_model_that_it_has_loaded(tmp_path, monkeypatch):
-    def grow(folder, number, threads, force):
+    def grow(folder, number, threads, force, room):
         import os
         import pathlib
         import sys
