@@ -5,8 +5,8 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import scipy
 import torch
-from scipy import stats
 
 from ptq.evaluation.interval import FEWEST
 
@@ -72,7 +72,7 @@ def paired(
     generator = torch.Generator().manual_seed(seed)
     residual = sums - mean * sizes
     error = math.sqrt(clusters / (clusters - 1) * float((residual**2).sum())) / float(sizes.sum())
-    t = stats.t(clusters - 1)
+    t = scipy.stats.t(clusters - 1)  # scipy imports its statistics, half a second, when they are asked for
     tail = (1 - confidence) / 2
     if clusters < FEWEST:
         half = float(t.ppf(1 - tail)) * error

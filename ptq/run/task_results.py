@@ -6,9 +6,6 @@ import json
 import pathlib
 from collections.abc import Iterator
 
-import pyarrow
-import pyarrow.parquet
-
 from ptq.data.sampling import beginning
 from ptq.errors import UserError
 from ptq.evaluation.tasks.accuracy import TaskResult, accuracy_difference
@@ -103,6 +100,9 @@ def _begins(session: Session) -> str:
 
 
 def _write(path: pathlib.Path, baseline: list[Sample], quantized: list[Sample]) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
     columns = {name: [getattr(s, name) for s in baseline] for name in ("task", "sample", "metric", "target", "prompt")}
     for name, samples in (("baseline", baseline), ("quantized", quantized)):
         columns[f"{name}_right"] = [s.right for s in samples]

@@ -9,9 +9,6 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
-
 from ptq.files.atomic import write_atomic, write_text
 from ptq.sweep.points import Sweep, split
 from ptq.sweep.status import DONE, Status, metrics_of, status_of
@@ -81,18 +78,36 @@ def rows_of(sweep: Sweep) -> list[Row]:
 
 
 def write_table(folder: pathlib.Path, rows: Sequence[Row]) -> None:
-    """Writes ``points.json``, ``points.csv`` and ``points.parquet`` into the sweep's folder, each whole or not at all."""
+    """Writes ``points.csv``, ``points.parquet`` and ``points.json`` into the sweep's folder, each whole or not at all.
+
+    ``points.json`` comes last: where it has these rows already, all three do.
+    """
     flat = [row.flat() for row in rows]
+    csv_file, parquet_file, json_file = (folder / f"points.{kind}" for kind in ("csv", "parquet", "json"))
+    text = json.dumps(flat, indent=1) + "\n"
+    if csv_file.is_file() and parquet_file.is_file() and _text_of(json_file) == text:
+        return
+    # With it comes pandas, which takes a second: a sweep that is finished writes nothing.
+    import pyarrow
+    import pyarrow.parquet
+
+    types = {"whole": pyarrow.int64(), "number": pyarrow.float64(), "text": pyarrow.string()}
     names = list(dict.fromkeys(name for row in flat for name in row)) or list(COLUMNS)
-    write_text(folder / "points.json", json.dumps(flat, indent=1) + "\n")
     buffer = io.StringIO()
     writer = csv.DictWriter(buffer, names, lineterminator="\n")
     writer.writeheader()
     writer.writerows(flat)
-    write_text(folder / "points.csv", buffer.getvalue())
-    columns = {name: [row[name] for row in flat] for name in names}
-    table = pyarrow.table({name: pyarrow.array(values, _type(name, values)) for name, values in columns.items()})
-    write_atomic(folder / "points.parquet", lambda path: pyarrow.parquet.write_table(table, path))
+    write_text(csv_file, buffer.getvalue())
+    columns = {name: pyarrow.array([row[name] for row in flat], types[_kind(name)]) for name in names}
+    write_atomic(parquet_file, lambda path: pyarrow.parquet.write_table(pyarrow.table(columns), path))
+    write_text(json_file, text)
+
+
+def _text_of(path: pathlib.Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, ValueError):
+        return None
 
 
 def by_result(rows: Sequence[Row]) -> list[Row]:
@@ -142,7 +157,8 @@ def _number(value: Any) -> float | None:
     return float(value) if isinstance(value, int | float) and not isinstance(value, bool) else None
 
 
-def _type(name: str, values: Sequence[Any]) -> pyarrow.DataType:
+def _kind(name: str) -> str:
+    """Returns what a column holds: ``whole`` numbers, a ``number`` or ``text``."""
     if name == "point":
-        return pyarrow.int64()
-    return pyarrow.float64() if name in {*FIGURES, "model_bits", "seconds"} else pyarrow.string()
+        return "whole"
+    return "number" if name in {*FIGURES, "model_bits", "seconds"} else "text"

@@ -4,6 +4,7 @@ Hydra composes; the schema in `ptq.config.schema` judges. A value override may t
 YAML mentions it or not, and whatever the schema does not know is refused there, with the nearest key.
 """
 
+import copy
 import itertools
 import pathlib
 import re
@@ -92,8 +93,8 @@ def compose_jobs(config: pathlib.Path, overrides: list[str], multirun: bool = Fa
     """
     lines = [quoted(_bounded(line)) for line in overrides]
     with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
-        points = list(_points(_parse(lines, loader, config), multirun))
-        return [_job(config, list(point), trust) for point in points]
+        points, files = list(_points(_parse(lines, loader, config), multirun)), _Files(config)
+        return [_job(files, list(point), trust) for point in points]
 
 
 def compose_points(
@@ -109,12 +110,12 @@ def compose_points(
     composed: list[Composed] = []
     lines = [quoted(_bounded(line)) for line in overrides]
     with _hydra(config.parent, environment(trust, lines)) as loader, _one_line(config):
-        parsed = _parse(lines, loader, config)
+        parsed, files = _parse(lines, loader, config), _Files(config)
         for point in _zipped(parsed) if zipped else _points(parsed, True):
             chosen = tuple(line.lstrip("+") for line, swept in point if swept)
             try:
                 with _one_line(config):
-                    job = _job(config, list(point), trust)
+                    job = _job(files, list(point), trust)
                     job.check_paths()
                 composed.append(Composed(chosen, job.recipe))
             except UserError as error:
@@ -263,9 +264,36 @@ def _axes(overrides: list[Override], multirun: bool) -> list[list[tuple[str, boo
     return axes
 
 
-def _job(config: pathlib.Path, point: list[tuple[str, bool]], trust: bool) -> Job:
-    lines = [line for line, _ in point]
-    composed = _composed(config, lines)
+class _Files:
+    """Composes the points of a recipe file: those that choose the same files, and differ in values, share what the files give."""
+
+    def __init__(self, config: pathlib.Path):
+        self.config = config
+        self._given: dict[tuple[str, ...], DictConfig] = {}
+
+    def composed(self, lines: list[str]) -> DictConfig:
+        """Returns what `_composed` does."""
+        overrides = OverridesParser.create().parse_overrides(lines)
+        # What is deleted may be a value's key, whose place among the values counts: Hydra does all of it then.
+        if any(o.is_delete() or o.package is not None for o in overrides):
+            return _composed(self.config, lines)
+        values = [o.is_force_add() and not _is_group(o.key_or_group, self.config.parent) for o in overrides]
+        choices = tuple(line for line, value in zip(lines, values, strict=True) if not value)
+        if choices not in self._given:
+            self._given[choices] = _composed(self.config, list(choices))
+        found = copy.deepcopy(self._given[choices])
+        try:
+            for override in itertools.compress(overrides, values):
+                # As Hydra does after it has put the files together, in the order of the lines.
+                OmegaConf.update(found, override.key_or_group, override.value(), merge=True, force_add=True)
+        except OmegaConfBaseException:
+            return _composed(self.config, lines)  # Hydra says what is wrong.
+        return found
+
+
+def _job(files: _Files, point: list[tuple[str, bool]], trust: bool) -> Job:
+    config, lines = files.config, [line for line, _ in point]
+    composed = files.composed(lines)
     check_interpolations(_plain(composed, resolve=False), config.name)
     plain = _plain(composed)
     plain.setdefault("name", named(config.stem))

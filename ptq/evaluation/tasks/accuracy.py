@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from scipy import stats
+import scipy
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ def accuracy_difference(
     before, after = sum(map(bool, baseline)) / n, sum(map(bool, quantized)) / n
     if lost + won == 0:
         return TaskResult(task, metric, n, before, after, 0.0, 0.0, 0.0, 0, 0, 1.0, bos)
-    test = stats.binomtest(won, won + lost, 0.5)
+    test = scipy.stats.binomtest(won, won + lost, 0.5)
     ends = test.proportion_ci(confidence, "exact")
     scale = (won + lost) / n
     low, high = ((2 * float(end) - 1) * scale for end in (ends.low, ends.high))

@@ -2,18 +2,14 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Generic, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, Protocol, TypeVar
 
 import torch
-from transformers.core_model_loading import (
-    Concatenate,
-    MergeModulelist,
-    WeightConverter,
-    WeightTransform,
-    revert_weight_conversion,
-)
 
 from ptq.files.safetensors_file import StoredTensor, TensorDigests
+
+if TYPE_CHECKING:
+    from transformers.core_model_loading import WeightTransform
 
 HALVES = 2
 """Parts of an expert's matrix that a checkpoint may hold apart: gate and up."""
@@ -134,8 +130,11 @@ class StackedTensor(Generic[M]):
         return self.matrices[index]
 
 
-def only_stacks(mapping: Sequence[WeightTransform]) -> bool:
+def only_stacks(mapping: "Sequence[WeightTransform]") -> bool:
     """Returns whether all that transformers does to a checkpoint's tensors is to rename, stack and join them."""
+    # Imports torch.distributed, a second: a sweep that is finished loads nothing.
+    from transformers.core_model_loading import Concatenate, MergeModulelist, WeightConverter
+
     converters = [entry for entry in mapping if isinstance(entry, WeightConverter)]
     return all(type(op) in {MergeModulelist, Concatenate} for entry in converters for op in entry.operations)
 
@@ -153,6 +152,8 @@ def stacked_tensors(
         names: of parameters that the checkpoint does not hold as they are.
         stored: what it holds, by its own names.
     """
+    from transformers.core_model_loading import revert_weight_conversion
+
     shapes = {name: tuple(model.get_parameter(name).shape) for name in names}
     if any(len(shape) != 3 for shape in shapes.values()):
         return None
