@@ -12,9 +12,11 @@ baseline's hidden states. Every part works in a temporary folder with a store of
 import argparse
 import csv
 import json
+import math
 import os
 import pathlib
 import random
+import shutil
 import signal
 import statistics
 import subprocess
@@ -147,28 +149,37 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
     start = ["run", "--config", "tiny.yaml", "-m", "steps.smooth.alpha=0.2,0.4,0.6", "calibration.samples=4,6", "scheme.weight.bits=3,4", "--jobs", "2", "--threads", "1"]  # fmt: skip
     timed(folder / "undisturbed", *start, threads=1)
     place, killed = folder / "disturbed", {"point": 0, "launcher": 0, "lease holder": 0}
-    words = start
+    words, begun, starts = start, time.perf_counter(), 0
     while sum(killed.values()) < count:
         process = subprocess.Popen(
             command(*words), cwd=place, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
         )
+        starts += 1
         while process.poll() is None and sum(killed.values()) < count:
-            kind = min(killed, key=lambda name: (killed[name], name))
-            time.sleep(drawn.uniform(0.0, 0.3))
-            if kind == "launcher":
-                if _holders(place / "outputs"):
-                    process.kill()
-                    killed[kind] += 1
+            # Whoever holds a lease does so for a moment: the next one is killed, until a third of all kills were such.
+            holding = [pid for pid in _holders(place / "store") if pid != process.pid]
+            working = [pid for pid in _holders(place / "outputs") if pid != process.pid]
+            kind = min(("point", "launcher"), key=lambda name: (killed[name], name))
+            if holding and killed["lease holder"] < math.ceil(count / len(killed)):
+                kind, pids = "lease holder", holding
+            elif not working or 3 * (killed["point"] + killed["launcher"]) >= 2 * count:
+                time.sleep(0.005)
                 continue
-            pids = [pid for pid in _holders(place / ("outputs" if kind == "point" else "store")) if pid != process.pid]
-            if pids:
-                _kill(drawn.choice(pids))
-                killed[kind] += 1
-                time.sleep(0.5)
+            else:
+                time.sleep(drawn.uniform(0.0, 0.5))
+                pids = [process.pid] if kind == "launcher" else working
+            _kill(drawn.choice(pids))
+            killed[kind] += 1
+            print(f"{time.perf_counter() - begun:.0f} s: {killed}", flush=True)
+            while kind == "launcher" and process.poll() is None:
+                time.sleep(0.005)
         process.wait()
         words = ["sweep", "resume", str(sweep_folder(place)), "--jobs", "2", "--threads", "1"]
         if sum(killed.values()) < count and all(row["status"] == "done" for row in table(place)):
+            # Again from nothing: of a store that has everything nobody holds a lease.
+            shutil.rmtree(place / "store")
             words.append("--force")
+    print(f"{starts} starts")
     for _ in range(5):
         ended = subprocess.run(
             command("sweep", "resume", str(sweep_folder(place)), "--threads", "1"), cwd=place, stdout=subprocess.DEVNULL
