@@ -25,6 +25,7 @@ import tempfile
 import time
 from typing import Any
 
+import psutil
 import yaml
 
 ALPHAS = ",".join(f"{0.025 + 0.05 * i:.3f}" for i in range(20))
@@ -157,8 +158,8 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
         starts += 1
         while process.poll() is None and sum(killed.values()) < count:
             # Whoever holds a lease does so for a moment: the next one is killed, until a third of all kills were such.
-            holding = [pid for pid in _holders(place / "store") if pid != process.pid]
-            working = [pid for pid in _holders(place / "outputs") if pid != process.pid]
+            holding = [pid for pid in _holders(place / "store") if _parent(pid) == process.pid]
+            working = [pid for pid in _holders(place / "outputs") if _parent(pid) == process.pid]
             kind = min(("point", "launcher"), key=lambda name: (killed[name], name))
             if holding and killed["lease holder"] < math.ceil(count / len(killed)):
                 kind, pids = "lease holder", holding
@@ -250,6 +251,14 @@ def _holders(folder: pathlib.Path) -> list[int]:
             continue
         found.append(pid)
     return found
+
+
+def _parent(pid: int) -> int | None:
+    """Returns the process that started `pid`: what a killed launcher leaves behind has another one, until it ends by itself."""
+    try:
+        return psutil.Process(pid).ppid()
+    except psutil.NoSuchProcess:
+        return None
 
 
 def _kill(pid: int) -> None:

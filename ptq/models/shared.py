@@ -68,7 +68,7 @@ class Shared:
         """
 
         def drawn() -> Tokens:
-            known = tokenizer_fingerprint(config, store)
+            known = self.once(("tokenizer fingerprint", config), lambda: tokenizer_fingerprint(config, store))
             return kept_tokens(draw, lambda: self.tokenizer(config, store), known, store)
 
         found: Tokens = self.once(("tokens", config, draw), drawn)

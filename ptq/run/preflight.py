@@ -89,7 +89,7 @@ def check_model(
     Args:
         recipe: what is to be run.
         steps: its steps.
-        shared: keeps the tokenizer and the windows for the run that follows.
+        shared: keeps the tokenizer and the windows for the run that follows, and the model's shapes for other points of a sweep.
         network: the model on the meta device; None to build it.
         weights: whether the model's weights have to be there; without, a config.json is enough, and so are texts without a
             tokenizer.
@@ -102,7 +102,8 @@ def check_model(
         )
         _check_statistics_file(recipe, steps)
         return lines
-    network = network or skeleton(recipe.model, store, weights)
+    if network is None:
+        network = shared.once(("shapes", recipe.model, weights), lambda: skeleton(recipe.model, store, weights))
     if not weights:
         lines.append(f"model: {recipe.model.path} has no weights here: what follows goes by its config.json")
     if weights and (place := locate(recipe.model)).kind == "directory":

@@ -1,9 +1,11 @@
 """From a recipe's steps to `Step` objects: shipped ones by name, others by the import path in ``_target_``."""
 
 import dataclasses
+import functools
 import importlib
 import pkgutil
 import shlex
+from collections.abc import Mapping
 from typing import Any
 
 import ptq.steps.solvers
@@ -19,7 +21,8 @@ TARGET = "_target_"
 """The key of a step's import path, for one that does not come with this package."""
 
 
-def shipped() -> dict[str, str]:
+@functools.cache
+def shipped() -> Mapping[str, str]:
     """Returns the steps that come with this package, one module each: by name, where that module is."""
     folders = {
         m.__name__: list(m.__path__) for m in (ptq.steps, ptq.steps.transforms, ptq.steps.solvers, ptq.steps.tuners)
