@@ -150,7 +150,7 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
     start = ["run", "--config", "tiny.yaml", "-m", "steps.smooth.alpha=0.2,0.4,0.6", "calibration.samples=4,6", "scheme.weight.bits=3,4", "--jobs", "2", "--threads", "1"]  # fmt: skip
     timed(folder / "undisturbed", *start, threads=1)
     place, killed = folder / "disturbed", {"point": 0, "launcher": 0, "lease holder": 0}
-    words, begun, starts = start, time.perf_counter(), 0
+    words, begun, starts, dead = start, time.perf_counter(), 0, set[int]()
     while sum(killed.values()) < count:
         process = subprocess.Popen(
             command(*words), cwd=place, stdout=subprocess.DEVNULL, env={**os.environ, "OMP_NUM_THREADS": "1"}
@@ -158,8 +158,11 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
         starts += 1
         while process.poll() is None and sum(killed.values()) < count:
             # Whoever holds a lease does so for a moment: the next one is killed, until a third of all kills were such.
-            holding = [pid for pid in _holders(place / "store") if _parent(pid) == process.pid]
-            working = [pid for pid in _holders(place / "outputs") if _parent(pid) == process.pid]
+            # What was killed is named by its lease until another takes it over, and is there until its launcher looks.
+            holding, working = (
+                [pid for pid in _holders(place / name) if _parent(pid) == process.pid and pid not in dead]
+                for name in ("store", "outputs")
+            )
             kind = min(("point", "launcher"), key=lambda name: (killed[name], name))
             if holding and killed["lease holder"] < math.ceil(count / len(killed)):
                 kind, pids = "lease holder", holding
@@ -169,7 +172,11 @@ def kills(folder: pathlib.Path, count: int, seed: int) -> None:
             else:
                 time.sleep(drawn.uniform(0.0, 0.5))
                 pids = [process.pid] if kind == "launcher" else working
-            _kill(drawn.choice(pids))
+            pid = drawn.choice(pids)
+            if _parent(pid) is None:
+                continue
+            _kill(pid)
+            dead.add(pid)
             killed[kind] += 1
             print(f"{time.perf_counter() - begun:.0f} s: {killed}", flush=True)
             while kind == "launcher" and process.poll() is None:
