@@ -61,7 +61,7 @@ def compose(tmp_path_factory, tiny_llama_eps):
     def make(scheme, export, *overrides):
         content = {
             "defaults": [{"scheme": scheme}, {"export": export}, "_self_"], "name": f"{scheme}-{export}",
-            "model": {"path": str(tiny_llama_eps)}, "steps": {"rtn": {}},
+            "model": {"path": str(tiny_llama_eps)}, "steps": {"rtn": {}}, "execution": {"device": "cpu"},
             "calibration": {"samples": 1, "length": LENGTH}, "evaluation": {"windows": WINDOWS, "length": LENGTH},
             "outputs": str(folder / "outputs"), "store": str(folder / "store"),
         }  # fmt: skip

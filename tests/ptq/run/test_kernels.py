@@ -19,7 +19,7 @@ SCHEMES = {
 def made(tmp_path, tiny_llama):
     def recipe(scheme, kernels="auto", steps=None, **execution):
         evaluation = {"windows": 4, "length": 64, "resamples": 100}
-        execution = {"kernels": kernels, **execution}
+        execution = {"kernels": kernels, "device": "cpu", **execution}
         return tiny_recipe(
             tmp_path, tiny_llama, scheme, steps or {"rtn": {}}, evaluation=evaluation, execution=execution
         )

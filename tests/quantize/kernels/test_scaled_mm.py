@@ -19,6 +19,10 @@ CUDA = torch.device("cuda")
 @pytest.mark.parametrize("spec", [CHANNEL, TENSOR], ids=["channel", "tensor"])
 @pytest.mark.parametrize("shape", [(16, 64), (11, 24), (33, 130)])
 def test_a_packed_linear_computes_what_it_does_without(spec, shape, dtype):
+    if (
+        refusal := registered_floating()["scaled_mm"].refusal(spec, TOKEN, shape, torch.device("cpu"), dtype)
+    ) is not None:
+        pytest.skip(refusal)
     module = PackedLinear.from_weight(normal(*shape).to(dtype), normal(shape[0], seed=1).to(dtype), spec, TOKEN)
     x = (3 * normal(2, 3, shape[1], seed=2)).to(dtype)
     x[0, 0] = 0
@@ -51,4 +55,6 @@ def test_what_it_cannot_multiply_it_says(weight, inputs, shape, device, dtype, w
 
 def test_fp8_models_have_it_by_themselves():
     found = able(Choice(hold_bits=8), CHANNEL, TOKEN, (16, 64), torch.device("cpu"), torch.float32)
+    if "one scale for all rows only" in found.reason:
+        pytest.skip(found.reason)
     assert [kernel.name for kernel in found.floating] == ["scaled_mm"]
