@@ -21,6 +21,8 @@ from ptq.sweep.status import DONE
 from ptq.sweep.table import Row, by_result, rows_of
 
 HEADING = "# What the shipped ablations found\n\nEach section is written by `python -m experiments.ablations NAME ...` with the overrides of its command.\n"  # fmt: skip
+MORE_BITS = 1.02
+"""Bits a weight over the least of all points above which a finding has to speak of them."""
 TELLS = 0.05
 """Least p, corrected for the number of points, at which two points are not told apart."""
 
@@ -49,6 +51,10 @@ def finding(done: Sequence[Row]) -> str:
     rows = {row.number: row for row in done}
     baseline = rows[best].figures["baseline_perplexity"]
     text = f"Best is {_words(rows[best])}: {rows[best].figures['quantized_perplexity']:.3f} (baseline {baseline:.3f})."
+    bits = {row.number: bits for row in done if (bits := row.figures["bits_per_weight"]) is not None}
+    if best in bits and max(bits.values()) > MORE_BITS * min(bits.values()):
+        fewer = min(bits, key=bits.__getitem__)
+        text += f" It has {bits[best]:.2f} bits a weight, and the points have {bits[fewer]:.2f} to {max(bits.values()):.2f}: read it beside them."
     compared: list[tuple[int, RunPair, float]] = against(runs, best) if len(runs) > 1 else []
     worse = [(number, pair, p) for number, pair, p in compared if p < TELLS]
     alike = [number for number, _, p in compared if p >= TELLS]

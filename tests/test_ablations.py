@@ -1,5 +1,7 @@
 """What an ablation found, as a section of a document: best point, who is told apart from it, table, picture; run by its command."""
 
+import re
+
 import yaml
 
 from experiments.ablations import main, with_section
@@ -33,6 +35,7 @@ def test_an_ablation_is_run_and_its_finding_written(tmp_path, tiny_llama, capsys
     main([str(tmp_path / "bits.yaml"), "evaluation.resamples=200", "--docs", str(docs)])
     text = (docs / "ablations.md").read_text()
     assert "## bits" in text and f"python main.py --ablation {tmp_path}/bits.yaml evaluation.resamples=200" in text
+    assert re.search(r"It has 8\.\d\d bits a weight, and the points have 2\.\d\d to 8\.\d\d: read it beside them", text)
     assert "Best is bits 8" in text and "Worse, paired over 8 windows" in text and "bits 2" in text
     assert (docs / "ablations" / "bits.png").read_bytes()[:4] == b"\x89PNG"
     rows = [line for line in text.splitlines() if line.startswith(("| 8 |", "| 2 |"))]

@@ -13,7 +13,7 @@ from ptq.sweep.board import Board
 from ptq.sweep.display import Display, table_of
 from ptq.sweep.launchers.base import Launcher, Task
 from ptq.sweep.points import Point, Sweep
-from ptq.sweep.status import DONE, FAILED, INTERRUPTED, OVER, WAITING, Status, status_of, write_status
+from ptq.sweep.status import DONE, FAILED, INTERRUPTED, OVER, WAITING, Status, launching, status_of, write_status
 from ptq.sweep.table import Row, by_result, without_effect
 
 
@@ -96,7 +96,7 @@ def run_sweep(
     board = Board(sweep, display)
     board.refresh(True)
     try:
-        with display.showing():
+        with launching(sweep.folder), display.showing():
             running = launcher.run(task, [p.number for p in _by_model(todo)])
             try:
                 for ended in running:

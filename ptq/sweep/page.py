@@ -11,7 +11,7 @@ from ptq.report.page.content import PageInput, PointOfPage, SearchOfPage
 from ptq.sweep.points import Point, Sweep, read_sweep, split
 from ptq.sweep.search.definition import Search, read_search
 from ptq.sweep.search.front import front
-from ptq.sweep.status import RUNNING, WAITING
+from ptq.sweep.status import RUNNING, WAITING, is_launched
 from ptq.sweep.table import Row, rows_of, write_table
 
 PAGE = "report.html"
@@ -30,7 +30,7 @@ def write_page(
         refresh: seconds after which the page loads itself again, while the sweep runs; None for never.
 
     Returns:
-        The page's file, and whether some process is still at work on a point, or one waits.
+        The page's file, and whether some process is still at work on a point, or starts those that wait.
 
     Raises:
         UserError: when there is no sweep, or it is damaged.
@@ -40,7 +40,7 @@ def write_page(
     rows = rows_of(sweep)
     write_table(folder, rows)
     running = any(row.status.kind == RUNNING for row in rows)
-    open_ = running or any(row.status.kind == WAITING for row in rows)
+    open_ = running or (any(row.status.kind == WAITING for row in rows) and is_launched(folder))
     points = [
         PointOfPage(row.flat(), row.options, command_of(sweep, point, search))
         for row, point in zip(rows, sweep.points, strict=True)

@@ -1,18 +1,23 @@
 """Where each point of a sweep stands: one small file a point, written by whoever works on it."""
 
 import json
+import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
-from ptq.files.lease import is_held
+from ptq.files.lease import is_held, lease
+from ptq.files.scratch import this_host
 from ptq.run.experiment import run_folder
 from ptq.sweep.points import Point
 
 WAITING, RUNNING, DONE, FAILED, REFUSED, INTERRUPTED = "waiting", "running", "done", "failed", "refused", "interrupted"
+LAUNCHERS = "launchers"
+"""Folder of the leases of processes that start points, one each."""
 PRUNED = "pruned"
 """Ended after a few windows, which show that another point is better."""
 OVER = frozenset({DONE, FAILED, REFUSED, PRUNED})
@@ -34,6 +39,18 @@ class Status:
     folder: str = ""
     line: str = ""
     seconds: float | None = None
+
+
+@contextmanager
+def launching(sweep: pathlib.Path) -> Iterator[None]:
+    """Inside the context others see by `is_launched` that this process starts points of the sweep in the folder `sweep`."""
+    with lease(sweep / LAUNCHERS / f"{this_host()}-{os.getpid()}.lease"):
+        yield
+
+
+def is_launched(sweep: pathlib.Path) -> bool:
+    """Returns whether some live process starts points of the sweep in the folder `sweep`, or waits for them in a queue."""
+    return any(is_held(path) for path in (sweep / LAUNCHERS).glob("*.lease"))
 
 
 def write_status(sweep: pathlib.Path, number: int, status: Status) -> None:

@@ -22,7 +22,7 @@ from ptq.sweep.search.definition import Search
 from ptq.sweep.search.front import front, write_front
 from ptq.sweep.search.space import combinations
 from ptq.sweep.search.study import Study
-from ptq.sweep.status import DONE, FAILED, OVER, PRUNED, REFUSED, Status, status_of, write_status
+from ptq.sweep.status import DONE, FAILED, OVER, PRUNED, REFUSED, Status, launching, status_of, write_status
 from ptq.sweep.table import Row
 
 MOST_REPEATS = 50
@@ -68,7 +68,7 @@ def run_search(
     with lease(sweep.folder / "search.lease", print):
         search.write(sweep.folder)
         searching = _Searching(search, sweep, Study(sweep.folder, search), make, jobs, task.force, display)
-        with display.showing():
+        with launching(sweep.folder), display.showing():
             running = launcher.run(task, searching.numbers())
             try:
                 for ended in running:

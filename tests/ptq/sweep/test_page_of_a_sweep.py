@@ -2,13 +2,19 @@
 
 import dataclasses
 import json
+import pathlib
 import shlex
+import subprocess
+import sys
 
 import pyarrow.parquet
 
 from ptq.cli.app import main
 from ptq.sweep.page import command_of, write_page
 from ptq.sweep.points import Point, Sweep, read_sweep
+from ptq.sweep.status import launching
+
+ROOT = pathlib.Path(__file__).parents[3]
 
 
 def test_the_page_has_every_point_and_the_table_lies_beside_it(swept, capsys):
@@ -70,9 +76,20 @@ def test_watching_a_sweep_that_has_ended_writes_once(swept, tmp_path, capsys):
 def test_a_running_sweep_has_a_page_that_loads_itself_again(swept, tmp_path):
     sweep = dataclasses.replace(read_sweep(swept.main), folder=tmp_path)
     sweep.write()
-    path, open_ = write_page(tmp_path, refresh=5)
+    with launching(tmp_path):
+        path, open_ = write_page(tmp_path, refresh=5)
     assert open_
     assert '<meta http-equiv="refresh" content="5">' in path.read_text()
+
+
+def test_a_page_whose_launcher_has_died_waits_for_nobody(swept, tmp_path):
+    sweep = dataclasses.replace(read_sweep(swept.main), folder=tmp_path)
+    sweep.write()
+    dead = f"import os, pathlib\nfrom ptq.sweep.status import launching\nwith launching(pathlib.Path({str(tmp_path)!r})): os._exit(0)"
+    assert subprocess.run([sys.executable, "-c", dead], cwd=ROOT).returncode == 0
+    assert list((tmp_path / "launchers").iterdir())
+    path, open_ = write_page(tmp_path, refresh=5)
+    assert not open_ and "refresh" not in path.read_text().split("</head>")[0]
 
 
 def test_an_empty_sweep_has_a_page_that_says_so(swept, tmp_path, capsys):
