@@ -6,16 +6,19 @@
     python -m experiments.bench.sweep --part page        a page of 200 points: seconds, bytes
 
 Evaluations alone are those of a quantized model in memory on the same tokens: its blocks, and the comparison with the
-baseline's hidden states. Every part works in a temporary folder with a store of its own.
+baseline's hidden states. Every part works in a temporary folder with a store of its own. Costs are given in seconds of the wall and
+of the processor, of all processes: beside other work the latter's ratio is the one to go by (OMP_NUM_THREADS=1).
 """
 
 import argparse
 import csv
+import dataclasses
 import json
 import math
 import os
 import pathlib
 import random
+import resource
 import shutil
 import signal
 import statistics
@@ -40,12 +43,26 @@ def command(*words: str) -> list[str]:
     return [sys.executable, "-m", "ptq", *words]
 
 
-def timed(folder: pathlib.Path, *words: str, threads: int | None = None) -> float:
-    """Runs `ptq` and returns its wall seconds, its start included. Raises `CalledProcessError` where it fails."""
+@dataclasses.dataclass(frozen=True)
+class Seconds:
+    """Seconds by the wall's clock and by the processor's."""
+
+    wall: float
+    cpu: float
+
+
+def timed(folder: pathlib.Path, *words: str, threads: int | None = None) -> Seconds:
+    """Runs `ptq` and returns the seconds of it and of its processes, its start included. Raises `CalledProcessError` where it fails."""
     count = {} if threads is None else {"OMP_NUM_THREADS": str(threads), "MKL_NUM_THREADS": str(threads)}
-    begun = time.perf_counter()
+    begun, spent = time.perf_counter(), _of_children()
     subprocess.run(command(*words), cwd=folder, check=True, stdout=subprocess.DEVNULL, env={**os.environ, **count})
-    return time.perf_counter() - begun
+    return Seconds(time.perf_counter() - begun, _of_children() - spent)
+
+
+def _of_children() -> float:
+    """Returns the processor's seconds of all processes that have ended below this one."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
 
 
 def sweep_folder(folder: pathlib.Path) -> pathlib.Path:
@@ -60,15 +77,16 @@ def table(folder: pathlib.Path) -> list[dict[str, str]]:
         return [{k: v for k, v in row.items() if k not in CLOCK} for row in csv.DictReader(file)]
 
 
-def evaluation_alone(folder: pathlib.Path, words: list[str]) -> float:
+def evaluation_alone(folder: pathlib.Path, words: list[str]) -> Seconds:
     """Returns the seconds of one evaluation of a quantized model: the median of three, in a process of its own."""
     code = "import sys, json; from experiments.bench.sweep import evaluate_alone; print(json.dumps(evaluate_alone(sys.argv[1:])))"
     done = subprocess.run([sys.executable, "-c", code, *words], cwd=folder, check=True, capture_output=True, text=True)
-    return statistics.median(json.loads(done.stdout.splitlines()[-1]))
+    wall, cpu = zip(*json.loads(done.stdout.splitlines()[-1]), strict=True)
+    return Seconds(statistics.median(wall), statistics.median(cpu))
 
 
-def evaluate_alone(words: list[str]) -> list[float]:
-    """Quantizes by a recipe, then evaluates the model that is in memory three times. Returns the seconds of each."""
+def evaluate_alone(words: list[str]) -> list[tuple[float, float]]:
+    """Quantizes by a recipe, then evaluates the model that is in memory three times. Returns wall and processor's seconds of each."""
     from ptq.cli import catalog
     from ptq.cli.compose.hydra_edge import compose_jobs
     from ptq.evaluation.token_comparison import compare_tokens
@@ -93,12 +111,12 @@ def evaluate_alone(words: list[str]) -> list[float]:
     stream = BlockStream(network, ResidentWeights(), device_of(job.recipe))
     seconds = []
     for _ in range(3):
-        begun = time.perf_counter()
+        begun, spent = time.perf_counter(), time.process_time()
         flow = stream.open(tokens.ids, job.recipe.evaluation.batch_size, exact=True)
         stream.run([flow], Nothing())
         with stream.heads() as heads:
             compare_tokens(heads, flow.hidden, flow.hidden, tokens.ids, job.recipe.evaluation.chunk)
-        seconds.append(time.perf_counter() - begun)
+        seconds.append((time.perf_counter() - begun, time.process_time() - spent))
     return seconds
 
 
@@ -108,10 +126,12 @@ def cost(folder: pathlib.Path, extra: list[str]) -> None:
     first = timed(folder, "run", *words, "-m", f"steps.smooth.alpha={ALPHAS}")
     again = timed(folder, "run", *words, "-m", f"steps.smooth.alpha={ALPHAS}")
     alone = evaluation_alone(folder, [*words, "steps.smooth.alpha=0.5"])
-    print(
-        f"20 points: {first:.1f} s; one evaluation alone {alone:.2f} s, 20 of them {20 * alone:.1f} s: {first / (20 * alone):.2f} x"
-    )
-    print(f"the same again: {again:.1f} s")
+    for name in ("wall", "cpu"):
+        whole, one, next_ = (getattr(seconds, name) for seconds in (first, alone, again))
+        print(
+            f"{name}: 20 points {whole:.1f} s; one evaluation alone {one:.2f} s, 20 of them {20 * one:.1f} s: {whole / (20 * one):.2f} x"
+        )
+        print(f"{name}: the same again {next_:.1f} s")
 
 
 def processes(folder: pathlib.Path, extra: list[str]) -> None:
@@ -121,7 +141,7 @@ def processes(folder: pathlib.Path, extra: list[str]) -> None:
         place = folder / str(jobs)
         place.mkdir()
         words = [*CONFIG, "outputs=outputs", "store=store", *extra, "-m", "steps.smooth.alpha=0.3,0.4,0.5,0.6,0.7,0.8"]
-        seconds.append(timed(place, "run", *words, "--jobs", str(jobs), "--threads", "1", threads=1))
+        seconds.append(timed(place, "run", *words, "--jobs", str(jobs), "--threads", "1", threads=1).wall)
         tables.append(table(place))
     print(
         f"one process {seconds[0]:.1f} s, two {seconds[1]:.1f} s: {seconds[0] / seconds[1]:.2f} x; tables equal: {tables[0] == tables[1]}"
