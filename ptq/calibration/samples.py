@@ -17,6 +17,7 @@ from ptq.network.network import Block
 from ptq.network.replaced import hooked
 from ptq.network.staged_pass import StagedPass
 from ptq.ranks.sample_sum import sums_held
+from quantize.modules.online import folded_inputs, online_input
 
 Remembered = Callable[[Block, Callable[[], torch.Tensor]], torch.Tensor]
 """Returns what a function gives for a block: called now, or remembered since it was called for this block before."""
@@ -177,7 +178,7 @@ class Samples:
             kept[name][tokens].copy_(x.reshape(-1, x.shape[-1]))
 
         watchers = {name: partial(keep, place, name) for place, name in enumerate(names) if name}
-        with unquantized_attention(block):
+        with unquantized_attention(block), folded_inputs(_unwatched(block, names)):
             for i, rows in self.stream.own(reference):
                 reference.hidden[rows].copy_(self._pass(reference, block, i, rows, watchers, whole=True))
         self.stream.spread(reference, reference.hidden)
@@ -256,6 +257,12 @@ class Pairs:
             hidden = self._flow.hidden[rows].to(self._stream.device)
             target = self._targets[rows].to(self._stream.device)
             yield Pair(hidden, target, partial(self._stream.call, self._flow, self._block, index, hidden))
+
+
+def _unwatched(block: Block, names: Sequence[str]) -> list[nn.Module]:
+    """Returns the block's Linears whose inputs nobody looks at behind what acts on them online."""
+    seen = {id(online_input(block.linears[name])) for name in names if name in block.linears}
+    return [linear for linear in block.linears.values() if id(online_input(linear)) not in seen]
 
 
 def _tokens(flow: Flow, rows: slice) -> slice:

@@ -262,7 +262,8 @@ class Step:
     acts: ClassVar[frozenset[str]] = frozenset()
     """Where the step acts, of `PLACES`."""
     proved: ClassVar[bool] = True
-    """Whether a transform leaves what the network computes as it is; one that changes it on purpose is not proved."""
+    """Whether a transform changes blocks and leaves what they compute as it is: one that computes something else on purpose is not proved,
+    nor one that leaves the blocks alone."""
     by_block: ClassVar[bool] = False
     """Whether a block's part of the plan depends on nothing beyond what the block reads: then `plan_block` makes it, and a run whose
     weights are on disk need not see the network before its first block. What such a step does lies inside the blocks."""

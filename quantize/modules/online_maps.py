@@ -38,19 +38,25 @@ class OnlineBlocks(nn.Module):
         """Returns `x` (..., blocks * size) times the matrices, in its type."""
         return block_apply(x, self.matrices)
 
-    def inverse_weight(self, weight: torch.Tensor) -> torch.Tensor:
+    def inverse_weight(self, weight: torch.Tensor, wide: torch.dtype = torch.float64) -> torch.Tensor:
         """Returns the weight (out, in) that gives for the mapped input what `weight` gave for the plain one, in its type.
+
+        Computed in the type `wide`: in float32 it is good for an estimate.
 
         Raises:
             ValueError: for a matrix that is singular.
         """
         # Y A^T = W, a block of columns at a time: no inverse is formed.
-        blocks = weight.double().reshape(len(weight), *self.matrices.shape[:2]).permute(1, 2, 0)
+        blocks = weight.to(wide).reshape(len(weight), *self.matrices.shape[:2]).permute(1, 2, 0)
         try:
-            solved = torch.linalg.solve(self.matrices.double(), blocks)
+            solved = torch.linalg.solve(self.matrices.to(wide), blocks)
         except torch.linalg.LinAlgError:
             raise ValueError("matrices: one is singular: expected invertible ones") from None
         return solved.permute(2, 0, 1).reshape(weight.shape).to(weight.dtype)
+
+    def folded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight (out, in) that gives for the plain input what `weight` gives for the mapped one, in its type."""
+        return block_apply(weight.double(), self.matrices.mT).to(weight.dtype)
 
     def description(self) -> dict[str, Any]:
         """Returns what `from_description` builds the module from again, but for its tensors."""
@@ -108,6 +114,11 @@ class OnlineKronecker(nn.Module):
         """
         left, right = kronecker_inverse(self.left.double(), self.right.double())
         return kronecker_apply(weight.double() * self.diagonal.double(), left.t(), right.t()).to(weight.dtype)
+
+    def folded(self, weight: torch.Tensor) -> torch.Tensor:
+        """Returns the weight (out, in) that gives for the plain input what `weight` gives for the mapped one, in its type."""
+        left, right = self.left.double().t(), self.right.double().t()
+        return (kronecker_apply(weight.double(), left, right) / self.diagonal.double()).to(weight.dtype)
 
     def description(self) -> dict[str, Any]:
         """Returns what `from_description` builds the module from again, but for its tensors."""

@@ -14,7 +14,7 @@ from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped, quantize
 from quantize.grid.ranges import weight_grid
 from quantize.grid.scales import rounded_scales
-from quantize.kernels.matmul import product
+from quantize.kernels.matmul import product, row_squares
 from quantize.solvers.levels import FormatLevels, KLevels, absmax_scale, level_form
 from quantize.spec.quant_spec import QuantSpec
 
@@ -229,4 +229,4 @@ def _least(
 
 
 def _energy(x: torch.Tensor, gram: torch.Tensor) -> torch.Tensor:
-    return (product(x, gram) * x).sum()
+    return row_squares(x, gram).sum()

@@ -183,13 +183,15 @@ def held_out_strength(
     mean = float(fit[1].diagonal().mean())
     if mean == 0:
         return None
-    values, vectors = torch.linalg.eigh(fit[1].double())
-    moment, theirs = (m.double() @ vectors for m in (fit[0], held[0]))
-    square = (vectors.t() @ held[1].double() @ vectors).mul_(moment.t() @ moment)
-    gain = (moment * theirs).sum(0)
-    best, least = None, 0.0
+    # In float32: the moments are summed in it, and what it loses of an eigenvalue is far less than what is added to it.
+    values, vectors = torch.linalg.eigh(fit[1].float())
+    moment, theirs = (product(m.float(), vectors) for m in (fit[0], held[0]))
+    theirs_square = product(product(vectors.t(), held[1].float()), vectors)
+    square = (theirs_square * product(moment.t(), moment)).double()
+    gain = (moment.double() * theirs.double()).sum(0)
+    values, best, least = values.double().clamp_min(0), None, 0.0
     for damping in sorted(dampings):
-        share = 1 / (values.clamp_min(0) + damping * mean)
+        share = 1 / (values + damping * mean)
         loss = float(share @ square @ share - 2 * (gain @ share))
         if loss < least:
             best, least = damping, loss

@@ -7,17 +7,23 @@ kept, and the second moments of both become H S H^T, whose diagonal is constant 
 
 U and S^2 are the eigenvectors and eigenvalues of W'^T (X^T X / n) W', a third of the work of the singular value decomposition.
 What squaring loses is the machine's precision times S_1^2 / S_n^2: where that ratio is great, the decomposition is made as published.
+
+A map that serves rounding wants less than the moments say of their least directions. `Decomposed` is made once, in float32, and gives a
+map for every share of the mean of S^2 that is added to it: great ones make the map W' U H, of which the moments of the input say nothing
+but the order. What float32 loses of S^2 lies below the least share.
 """
 
 from dataclasses import dataclass
 
 import torch
 
-from quantize.kernels.matmul import linear
+from quantize.kernels.matmul import linear, product
 from quantize.transforms.hadamard import hadamard_transform
 
 SQUARED = 1e-9
 """Least S_n^2 / S_1^2 that is read off the squared matrix: about a millionth of it is lost there."""
+FACTORS = 1e-2
+"""Share of the mean of each diagonal that `decomposed` adds to both moments: without it great shares of S^2 would be drawn to W' alone."""
 MOST_DAMPING = 1.0
 """Greatest share of the mean diagonal that is added: dampings are tried, each 10 times the one before, up to this one."""
 
@@ -46,6 +52,53 @@ class Wush:
         return self.activation / (self.log_volume / self.activation.shape[-1]).exp()[:, None, None]
 
 
+@dataclass(frozen=True)
+class Decomposed:
+    """The moments of a Linear's input and weights, block by block, decomposed once for the transforms of all dampings.
+
+    Attributes:
+        vectors: W' U, of a determinant of 1 or -1, float32 (blocks, size, size).
+        squares: S^2 as shares of their mean in each block, float32 (blocks, size), descending; 0 or more.
+    """
+
+    vectors: torch.Tensor
+    squares: torch.Tensor
+
+    def unit_volume(self, damping: float, hadamard: bool = True) -> torch.Tensor:
+        """Returns A = W' U S^-1/2 H, float32 (blocks, size, size), each block times what gives it a determinant of 1 or -1: a block of
+        inputs (..., size) becomes x @ A. `damping` times the mean of S^2 is added to S^2 first.
+
+        Raises:
+            ValueError: for a damping that is not above 0.
+        """
+        if not damping > 0:
+            raise ValueError(
+                f"damping: {damping} is not valid: expected a share of the mean of S^2 above 0, such as 0.01"
+            )
+        logs = (self.squares + damping).log() / 4
+        # W' has a volume of 1 already; by the logarithm, as above.
+        scale = (logs.mean(-1, keepdim=True) - logs).exp()
+        return _spread(self.vectors * scale[:, None, :], hadamard)
+
+
+def decomposed(hessian: torch.Tensor, gram: torch.Tensor, block: int | None = None) -> Decomposed:
+    """Returns what `wush` is made of, in float32: arguments and errors are its own, but that both moments have `FACTORS` added."""
+    size = _checked(hessian, gram, block)
+    moments = diagonal_blocks(hessian, size)
+    weights, _ = _cholesky("gram", diagonal_blocks(gram, size), FACTORS)
+    moments.diagonal(dim1=1, dim2=2).add_(FACTORS * _means("hessian", moments)[:, None])
+    squared = weights.mT @ moments @ weights
+    squared /= squared.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    squares, vectors = torch.linalg.eigh(squared.float())
+    unit = weights.diagonal(dim1=1, dim2=2).log().mean(1).exp()
+    return Decomposed(
+        torch.stack(
+            [product(w, v) for w, v in zip((weights / unit[:, None, None]).float(), vectors.flip(-1), strict=True)]
+        ),
+        squares.flip(-1).clamp(min=0),
+    )
+
+
 def wush(
     hessian: torch.Tensor,
     gram: torch.Tensor,
@@ -66,14 +119,9 @@ def wush(
         ValueError: for shapes that differ or are not square, NaN or inf, a negative damping, a block that does not divide, or
             factorisations that fail at every damping.
     """
-    width = hessian.shape[-1]
-    if hessian.shape != (width, width) or gram.shape != hessian.shape:
-        raise ValueError(f"gram: shape {tuple(gram.shape)} for a hessian {tuple(hessian.shape)}: expected two (in, in)")
     if not damping >= 0:
         raise ValueError(f"damping: {damping} is not valid: expected 0 or a small positive share, such as 1e-4")
-    size = width if block is None else block
-    if size < 1 or width % size:
-        raise ValueError(f"block: {block} is not valid: expected a divisor of {width}")
+    size = _checked(hessian, gram, block)
     moments = diagonal_blocks(hessian, size)
     weights, used_weights = _cholesky("gram", diagonal_blocks(gram, size), damping)
     u, s, used_inputs = _decomposed(moments, weights, damping)
@@ -109,7 +157,20 @@ def diagonal_blocks(matrix: torch.Tensor, size: int) -> torch.Tensor:
     if size < 1 or len(matrix) % size:
         raise ValueError(f"size: {size} is not valid: expected a divisor of {len(matrix)}")
     view = matrix.unflatten(0, (-1, size)).unflatten(2, (-1, size))
-    return view.diagonal(dim1=0, dim2=2).permute(2, 0, 1).double().contiguous()
+    blocks = view.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    # One float64 block would be the matrix itself.
+    return blocks.to(torch.float64, copy=True, memory_format=torch.contiguous_format)
+
+
+def _checked(hessian: torch.Tensor, gram: torch.Tensor, block: int | None) -> int:
+    """Returns the channels of a block. `ValueError` for shapes that do not fit."""
+    width = hessian.shape[-1]
+    if hessian.shape != (width, width) or gram.shape != hessian.shape:
+        raise ValueError(f"gram: shape {tuple(gram.shape)} for a hessian {tuple(hessian.shape)}: expected two (in, in)")
+    size = width if block is None else block
+    if size < 1 or width % size:
+        raise ValueError(f"block: {block} is not valid: expected a divisor of {width}")
+    return size
 
 
 def _spread(matrices: torch.Tensor, hadamard: bool) -> torch.Tensor:

@@ -134,7 +134,9 @@ class _Search:
         rows = {names: Rows(KEPT_VALUES, self.samples.tokens) for names in read}
         watchers = {names[0]: partial(_see, moments[names], rows[names]) for names in read}
         if watchers:
-            self.samples.feed(block, watchers)
+            # Outputs that are kept spare the stream a second pass; where hidden states are on disk nothing may be kept of all samples.
+            in_memory = self.samples.stream.hidden_states == "memory"
+            (self.samples.carry if in_memory else self.samples.feed)(block, watchers)
         for names in read:
             if rows[names].empty:
                 self.context.note(f"{self.step.title}: {names[0]} left alone: no calibration token reaches it")

@@ -48,6 +48,7 @@ class Step(Transform):
     """
 
     acts: ClassVar[frozenset[str]] = frozenset({INPUT})
+    proved: ClassVar[bool] = False
     by_block: ClassVar[bool] = True
     last: ClassVar[bool] = True
 
@@ -101,7 +102,7 @@ class _Search:
         stages = [names for stage in self.context.stages(block) if (names := self._names(stage))]
         rows = {names[0]: Rows(SEARCH_VALUES, self.samples.tokens) for names in stages}
         if rows:
-            self.samples.feed(block, {name: kept.add for name, kept in rows.items()})
+            self.samples.carry(block, {name: kept.add for name, kept in rows.items()})
         for names in stages:
             if not rows[names[0]].empty:
                 ratio = self._ratio(names, rows[names[0]].kept())

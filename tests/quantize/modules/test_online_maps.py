@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from quantize.modules.online import OnlineShared, attach_input, online_bytes
+from quantize.modules.online import OnlineShared, attach_input, carry_online, folded_inputs, online_bytes
 from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
 
 
@@ -53,3 +53,39 @@ def test_what_cannot_be_undone_or_stored_is_refused():
         OnlineKronecker(torch.eye(2) * 1e9, torch.eye(2), torch.ones(4))
     with pytest.raises(ValueError, match="diagonal: holds a 0 in 16 bits"):
         OnlineKronecker(torch.eye(2), torch.eye(2), torch.tensor([1.0, 1.0, 1e-30, 1.0]))
+
+
+@pytest.mark.parametrize("kind", [OnlineBlocks, OnlineKronecker])
+def test_a_folded_map_is_the_same_product_and_is_unfolded_again(kind):
+    made, linear, x = make(kind), torch.nn.Linear(24, 10), torch.randn(5, 24)
+    attach_input(linear, OnlineShared(made))
+    weight, expected, calls = linear.weight, linear(x).detach(), []
+    made.register_forward_hook(lambda *_: calls.append(1))
+    with torch.no_grad(), folded_inputs([linear]):
+        torch.testing.assert_close(linear(x), expected, rtol=1e-4, atol=1e-5)
+    assert not calls and linear.weight is weight
+    with torch.no_grad():
+        assert torch.equal(linear(x), expected) and calls
+
+
+def test_batches_that_take_turns_are_each_mapped_once_for_all_linears_and_nothing_stays():
+    made, calls = make(OnlineBlocks), []
+    made.register_forward_hook(lambda *_: calls.append(1))
+    shared, linears = OnlineShared(made), [torch.nn.Linear(24, 4) for _ in range(3)]
+    for linear in linears:
+        attach_input(linear, shared)
+    one, other = torch.randn(5, 24), torch.randn(5, 24)
+    with torch.no_grad():
+        for linear in linears:
+            for x in (one, other):
+                linear(x)
+        assert len(calls) == 2 and not shared._kept
+        # A Linear in another's place is no reader more.
+        new = torch.nn.Linear(24, 4)
+        carry_online(linears[0], new)
+        assert shared.readers == 3
+        new(one)
+        one += 1
+        assert torch.equal(shared(one), made(one))
+        del one
+        assert not shared._kept

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from quantize.grid.affine import fake_quantize_absmax
 from quantize.transforms.hadamard import hadamard_transform
-from quantize.transforms.wush import block_apply, diagonal_blocks, wush
+from quantize.transforms.wush import FACTORS, block_apply, decomposed, diagonal_blocks, wush
 
 
 def problem(width=16, rows=24, tokens=200, seed=0):
@@ -92,6 +92,9 @@ def test_diagonal_blocks_are_copies_of_the_blocks_on_the_diagonal():
     assert torch.equal(blocks[1], matrix[2:4, 2:4].double()) and blocks.shape == (3, 2, 2)
     blocks.zero_()
     assert matrix[0, 1] == 1
+    whole = matrix.double()
+    diagonal_blocks(whole, 6).zero_()
+    assert whole[0, 1] == 1
 
 
 def test_what_has_no_closed_form_is_refused():
@@ -162,3 +165,36 @@ def test_moments_whose_squares_would_lose_the_least_directions_are_decomposed_as
     ]
     for of in moments:
         torch.testing.assert_close(of, torch.eye(16, dtype=torch.float64), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize("block", [None, 8])
+def test_one_decomposition_gives_the_published_map_where_little_is_added_and_unit_volume_at_every_damping(block):
+    x, w = problem()
+    h, g = x.t() @ x / len(x), w.t() @ w
+    found, published = decomposed(h, g, block), wush(h, g, block, hadamard=False, damping=FACTORS)
+    unit = published.unit_volume()
+    for damping in (1e-7, 1e-2, 1.0):
+        made = found.unit_volume(damping, hadamard=False)
+        assert made.dtype == torch.float32
+        logs = torch.linalg.slogdet(made.double()).logabsdet
+        torch.testing.assert_close(logs, torch.zeros_like(logs), atol=1e-4, rtol=0)
+        # A A^T does not see the vectors' signs.
+        share = published.singular.square()
+        share = share / share.mean(1, keepdim=True)
+        added = unit * (share / (share + damping)).pow(0.25)[:, None, :]
+        added = added / torch.linalg.det(added).abs().pow(1 / unit.shape[-1])[:, None, None]
+        expected, ours = added @ added.mT, made.double() @ made.double().mT
+        assert float((ours - expected).norm()) < 1e-4 * float(expected.norm())
+
+
+def test_a_decomposition_of_channels_that_nothing_used_is_finite_and_what_it_cannot_be_made_of_is_refused():
+    x, w = problem()
+    x[:, 3] = 0
+    found = decomposed(x.t() @ x / len(x), w.t() @ w)
+    assert bool(torch.isfinite(found.unit_volume(1e-4)).all()) and bool((found.squares >= 0).all())
+    with pytest.raises(ValueError, match="damping: 0"):
+        found.unit_volume(0.0)
+    with pytest.raises(ValueError, match="gram: shape"):
+        decomposed(torch.eye(4), torch.eye(3))
+    with pytest.raises(ValueError, match="hessian: holds NaN or inf"):
+        decomposed(torch.eye(4) * torch.nan, torch.eye(4))
