@@ -73,8 +73,8 @@ def test_what_is_decoded_at_each_call_is_said_once_with_the_reason(tiny_llama):
 
 def test_timings_are_kept_by_machine_versions_and_threads_and_damaged_ones_taken_again(tiny_llama, tmp_path):
     folder = tmp_path / "kept"
-    model = load(tiny_llama, scheme="w4a8", hold_bits=16)
-    use_kernels_(model, cache=folder)
+    model = load(tiny_llama, scheme="w4a8")
+    use_kernels_(model, hold_bits=16, cache=folder)
     with torch.no_grad():
         model(IDS)
     kept = KeptTimings(CPU, folder).recall()
@@ -85,7 +85,7 @@ def test_timings_are_kept_by_machine_versions_and_threads_and_damaged_ones_taken
     assert json.loads(file.read_text()) == kept
     file.write_text("{")
     assert KeptTimings(CPU, folder).recall() == {}
-    use_kernels_(model, cache=folder)
+    use_kernels_(model, hold_bits=16, cache=folder)
     with torch.no_grad():
         model(IDS)
     assert KeptTimings(CPU, folder).recall().keys() == kept.keys()
