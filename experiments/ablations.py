@@ -52,9 +52,8 @@ def finding(done: Sequence[Row]) -> str:
     baseline = rows[best].figures["baseline_perplexity"]
     text = f"Best is {_words(rows[best])}: {rows[best].figures['quantized_perplexity']:.3f} (baseline {baseline:.3f})."
     bits = {row.number: bits for row in done if (bits := row.figures["bits_per_weight"]) is not None}
-    if best in bits and max(bits.values()) > MORE_BITS * min(bits.values()):
-        fewer = min(bits, key=bits.__getitem__)
-        text += f" It has {bits[best]:.2f} bits a weight, and the points have {bits[fewer]:.2f} to {max(bits.values()):.2f}: read it beside them."
+    if best in bits and (most := max(bits.values())) > MORE_BITS * (least := min(bits.values())):
+        text += f" It has {bits[best]:.2f} bits a weight, and the points have {least:.2f} to {most:.2f}: read it beside them."
     compared: list[tuple[int, RunPair, float]] = against(runs, best) if len(runs) > 1 else []
     worse = [(number, pair, p) for number, pair, p in compared if p < TELLS]
     alike = [number for number, _, p in compared if p >= TELLS]

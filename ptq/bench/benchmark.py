@@ -136,7 +136,7 @@ def _with_head(recipe: Recipe, bits: int | None) -> Recipe:
 
 
 def _steps(made: list[tuple[Side, Any]], ids: torch.Tensor, tasks: Tasks) -> dict[str, dict[str, float]]:
-    """Returns milliseconds a token by part, of the baseline and of the kernels' side."""
+    """Returns milliseconds a token by part, of the baseline and of the sides with kernels."""
     names = {FLOAT32, KERNELS, HALF_KERNELS}
     wanted = [(side, model) for side, model in made if side.name in names] if tasks.decode else []
     return {side.name: step_times(side, model, ids[:, :PROMPT], tasks.decode) for side, model in wanted}

@@ -1,5 +1,6 @@
 """Kernels of whole Linears: they read a weight as it is stored and an activation in floating point."""
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -64,6 +65,12 @@ def group_of(spec: QuantSpec, columns: int, sizes: Sequence[int]) -> int | None:
     if spec.granularity == "group":
         return spec.group_size if spec.group_size in sizes else None
     return next((size for size in sizes if columns % size == 0), None)
+
+
+def lacks(packages: Sequence[str], extra: str) -> str | None:
+    """Returns in a few words which packages of an optional extra are not installed, and how they are; None where all are."""
+    missing = [name for name in packages if importlib.util.find_spec(name) is None]
+    return f"it needs {' and '.join(missing)}: pip install 'ptq-framework[{extra}]'" if missing else None
 
 
 class FloatKernel(Protocol):

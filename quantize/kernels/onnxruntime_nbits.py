@@ -1,14 +1,13 @@
 """onnxruntime's ``MatMulNBits`` on CPUs, an optional extra: 4-bit weights in groups, also with inputs of 8 bits in the same groups."""
 
 import functools
-import importlib.util
 import os
 from typing import Any
 
 import torch
 
 from quantize.codecs.packing import pack
-from quantize.kernels.floating import Product, StoredWeight, group_of, register_floating
+from quantize.kernels.floating import Product, StoredWeight, group_of, lacks, register_floating
 from quantize.spec.quant_spec import QuantSpec
 
 GROUPS = (256, 128, 64, 32, 16)
@@ -47,9 +46,7 @@ class MatMulNBits:
             return "it rounds inputs to int8 by absmax in the groups of the weight, and in no other way"
         if dtype not in {torch.float32, torch.bfloat16, torch.float16}:
             return f"it multiplies no {dtype}".replace("torch.", "")
-        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-            return f"it needs {' and '.join(missing)}: pip install 'ptq-framework[onnxruntime]'"
-        return None
+        return lacks(PACKAGES, "onnxruntime")
 
     def held_bits(self, weight: QuantSpec, dtype: torch.dtype) -> float:
         """Packed codes in 4 or 8 bits, a float32 scale a group."""

@@ -1,13 +1,12 @@
 """gemlite's Triton kernels on CUDA, an optional extra: an activation in 16 bits with 2-, 4- or 8-bit codes, or with MXFP4."""
 
-import importlib.util
 from typing import Any
 
 import torch
 
 from quantize.codecs.mx import NAN_SCALE
 from quantize.codecs.packing import unpack
-from quantize.kernels.floating import Product, StoredWeight, register_floating
+from quantize.kernels.floating import Product, StoredWeight, lacks, register_floating
 from quantize.spec.quant_spec import QuantSpec
 
 WIDTHS = (2, 4, 8)
@@ -44,9 +43,7 @@ class Gemlite:
             return f"it takes weights whose columns (here {shape[1]}) are a multiple of {STEP}"
         if integers and weight.granularity == "group" and (weight.group_size or 0) < LEAST_GROUP:
             return f"it takes groups of {LEAST_GROUP} columns and more"
-        if missing := [name for name in PACKAGES if importlib.util.find_spec(name) is None]:
-            return f"it needs {' and '.join(missing)}: pip install 'ptq-framework[gemlite]'"
-        return None
+        return lacks(PACKAGES, "gemlite")
 
     def held_bits(self, weight: QuantSpec, dtype: torch.dtype) -> float:
         """Its own packed codes, and scale and zero point of a group in the model's type."""
