@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-import transformers
 
 from ptq.config.schema import TextConfig
 from ptq.data.sources import Text, read_text
@@ -246,6 +245,8 @@ def _slices(tokenizer: Any, text: Text, draw: Draw) -> _Part:
 
 
 def _tokenise(tokenizer: Any, text: str) -> Any:
+    import transformers  # a second: what is done and kept needs no tokenizer
+
     level = transformers.logging.get_verbosity()
     # A whole text is longer than any model's window: the tokenizer's warning about it says nothing here.
     transformers.logging.set_verbosity_error()

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterator
@@ -10,9 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import huggingface_hub
-import tokenizers
 import torch
-import transformers
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
@@ -83,6 +82,8 @@ def check(config: ModelConfig, store: Store | None = None, weights: bool = True)
 
 
 def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> Any:
+    import transformers  # here and below: a second, which fingerprints do without
+
     config = source.config
     found = _config(source, store, weights)
     if source.location.kind != "gguf" and published_in_mxfp4(found):
@@ -107,6 +108,8 @@ def _checked(source: ModelSource, store: Store | None, weights: bool = True) -> 
 
 def _check_sizes(config: ModelConfig, found: Any) -> None:
     """Refuses a config that asks for more blocks than any model has, or for code on the hub (``owner/repo`` as attention)."""
+    import transformers
+
     blocks = getattr(found, "num_hidden_layers", None)
     if isinstance(blocks, int) and blocks > MOST_BLOCKS:
         raise UserError(
@@ -123,6 +126,8 @@ def _check_sizes(config: ModelConfig, found: Any) -> None:
 
 
 def _config(source: ModelSource, store: Store | None, weights: bool = True) -> Any:
+    import transformers
+
     base = source.location.base
     if source.location.kind == "directory":
         (check_directory if weights else check_config)(pathlib.Path(base))
@@ -142,7 +147,7 @@ def _config(source: ModelSource, store: Store | None, weights: bool = True) -> A
 def _gguf_key(source: ModelSource) -> dict[str, object]:
     """Checks the GGUF file and returns all that its config and tokenizer depend on."""
     header = check_gguf(pathlib.Path(source.location.base) / str(source.location.gguf))
-    versions = {"transformers": transformers.__version__, "tokenizers": tokenizers.__version__}
+    versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")}
     return {"source": package_digest(*_CONVERTERS), "header": header, **versions}
 
 
@@ -202,6 +207,8 @@ def tokenizer_fingerprint(config: ModelConfig, store: Store | None = None) -> st
 
 def _tokenizer_of(source: ModelSource, found: Any, store: Store | None) -> tuple[Any, tuple[str, ...]]:
     """Returns the tokenizer beside a model, whose config is `found` (None: look for one), and what has to be said of it."""
+
+    import transformers
 
     def read() -> Any:
         # The config is handed on because reading it out of a GGUF file takes seconds each time.
@@ -331,7 +338,7 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
         "file": _digest(source.location, None, store).value(),
         "rounding": NAMES[rounding],
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
     }
     folder = store.keep("gguf-weights", key, fill, _words(source))
     return ModelSource(source.config, Location("directory", str(folder)), {"trust_remote_code": False})

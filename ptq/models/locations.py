@@ -11,7 +11,6 @@ from typing import Any
 
 import huggingface_hub
 import huggingface_hub.errors as hub
-import transformers
 from huggingface_hub.utils import validate_repo_id
 
 from ptq.config.schema import ModelConfig
@@ -247,6 +246,8 @@ def _explain(config: ModelConfig, error: BaseException, what: str = "model", unr
 @contextlib.contextmanager
 def quiet() -> Iterator[None]:
     """Keeps transformers' log lines and the progress bars of everything below it off the screen: a run has its own."""
+    import transformers  # a second: not for naming a place
+
     level = transformers.logging.get_verbosity()
     bars = transformers.logging.is_progress_bar_enabled()
     transformers.logging.set_verbosity_error()

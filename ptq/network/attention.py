@@ -13,7 +13,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import transformers
 from torch import nn
 from torch.nn import functional
 
@@ -304,6 +303,8 @@ def use_simulated_attention(network: Network) -> None:
 def use_attention(model: Any, name: str, attention: Callable[..., tuple[torch.Tensor, None]]) -> None:
     """Lets a model of transformers call `attention` from now on, registered as `name`, with the masks of transformers' usual one."""
     # Not when this module is imported: transformers reads its models' code then, for seconds, which finished runs do without.
+    import transformers
+
     transformers.AttentionInterface.register(name, attention)
     transformers.AttentionMaskInterface.register(name, transformers.masking_utils.sdpa_mask)
     model.set_attn_implementation(name)

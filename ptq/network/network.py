@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ptq.errors import UserError
 from ptq.network.experts.linears import Piece, mixtures_of, pieces_of, take_apart
@@ -22,7 +21,14 @@ def is_linear(module: nn.Module) -> bool:
 
     A `PackedLinear` holds no such matrix.
     """
-    return isinstance(module, nn.Linear | Conv1D) and not isinstance(module, PackedLinear)
+    return (isinstance(module, nn.Linear) or is_conv1d(module)) and not isinstance(module, PackedLinear)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """Returns whether `module` is transformers' Conv1D, GPT-2's Linear, which keeps its weight as (in, out)."""
+    from transformers.pytorch_utils import Conv1D  # transformers takes a second, which finished runs do without
+
+    return isinstance(module, Conv1D)
 
 
 def weight_of(module: nn.Module) -> torch.Tensor:
@@ -30,7 +36,7 @@ def weight_of(module: nn.Module) -> torch.Tensor:
     weight = module.weight
     if not isinstance(weight, torch.Tensor):
         raise TypeError(f"{type(module).__name__} has no weight tensor")
-    return weight.t() if isinstance(module, Conv1D) else weight
+    return weight.t() if is_conv1d(module) else weight
 
 
 @dataclass

@@ -7,10 +7,8 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.modules.module import register_module_module_registration_hook
-from transformers.initialization import no_init_weights
 
 from ptq.config.schema import ModelConfig
 from ptq.errors import UserError
@@ -51,6 +49,9 @@ def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = Tru
     Raises:
         UserError: when it is not there, damaged, or no causal language model.
     """
+    import transformers
+    from transformers.initialization import no_init_weights  # a second, which finished runs do without
+
     config = check(model, store, weights)
     # Of numbers that nobody will see, drawing them would be most of the work.
     with torch.device("meta"), no_init_weights(), _counted(model, _most_modules(model, weights)):
@@ -105,6 +106,7 @@ def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
     Attentions that use transformers' interface multiply tokens with tokens and nothing else, and are added to `seen`. Of a
     mixture the first expert stands for all: it gets as many tokens as all of them are handed.
     """
+    import transformers
 
     def attention(module: nn.Module, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, None]:
         seen.add(module)
@@ -163,6 +165,8 @@ def flat_inputs(network: Network) -> frozenset[str]:
     Raises:
         NotTraceable: when the forward pass does not run without values.
     """
+    from transformers.initialization import no_init_weights
+
     model = network.model
     try:
         with torch.device("meta"), no_init_weights():

@@ -18,7 +18,6 @@ from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.bounded import parse_json
 from ptq.files.store import store_of
-from ptq.integrations.cache import use_packed_cache
 from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
@@ -196,6 +195,8 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         held = (session.network.model, session.loaded.tokenizer) if whole else None
     if held is not None:
         held[0].config.use_cache = True
+        from ptq.integrations.cache import use_packed_cache  # transformers, which what is done needs not
+
         use_packed_cache(held[0])
     return Result(folder, held, "" if whole else visitor.unbuildable or "the weights are on disk")
 

@@ -9,7 +9,6 @@ from typing import Any
 import torch
 import yaml
 from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
@@ -24,7 +23,7 @@ from ptq.files.bounded import load_yaml, parse_json
 from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import check as check_model
 from ptq.network.attention import CHILD
-from ptq.network.network import Block, Network
+from ptq.network.network import Block, Network, is_conv1d
 from ptq.run.kept.outside_file import FILE as OUTSIDE
 from ptq.run.kept.outside_file import read_outside, stored_type, turns_stream
 from ptq.run.record.journal import Journal
@@ -311,7 +310,7 @@ class SavedSource:
         if (specs.weight is None) != (f"{name}.codes" not in self._saved):
             raise UserError(f"--run: {name} was saved under another scheme than recipe.yaml says: run it again")
         weight = self._maybe(f"{name}.weight")
-        if weight is not None and not specs.any and isinstance(self.network.model.get_submodule(name), Conv1D):
+        if weight is not None and not specs.any and is_conv1d(self.network.model.get_submodule(name)):
             weight = weight.t()  # GPT-2's Conv1D keeps (in, out), also where a square shape does not show it
         stored = None
         if specs.weight is not None and not specs.weight.affine:

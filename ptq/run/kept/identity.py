@@ -1,13 +1,13 @@
 """What makes two runs the same one, known before any weight is read; and whether a folder holds that run, finished."""
 
 import hashlib
+import importlib.metadata
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import transformers
 
 from ptq.files.bounded import parse_json
 from ptq.files.source_digest import package_digest
@@ -28,7 +28,7 @@ def machine(device: torch.device, devices: Sequence[torch.device] = ()) -> dict[
     where: dict[str, object] = {
         "source": package_digest(),
         "torch": torch.__version__,
-        "transformers": transformers.__version__,
+        "transformers": importlib.metadata.version("transformers"),
         "device": device.type,
         "precision": torch.get_float32_matmul_precision(),
     }
