@@ -3,6 +3,7 @@
 Every search tries the plain range first and keeps it unless another is strictly better: its own measure is never worse.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
@@ -119,6 +120,7 @@ def input_clip_ratio(
     x: torch.Tensor,
     fake: Callable[[torch.Tensor, float], torch.Tensor],
     ratios: Sequence[float] = INPUT_RATIOS,
+    dearer: float = math.inf,
 ) -> tuple[float, list[float]]:
     """Returns the clip ratio of the ranges of a tensor that gives the Linears that read it the least output error.
 
@@ -129,18 +131,23 @@ def input_clip_ratio(
         x: tokens of the input, (tokens, in).
         fake: gives the input rounded with its ranges multiplied by a ratio, such as by `QuantSpec.clip`.
         ratios: to try; the first is kept unless another is strictly better.
+        dearer: where an error is so many times the least so far, ratios behind it are not tried: the error falls, then rises, as
+            ratios that descend clip more.
 
     Returns:
-        The ratio, and the error of every ratio relative to the output's energy.
+        The ratio, and the error of every ratio that was tried relative to the output's energy.
     """
     x = x.reshape(-1, x.shape[-1]).float()
     gram = sum(product(w.float().t(), w.float()) for w in weights)
     if not isinstance(gram, torch.Tensor):
         raise ValueError("weights: expected one Linear's weight or more")
     energy = _energy(x, gram).clamp_min(torch.finfo(torch.float32).tiny)
-    errors = torch.stack([_energy(fake(x, ratio) - x, gram) / energy for ratio in ratios])
-    best = int(errors.argmin())
-    return ratios[best], errors.tolist()
+    errors: list[float] = []
+    for ratio in ratios:
+        errors.append(float(_energy(fake(x, ratio) - x, gram) / energy))
+        if errors[-1] > dearer * min(errors):
+            break
+    return ratios[errors.index(min(errors))], errors
 
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]

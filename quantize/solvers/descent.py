@@ -19,7 +19,7 @@ def descend(
 ) -> torch.Tensor:
     """Returns levels (in, out) of a loss that is no greater, but for rounding; the scales of `levels` change with them.
 
-    Every single change is the best of its kind and is made only where it lowers the loss of its row.
+    Every single change is the best of its kind, and none raises the loss of its row.
 
     Args:
         weight: float32 (out, in).
@@ -102,10 +102,9 @@ def _relevel(
             now = torch.addmv(pull, before[:, :i], shares[:i], alpha=-1) if i else pull
             wanted = torch.addcmul(now * inverse[start + i], step, scale)
             levels.round(label, wanted, fresh)
+            # No level is nearer to the best value than this one, the one so far neither: the loss does not grow.
             torch.mul(fresh - step, scale, out=change)
-            better = change * (2 * now - change * diagonal[start + i]) > 0
-            change.mul_(better)
-            step.copy_(torch.where(better, fresh, step))
+            step.copy_(fresh)
         slope -= product(hessian[:, start:end], changes)
         any_change = any_change | changes.any()
     return any_change

@@ -14,6 +14,7 @@ from typing import Self
 import torch
 
 from quantize.grid.affine import grouped
+from quantize.kernels.matmul import row_squares
 from quantize.spec.quant_spec import QuantSpec
 
 WEIGHT_VALUES = 1 << 18
@@ -67,7 +68,7 @@ class RoundingCost:
             raise ValueError("hessian: zero, or holds NaN or inf: expected second moments of tokens")
         damped = wide + damping * mean * torch.eye(len(wide), dtype=wide.dtype, device=wide.device)
         log_volume = float(torch.linalg.slogdet(damped).logabsdet) / len(wide)
-        energy = float(((weight.double() @ wide) * weight.double()).sum())
+        energy = float(row_squares(weight.float(), hessian.float()).double().sum())
         some = weight[:: max(1, weight.numel() // WEIGHT_VALUES)].float()
         energy = max(energy, torch.finfo(torch.float32).tiny)
         return cls(rows.float(), some, len(weight) / len(some), input, weights, log_volume, energy)

@@ -13,6 +13,7 @@ map for every share of the mean of S^2 that is added to it: great ones make the 
 but the order. What float32 loses of S^2 lies below the least share.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -58,10 +59,12 @@ class Decomposed:
 
     Attributes:
         vectors: W' U, of a determinant of 1 or -1, float32 (blocks, size, size).
+        duals: its inverse, transposed, which is W'^-T U, float32 (blocks, size, size).
         squares: S^2 as shares of their mean in each block, float32 (blocks, size), descending; 0 or more.
     """
 
     vectors: torch.Tensor
+    duals: torch.Tensor
     squares: torch.Tensor
 
     def unit_volume(self, damping: float, hadamard: bool = True) -> torch.Tensor:
@@ -71,14 +74,34 @@ class Decomposed:
         Raises:
             ValueError: for a damping that is not above 0.
         """
+        return _spread(self.vectors * self._scale(damping)[:, None, :], hadamard)
+
+    def behind(
+        self, inputs: torch.Tensor, weight: torch.Tensor, hadamard: bool = True
+    ) -> Callable[[float], tuple[torch.Tensor, torch.Tensor]]:
+        """Returns what gives `inputs` (tokens, in) and a `weight` (out, in) behind the map of a damping, in their types.
+
+        Both are multiplied by matrices here, once for all dampings: S^-1/2 and H are left, and the weight needs no inverse,
+        since A^-T = W'^-T U S^1/2 H.
+        """
+        mixed, dual = block_apply(inputs, self.vectors), block_apply(weight, self.duals)
+        size = self.vectors.shape[-1]
+
+        def of(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+            scale = self._scale(damping).flatten()
+            return _spread(mixed * scale, hadamard, size), _spread(dual / scale, hadamard, size)
+
+        return of
+
+    def _scale(self, damping: float) -> torch.Tensor:
+        """Returns S^-1/2 (blocks, size) after the damping, of a volume of 1."""
         if not damping > 0:
             raise ValueError(
                 f"damping: {damping} is not valid: expected a share of the mean of S^2 above 0, such as 0.01"
             )
         logs = (self.squares + damping).log() / 4
         # W' has a volume of 1 already; by the logarithm, as above.
-        scale = (logs.mean(-1, keepdim=True) - logs).exp()
-        return _spread(self.vectors * scale[:, None, :], hadamard)
+        return (logs.mean(-1, keepdim=True) - logs).exp()
 
 
 def decomposed(hessian: torch.Tensor, gram: torch.Tensor, block: int | None = None) -> Decomposed:
@@ -87,14 +110,16 @@ def decomposed(hessian: torch.Tensor, gram: torch.Tensor, block: int | None = No
     moments = diagonal_blocks(hessian, size)
     weights, _ = _cholesky("gram", diagonal_blocks(gram, size), FACTORS)
     moments.diagonal(dim1=1, dim2=2).add_(FACTORS * _means("hessian", moments)[:, None])
-    squared = weights.mT @ moments @ weights
-    squared /= squared.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
-    squares, vectors = torch.linalg.eigh(squared.float())
     unit = weights.diagonal(dim1=1, dim2=2).log().mean(1).exp()
+    factors = (weights / unit[:, None, None]).float()
+    moments /= _means("hessian", moments)[:, None, None]
+    squared = torch.stack([product(product(f.t(), m), f) for f, m in zip(factors, moments.float(), strict=True)])
+    squared /= squared.diagonal(dim1=1, dim2=2).mean(1)[:, None, None]
+    squares, vectors = torch.linalg.eigh(squared)
+    vectors = vectors.flip(-1)
     return Decomposed(
-        torch.stack(
-            [product(w, v) for w, v in zip((weights / unit[:, None, None]).float(), vectors.flip(-1), strict=True)]
-        ),
+        torch.stack([product(f, v) for f, v in zip(factors, vectors, strict=True)]),
+        torch.linalg.solve_triangular(factors.mT, vectors, upper=True),
         squares.flip(-1).clamp(min=0),
     )
 
@@ -173,9 +198,9 @@ def _checked(hessian: torch.Tensor, gram: torch.Tensor, block: int | None) -> in
     return size
 
 
-def _spread(matrices: torch.Tensor, hadamard: bool) -> torch.Tensor:
-    """Returns matrices (blocks, size, size) times a Hadamard matrix, where asked for."""
-    return hadamard_transform(matrices) if hadamard else matrices
+def _spread(matrices: torch.Tensor, hadamard: bool, block: int | None = None) -> torch.Tensor:
+    """Returns `matrices` (..., size) times a Hadamard matrix, where asked for; of so many of the channels each, with a `block`."""
+    return hadamard_transform(matrices, block=block) if hadamard else matrices
 
 
 def _decomposed(

@@ -84,10 +84,13 @@ class InputMaps(Transform):
                 made = _built(plan.tensors, names[0])
                 if made is None:
                     continue
-                shared = OnlineShared(made.to(weight_of(context.module(names[0])).device))
-                for name in names:
-                    linear = context.module(name)
-                    weight_of(linear).copy_(made.inverse_weight(weight_of(linear)))
+                linears = [context.module(name) for name in names]
+                weights = [weight_of(linear) for linear in linears]
+                shared = OnlineShared(made.to(weights[0].device))
+                # Together: the map is factorised once.
+                mapped = made.inverse_weight(torch.cat(weights)).split([len(weight) for weight in weights])
+                for linear, weight, own in zip(linears, weights, mapped, strict=True):
+                    weight.copy_(own)
                     attach_input(linear, shared)
 
 

@@ -1,7 +1,9 @@
 """Clipped inputs: how much of an input's range is kept, searched by the output error of the Linears that read it."""
 
+import math
 import pathlib
 from dataclasses import dataclass, replace
+from itertools import pairwise
 from typing import ClassVar
 
 import torch
@@ -21,6 +23,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 SEARCH_VALUES = 1 << 20
 """Numbers of one input on which the search measures output errors."""
+DEARER = 1.25
+"""Where a ratio's error is so many times the least so far, smaller ratios are not tried."""
 OWN_SEARCH = ("percentile", "mse")
 """Estimators that choose themselves how much of a range is kept."""
 
@@ -141,4 +145,6 @@ class _Search:
             rounded: torch.Tensor = InputQuantizer(clipped, (ranges.min, ranges.max), labels)(x)
             return rounded
 
-        return input_clip_ratio(weights, rows, fake, self.options.ratios)[0]
+        ratios = self.options.ratios
+        descending = all(a > b for a, b in pairwise(ratios))
+        return input_clip_ratio(weights, rows, fake, ratios, DEARER if descending else math.inf)[0]

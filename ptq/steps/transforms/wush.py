@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache
 from typing import ClassVar
 
 import torch
@@ -9,13 +10,17 @@ import torch
 from ptq.config.options import option
 from ptq.errors import UserError
 from ptq.steps.transforms._input_maps import InputMaps, OnlineMap, Reading
+from quantize.kernels.matmul import product
 from quantize.modules.online_maps import OnlineBlocks
-from quantize.transforms.rounding_cost import RoundingCost
-from quantize.transforms.wush import block_apply, decomposed, wush
+from quantize.transforms.wush import decomposed, wush
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 DEARER = 1.1
 """Where a damping costs so many times the best so far, greater ones are not tried: over blocks of SmolLM2 none of them was better."""
+
+Behind = Callable[[float], tuple[torch.Tensor, torch.Tensor]]
+"""Gives, for a damping, some tokens (tokens, in) and rows of the weights (some, in) behind its map."""
+MapOf = Callable[[float], OnlineBlocks]
 
 SMALL = 128
 """Blocks of so many channels at most are decomposed for every damping, as published: that costs little there."""
@@ -59,31 +64,36 @@ class Step(InputMaps):
             raise UserError(
                 f"steps.wush.block: {size} does not divide the {width} channels of {reading.names[0]}: use a divisor, or null"
             )
-        gram = reading.weight.double().t() @ reading.weight.double()
-        unit_volume = self._maps(reading, gram, size)
-        best: tuple[float, float, OnlineBlocks] | None = None
+        gram = product(reading.weight.t(), reading.weight).double()
+        small = size is not None and size <= SMALL
+        behind, map_of = (self._each if small else self._together)(reading, gram, size)
+        best: tuple[float, float] | None = None
         for damping in sorted(self.options.dampings):
-            made = OnlineBlocks(unit_volume(damping))
-            cost = float(_behind(made, reading.cost))
+            cost = float(reading.cost(*behind(damping), reading.weight.new_zeros(())))
             if best is None or cost < best[0]:
-                best = cost, damping, made
+                best = cost, damping
             elif cost > DEARER * best[0]:
                 break
         if best is None:
             raise ValueError("no damping to try")
-        return best[2], f"{best[2].extra_repr()}, damping {best[1]:g}, expected error {best[0]:.2%} of the output"
+        made = map_of(best[1])
+        return made, f"{made.extra_repr()}, damping {best[1]:g}, expected error {best[0]:.2%} of the output"
 
-    def _maps(self, reading: Reading, gram: torch.Tensor, size: int | None) -> Callable[[float], torch.Tensor]:
-        """Returns what gives the matrices of unit volume (blocks, size, size) for a damping."""
-        hadamard = self.options.hadamard
-        if size is not None and size <= SMALL:
-            return lambda damping: wush(reading.hessian, gram, size, hadamard, damping).unit_volume()
-        pair = decomposed(reading.hessian, gram, size)
-        return lambda damping: pair.unit_volume(damping, hadamard)
+    def _each(self, reading: Reading, gram: torch.Tensor, size: int | None) -> tuple[Behind, MapOf]:
+        """Returns what gives tokens and weights behind the map of a damping, and the map: decomposed for each damping."""
 
+        @cache
+        def map_of(damping: float) -> OnlineBlocks:
+            return OnlineBlocks(wush(reading.hessian, gram, size, self.options.hadamard, damping).unit_volume())
 
-def _behind(made: OnlineBlocks, cost: RoundingCost) -> torch.Tensor:
-    """Returns the cost behind a map of unit volume, as its 16 bits have it."""
-    return cost(
-        block_apply(cost.rows, made.matrices), made.inverse_weight(cost.weight, torch.float32), cost.rows.new_zeros(())
-    )
+        def behind(damping: float) -> tuple[torch.Tensor, torch.Tensor]:
+            made, cost = map_of(damping), reading.cost
+            return made(cost.rows), made.inverse_weight(cost.weight, torch.float32)
+
+        return behind, map_of
+
+    def _together(self, reading: Reading, gram: torch.Tensor, size: int | None) -> tuple[Behind, MapOf]:
+        """Returns the same of one decomposition for all dampings, whose maps are costed before they are rounded to 16 bits."""
+        pair, hadamard = decomposed(reading.hessian, gram, size), self.options.hadamard
+        behind = pair.behind(reading.cost.rows, reading.cost.weight, hadamard)
+        return behind, lambda damping: OnlineBlocks(pair.unit_volume(damping, hadamard))

@@ -179,6 +179,21 @@ def test_an_input_clip_ratio_has_the_least_output_error_of_all(symmetric, granul
     assert ratio < 1 or spec.granularity == "group"
 
 
+def test_ratios_behind_one_that_is_much_dearer_are_not_tried_and_the_best_is_the_same():
+    x = torch.randn(200, 64, generator=torch.Generator().manual_seed(1))
+    weights = [torch.randn(7, 64, generator=torch.Generator().manual_seed(2))]
+    for bits in (3, 4, 8):
+        spec = QuantSpec(bits=bits, symmetric=False, dynamic=True, granularity="token")
+
+        def fake(t, ratio, spec=spec):
+            return fake_quantize_dynamic(t, replace(spec, clip=ratio))
+
+        ratio, errors = input_clip_ratio(weights, x, fake, dearer=1.25)
+        whole = input_clip_ratio(weights, x, fake)
+        assert ratio == whole[0] and errors == whole[1][: len(errors)]
+        assert len(errors) < len(whole[1]) and errors[-1] > 1.25 * min(errors)
+
+
 def test_an_input_without_readers_is_refused():
     with pytest.raises(ValueError, match="weights: expected one"):
         input_clip_ratio([], torch.ones(3, 4), lambda x, r: x)

@@ -198,3 +198,19 @@ def test_a_decomposition_of_channels_that_nothing_used_is_finite_and_what_it_can
         decomposed(torch.eye(4), torch.eye(3))
     with pytest.raises(ValueError, match="hessian: holds NaN or inf"):
         decomposed(torch.eye(4) * torch.nan, torch.eye(4))
+
+
+@pytest.mark.parametrize(("block", "hadamard"), [(None, True), (8, True), (8, False)])
+def test_what_is_behind_the_map_of_a_damping_is_what_the_map_and_its_inverse_give(block, hadamard):
+    x, w = (t.float() for t in problem())
+    found = decomposed((x.t() @ x / len(x)).double(), (w.t() @ w).double(), block)
+    behind = found.behind(x, w, hadamard)
+    for damping in (1e-3, 1.0):
+        inputs, weight = behind(damping)
+        made = found.unit_volume(damping, hadamard)
+        torch.testing.assert_close(inputs, block_apply(x, made), rtol=1e-4, atol=1e-4 * float(inputs.abs().max()))
+        inverse = torch.linalg.inv(made.double()).mT
+        torch.testing.assert_close(weight, block_apply(w, inverse), rtol=1e-3, atol=1e-4 * float(weight.abs().max()))
+        torch.testing.assert_close(
+            inputs @ weight.t(), x @ w.t(), rtol=1e-3, atol=1e-3 * float((x @ w.t()).abs().max())
+        )
