@@ -2,7 +2,6 @@
 
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Callable, Sequence
@@ -17,6 +16,7 @@ from ptq.data.sources import Text, read_text
 from ptq.files.bounded import parse_json
 from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
+from ptq.files.versions import version_of
 
 KIND = "tokens"
 
@@ -44,7 +44,7 @@ def kept_tokens(draw: Draw, tokenizer: Callable[[], Any], tokenizer_fingerprint:
 
     parts = [read(config, field) for config, field in draw.parts]
     options = {key: value for key, value in dataclasses.asdict(draw).items() if key not in {"text", "field"}}
-    libraries = {name: importlib.metadata.version(name) for name in ("tokenizers", "transformers", "torch")}
+    libraries = {name: version_of(name) for name in ("tokenizers", "transformers", "torch")}
     known = {"text": _text_fingerprint(parts), "tokenizer": tokenizer_fingerprint}
     key: dict[str, object] = {**options, **known, "libraries": libraries, "source": package_digest()}
     if (path := store.find(KIND, key)) is not None:

@@ -1,6 +1,5 @@
 """Which kernel is fast here: timings kept in the store by machine, versions and threads."""
 
-import importlib.metadata
 import json
 import os
 import pathlib
@@ -12,6 +11,7 @@ import torch
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
 from ptq.files.store import Store
+from ptq.files.versions import version_of
 from quantize.kernels.fastest import EVICTED
 
 KIND = "kernel-timings"
@@ -25,11 +25,11 @@ def timings_key(device: torch.device) -> dict[str, object]:
     key: dict[str, object] = {
         "timed": f"{EVICTED >> 20} MiB read between",
         "torch": torch.__version__,
-        "onnxruntime": _version("onnxruntime"),
+        "onnxruntime": version_of("onnxruntime"),
         "device": device.type,
     }
     if device.type == "cuda":
-        return {**key, "gpu": torch.cuda.get_device_name(device), "gemlite": _version("gemlite")}
+        return {**key, "gpu": torch.cuda.get_device_name(device), "gemlite": version_of("gemlite")}
     # Whether OpenMP's threads spin or sleep while they wait decides who can have the cores meanwhile.
     waiting = {name: os.environ.get(name) for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT")}
     return {**key, **waiting, "processor": processor(), "threads": torch.get_num_threads(),
@@ -91,10 +91,3 @@ def processor() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine())
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None

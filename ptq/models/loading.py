@@ -3,7 +3,6 @@
 import contextlib
 import dataclasses
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Iterator
@@ -19,6 +18,7 @@ from ptq.files.gguf_header import check_gguf
 from ptq.files.safetensors_file import TensorDigests
 from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
+from ptq.files.versions import version_of
 from ptq.models.gguf_tokenizer import as_llama_cpp
 from ptq.models.locations import Location, ModelSource, locate, quiet, source_of
 from ptq.models.resident_memory import return_freed_memory
@@ -147,7 +147,7 @@ def _config(source: ModelSource, store: Store | None, weights: bool = True) -> A
 def _gguf_key(source: ModelSource) -> dict[str, object]:
     """Checks the GGUF file and returns all that its config and tokenizer depend on."""
     header = check_gguf(pathlib.Path(source.location.base) / str(source.location.gguf))
-    versions = {name: importlib.metadata.version(name) for name in ("transformers", "tokenizers")}
+    versions = {name: version_of(name) for name in ("transformers", "tokenizers")}
     return {"source": package_digest(*_CONVERTERS), "header": header, **versions}
 
 
@@ -338,7 +338,7 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
         "file": _digest(source.location, None, store).value(),
         "rounding": NAMES[rounding],
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
+        "transformers": version_of("transformers"),
     }
     folder = store.keep("gguf-weights", key, fill, _words(source))
     return ModelSource(source.config, Location("directory", str(folder)), {"trust_remote_code": False})

@@ -1,7 +1,6 @@
 """What makes two runs the same one, known before any weight is read; and whether a folder holds that run, finished."""
 
 import hashlib
-import importlib.metadata
 import json
 import pathlib
 from collections.abc import Mapping, Sequence
@@ -11,6 +10,7 @@ import torch
 
 from ptq.files.bounded import parse_json
 from ptq.files.source_digest import package_digest
+from ptq.files.versions import version_of
 
 METRICS = "metrics.json"
 
@@ -28,7 +28,7 @@ def machine(device: torch.device, devices: Sequence[torch.device] = ()) -> dict[
     where: dict[str, object] = {
         "source": package_digest(),
         "torch": torch.__version__,
-        "transformers": importlib.metadata.version("transformers"),
+        "transformers": version_of("transformers"),
         "device": device.type,
         "precision": torch.get_float32_matmul_precision(),
     }

@@ -1,6 +1,5 @@
 """How and where a result was made: command line, date and threads; versions, processor, seeds, the state of the source tree."""
 
-import importlib.metadata
 import os
 import pathlib
 import platform
@@ -13,6 +12,7 @@ import torch
 
 import ptq
 from ptq.config.schema import Recipe
+from ptq.files.versions import version_of
 from ptq.report.results import Environment, Git, Made
 
 PACKAGES = (
@@ -40,7 +40,7 @@ def environment(recipe: Recipe, device: torch.device, ranks: int = 1) -> Environ
         ptq=ptq.__version__,
         python=platform.python_version(),
         platform=platform.platform(),
-        packages={name: _version(name) for name in PACKAGES},
+        packages={name: version_of(name) for name in PACKAGES},
         device=str(device),
         gpu=torch.cuda.get_device_name(device) if device.type == "cuda" else None,
         cpu_capability=torch.backends.cpu.get_cpu_capability(),
@@ -50,13 +50,6 @@ def environment(recipe: Recipe, device: torch.device, ranks: int = 1) -> Environ
         seeds={"calibration": recipe.calibration.seed, "evaluation": recipe.evaluation.seed},
         git=_git(pathlib.Path(ptq.__file__).resolve().parent.parent),
     )
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
 
 
 def _cpu_flags() -> list[str]:

@@ -189,7 +189,7 @@ def test_another_release_of_transformers_does_not_share_what_was_read(config, tm
     check(config, store)
     check(config, store)
     assert len(list((tmp_path / "gguf-config").iterdir())) == 1
-    monkeypatch.setattr("importlib.metadata.version", lambda name: "999.0")
+    monkeypatch.setattr("ptq.models.loading.version_of", lambda name: "999.0")
     check(config, store)
     assert len(list((tmp_path / "gguf-config").iterdir())) == 2
 
