@@ -267,6 +267,8 @@ class Step:
     by_block: ClassVar[bool] = False
     """Whether a block's part of the plan depends on nothing beyond what the block reads: then `plan_block` makes it, and a run whose
     weights are on disk need not see the network before its first block. What such a step does lies inside the blocks."""
+    outdates: ClassVar[bool] = False
+    """Of a step that plans `by_block`, whether its plans are `StepPlan.stale`: a step behind it that needs statistics needs a pass of its own."""
     last: ClassVar[bool] = False
     """Whether what it decides holds only for what the transforms before it leave: no transform may follow."""
 

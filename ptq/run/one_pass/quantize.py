@@ -64,6 +64,7 @@ def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) ->
         and world.size == 1
         and bool(steps)
         and not any(_plans_before(step) for step in steps.values())
+        and _outdated(recipe, steps) is None
         and not _reads_statistics(recipe, steps)
         and not attention_tensors(recipe.scheme)
     )
@@ -72,6 +73,16 @@ def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) ->
 def _plans_before(step: Step) -> bool:
     """Whether the step has to see the network before its first block is finished."""
     return not step.by_block and (step.kind != SOLVER or type(step).plan is not Step.plan)
+
+
+def _outdated(recipe: Recipe, steps: Mapping[str, Step]) -> str | None:
+    """Returns the step whose statistics have to be taken again, behind one that outdates them; None where there is none."""
+    outdated = False
+    for name, step in steps.items():
+        if outdated and STATISTICS in step.captures(recipe.scheme):
+            return name
+        outdated = outdated or step.outdates
+    return None
 
 
 def _reads_statistics(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
@@ -90,6 +101,8 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
         )
     planning = (name for name, step in steps.items() if _plans_before(step))
     what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
+    if not what and (name := _outdated(recipe, steps)) is not None:
+        what = f"steps.{name} needs statistics of the network as the steps before it leave it"
     if not what and _reads_statistics(recipe, steps):
         what = "calibration.statistics are of weights that have to be read first"
     raise UserError(

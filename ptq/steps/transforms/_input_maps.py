@@ -11,6 +11,7 @@ import torch
 from ptq.calibration.samples import Samples
 from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
+from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
 from ptq.ranks.sample_sum import by_sample
 from ptq.steps._solving import Rows, specs_of
@@ -52,6 +53,8 @@ class InputMaps(Transform):
     """
 
     acts: ClassVar[frozenset[str]] = frozenset({INPUT, WEIGHT_INPUT})
+    by_block: ClassVar[bool] = True
+    outdates: ClassVar[bool] = True
     title: ClassVar[str]
     """The step's name, for messages."""
 
@@ -69,11 +72,23 @@ class InputMaps(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Chooses every map, on the network as the steps before leave it."""
-        if context.ids is None:
-            raise UserError(f"steps.{self.title}: needs calibration samples, and none were drawn")
-        flow = context.stream.open(context.ids, context.batch_size)
+        flow = self.looks_at(context)
         search = _Search(self, context, Samples(context.stream, flow))
         context.show(search, flow, self.title)
+        return StepPlan(search.tensors, stale=True)
+
+    def looks_at(self, context: Context) -> Flow:
+        """All calibration samples: the moments are theirs."""
+        if context.ids is None:
+            raise UserError(f"steps.{self.title}: needs calibration samples, and none were drawn")
+        return context.stream.open(context.ids, context.batch_size)
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Chooses the maps of the block's inputs."""
+        if flow is None:
+            raise TypeError(f"{self.title} looks at samples")
+        search = _Search(self, context, Samples(context.stream, flow))
+        search.enter(block)
         return StepPlan(search.tensors, stale=True)
 
     @torch.no_grad()

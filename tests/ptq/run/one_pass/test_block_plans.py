@@ -12,12 +12,15 @@ from ptq.run.kept.kept_pass import RESUME
 from tests.tools.interrupted import interrupted
 from tests.tools.one_pass import GROUPS, exported, make
 from tests.tools.same_bits import results, same
+from tests.tools.tiny_runs import metrics_of
 
 STATIC = {"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}}
 TOKENS = {"weight": {"bits": 4}, "input": {"bits": 4, "granularity": "token", "dynamic": True}}
 CASES = {
     "awq": ("tiny_llama", GROUPS, {"awq": {}, "gptq": {}}, "gptq"),
     "static ranges of a mixture": ("tiny_mixtral", STATIC, {"smooth": {}, "rtn": {}}, None),
+    "maps": ("tiny_llama", TOKENS, {"wush": {}, "clip": {}, "gptq": {}}, None),
+    "learned maps": ("tiny_llama", TOKENS, {"affine": {"steps": 2}, "rtn": {}}, None),
     "searches": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "clip": {}, "gptq": {}}, None),
 }  # fmt: skip
 
@@ -55,11 +58,12 @@ def test_what_is_planned_block_by_block_has_the_bits_of_plans_for_the_whole_netw
         found, expected = exported(one, export), exported(several, export)
         assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
         assert all(torch.equal(tensor, expected[0][key]) for key, tensor in found[0].items())
+    assert "plan" in metrics_of(several)["seconds"] and "plan" not in metrics_of(one)["seconds"]
     pictures = [folder / "channels.json" for folder in (one, several)]
     assert pictures[0].is_file() == pictures[1].is_file()
     assert not pictures[0].is_file() or json.loads(pictures[0].read_text()) == json.loads(pictures[1].read_text())
     kept = taken(tmp_path / "one"), taken(tmp_path / "several")
-    assert len(kept[0]) == len(kept[1]) == 1
+    assert len(kept[0]) == len(kept[1]) == ("maps" not in case), "maps go by moments of their own"
     assert all(alike(*pair) for pair in zip(*kept, strict=True))
 
 
@@ -88,9 +92,32 @@ def test_a_run_killed_in_the_middle_keeps_its_statistics(tmp_path, tiny_mixtral,
     assert "resumed" not in out
 
 
+def test_a_run_with_maps_that_is_killed_in_the_middle_ends_with_the_same_bits(
+    tmp_path, tiny_llama, monkeypatch, capsys
+):
+    case = tiny_llama, {"wush": {}, "gptq": {}}, None, TOKENS
+    whole = run(make(tmp_path / "whole", *case, save=True))
+    recipe = make(tmp_path / "killed", *case, save=True)
+    interrupted(monkeypatch, recipe, 2)
+    capsys.readouterr()
+    folder = run(recipe)
+    assert "resumed after block 2 of 4" in capsys.readouterr().out
+    same(results(folder), results(whole))
+
+
 def test_steps_that_see_the_whole_network_first_are_named_where_blocks_go_over_devices(tmp_path, tiny_llama):
     devices = {"devices": ["cpu", "cpu"]}
     with pytest.raises(UserError, match=r"execution\.devices: cpu, cpu, but steps\.rotate plans for the whole network"):
         run(make(tmp_path, tiny_llama, {"rotate": {}, "gptq": {}}, None, **devices))
     folder = run(make(tmp_path, tiny_llama, {"awq": {}, "rtn": {}}, "gptq", **devices))
     assert exported(folder, "gptq")[0]
+
+
+def test_maps_before_a_step_that_needs_statistics_are_planned_for_the_whole_network(tmp_path, tiny_llama):
+    static = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}}
+    steps = {"wush": {"block": 16}, "rtn": {}}
+    with pytest.raises(
+        UserError, match=r"execution\.devices: .* but steps\.rtn needs statistics of the network as the"
+    ):
+        run(make(tmp_path, tiny_llama, steps, None, static, devices=["cpu", "cpu"]))
+    assert run(make(tmp_path, tiny_llama, steps, None, static)).is_dir()
