@@ -180,11 +180,11 @@ def _linears(made: list[tuple[Side, Any]], roofline: Any) -> list[dict[str, Any]
     timings = {what: times for m in packed if m.kernel_choice for what, times in m.kernel_choice.timings.items()}
     rows: list[dict[str, Any]] = []
     for what, times in timings.items():
-        module = next(
-            (m for m in packed if f" ({m.out_features}, {m.in_features}) " in what and str(m.weight_spec) in what), None
-        )
-        if module is None:
+        alike = [m for m in packed if f" ({m.out_features}, {m.in_features}) " in what and str(m.weight_spec) in what]
+        if not alike:
             continue
+        # Integer products are of any type's Linears; others are named by theirs, and another side's may read other bytes.
+        module = max(alike, key=lambda m: str(m.dtype) in what)
         count = int(what.split()[-2])
         kind = "int8" if "int_mm" in times else "bfloat16" if "bfloat16" in what else "float32"
         bits = 8 * module.read_bytes() / (module.in_features * module.out_features)
