@@ -58,10 +58,6 @@ class InputMaps(Transform):
     title: ClassVar[str]
     """The step's name, for messages."""
 
-    def most_samples(self) -> int | None:
-        """Returns how many calibration samples the moments are of, the first ones; None for all."""
-        return None
-
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing that is not planned with. `UserError` where the scheme leaves all inputs alone."""
         if not any([scheme.input, *(o.tensors.get("input") for o in scheme.overrides)]):
@@ -82,10 +78,10 @@ class InputMaps(Transform):
         return StepPlan(search.tensors, stale=True)
 
     def looks_at(self, context: Context) -> Flow:
-        """The calibration samples that the moments are of."""
+        """All calibration samples: the moments are theirs."""
         if context.ids is None:
             raise UserError(f"steps.{self.title}: needs calibration samples, and none were drawn")
-        return context.stream.open(context.ids[: self.most_samples()], context.batch_size)
+        return context.stream.open(context.ids, context.batch_size)
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Chooses the maps of the block's inputs."""

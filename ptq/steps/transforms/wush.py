@@ -38,13 +38,11 @@ class Options:
             the moments of input and weights, and great ones make of the map a Hadamard matrix; with greater blocks, which are
             decomposed once, to the second moments behind the map.
         hadamard: spread what the decomposition concentrates by a Hadamard matrix at the end, as published.
-        samples: calibration samples that the moments are of, the first ones; null for all.
     """
 
     block: int | None = option(None, least=2)
     dampings: tuple[float, ...] = DAMPINGS
     hadamard: bool = True
-    samples: int | None = option(None, least=1)
 
     def __post_init__(self) -> None:
         if not self.dampings or any(not 0 < damping <= 1 for damping in self.dampings):
@@ -58,10 +56,6 @@ class Step(InputMaps):
 
     title: ClassVar[str] = "wush"
     options: Options
-
-    def most_samples(self) -> int | None:
-        """As the options say."""
-        return self.options.samples
 
     def choose(self, reading: Reading) -> tuple[OnlineMap, str]:
         """Returns the map with the least cost of all dampings."""
