@@ -1,5 +1,7 @@
 """How a grid's range is chosen: from the values themselves (minmax, percentile, mse) or from per-channel statistics."""
 
+from dataclasses import replace
+
 import torch
 
 from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped
@@ -91,12 +93,16 @@ def observed_grid(rows: torch.Tensor, spec: QuantSpec, labels: torch.Tensor | No
 
     One scale for the tensor (1,), one a channel (channels,), or one a cluster of channels (clusters,) with `labels`.
     """
+    if spec.granularity == "channel":
+        # Together: one channel after another took most of what such a run takes.
+        grid = _fit(rows.t().contiguous(), spec)
+        return replace(
+            grid, scale=grid.scale[:, 0], zero_point=None if grid.zero_point is None else grid.zero_point[:, 0]
+        )
     if spec.granularity == "tensor":
         groups = [rows.flatten()]
     elif spec.granularity == "cluster":
         groups = [rows[:, labels == k].flatten() for k in range(_clusters(labels, rows.shape[1]))]
-    elif spec.granularity == "channel":
-        groups = list(rows.t())
     else:
         raise ValueError(f"granularity: {spec.granularity!r} has no static ranges: use tensor, channel or cluster")
     grids = [_fit(values, spec) for values in groups]

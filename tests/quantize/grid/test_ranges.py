@@ -1,6 +1,7 @@
 """Limits of ranges and of the modules' state: what stays finite, what is refused, what survives a move or a reload."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -12,7 +13,7 @@ import quantize.grid.ranges
 from quantize.error import relative_error, sqnr_db
 from quantize.grid.affine import Grid, dequantize, fake_quantize, fake_quantize_absmax, grid_from_range, grouped
 from quantize.grid.affine import quantize as to_codes
-from quantize.grid.ranges import RunningRange, dynamic_grid, static_grid, weight_grid
+from quantize.grid.ranges import RunningRange, dynamic_grid, observed_grid, static_grid, weight_grid
 from quantize.modules.simulated import InputQuantizer, QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
@@ -203,3 +204,16 @@ def test_an_error_weighed_by_importance_is_least_for_the_grid_that_was_fitted_to
     assert error(weighed) < error(plain)
     alike = weight_grid(weight, spec, None, torch.full((64,), 3.0))
     assert torch.equal(alike.scale, plain.scale)
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+@pytest.mark.parametrize("estimator", ["mse", "percentile"])
+def test_ranges_of_channels_that_were_seen_are_those_of_each_channel_by_itself(estimator, symmetric):
+    rows = torch.randn(300, 24, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 24)
+    spec = QuantSpec(bits=4, granularity="channel", symmetric=symmetric, range=estimator)
+    together = observed_grid(rows, spec)
+    alone = [observed_grid(rows[:, i : i + 1], replace(spec, granularity="tensor")) for i in range(24)]
+    assert together.scale.shape == (24,) and torch.equal(together.scale, torch.cat([grid.scale for grid in alone]))
+    zeros = [grid.zero_point for grid in alone]
+    assert (together.zero_point is None) == symmetric
+    assert symmetric or torch.equal(together.zero_point, torch.cat(zeros))
