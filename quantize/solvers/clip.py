@@ -16,6 +16,7 @@ from quantize.grid.affine import Grid, fake_quantize, grid_from_range, grouped, 
 from quantize.grid.ranges import weight_grid
 from quantize.grid.scales import rounded_scales
 from quantize.kernels.matmul import product, row_squares
+from quantize.search import cheapest
 from quantize.solvers.levels import FormatLevels, KLevels, absmax_scale, level_form
 from quantize.spec.quant_spec import QuantSpec
 
@@ -142,12 +143,7 @@ def input_clip_ratio(
     if not isinstance(gram, torch.Tensor):
         raise ValueError("weights: expected one Linear's weight or more")
     energy = _energy(x, gram).clamp_min(torch.finfo(torch.float32).tiny)
-    errors: list[float] = []
-    for ratio in ratios:
-        errors.append(float(_energy(fake(x, ratio) - x, gram) / energy))
-        if errors[-1] > dearer * min(errors):
-            break
-    return ratios[errors.index(min(errors))], errors
+    return cheapest(ratios, lambda ratio: float(_energy(fake(x, ratio) - x, gram) / energy), dearer)
 
 
 Weigh = Callable[[torch.Tensor], torch.Tensor]

@@ -12,18 +12,20 @@ from ptq.errors import UserError
 from ptq.steps.transforms._input_maps import InputMaps, OnlineMap, Reading
 from quantize.kernels.matmul import product
 from quantize.modules.online_maps import OnlineBlocks
+from quantize.search import cheapest
 from quantize.transforms.wush import decomposed, wush
 
 DAMPINGS = (1e-3, 1e-2, 1e-1, 1.0)
 DEARER = 1.1
 """Where a damping costs so many times the best so far, greater ones are not tried: over blocks of SmolLM2 none of them was better."""
 
+SMALL = 128
+"""Blocks of so many channels at most are decomposed for every damping, as published: that costs little there."""
+
 Behind = Callable[[float], tuple[torch.Tensor, torch.Tensor]]
 """Gives, for a damping, some tokens (tokens, in) and rows of the weights (some, in) behind its map."""
 MapOf = Callable[[float], OnlineBlocks]
-
-SMALL = 128
-"""Blocks of so many channels at most are decomposed for every damping, as published: that costs little there."""
+"""Gives the map of a damping."""
 
 
 @dataclass(frozen=True)
@@ -67,17 +69,12 @@ class Step(InputMaps):
         gram = product(reading.weight.t(), reading.weight).double()
         small = size is not None and size <= SMALL
         behind, map_of = (self._each if small else self._together)(reading, gram, size)
-        best: tuple[float, float] | None = None
-        for damping in sorted(self.options.dampings):
-            cost = float(reading.cost(*behind(damping), reading.weight.new_zeros(())))
-            if best is None or cost < best[0]:
-                best = cost, damping
-            elif cost > DEARER * best[0]:
-                break
-        if best is None:
-            raise ValueError("no damping to try")
-        made = map_of(best[1])
-        return made, f"{made.extra_repr()}, damping {best[1]:g}, expected error {best[0]:.2%} of the output"
+        volume = reading.weight.new_zeros(())
+        damping, costs = cheapest(
+            sorted(self.options.dampings), lambda damping: float(reading.cost(*behind(damping), volume)), DEARER
+        )
+        made = map_of(damping)
+        return made, f"{made.extra_repr()}, damping {damping:g}, expected error {min(costs):.2%} of the output"
 
     def _each(self, reading: Reading, gram: torch.Tensor, size: int | None) -> tuple[Behind, MapOf]:
         """Returns what gives tokens and weights behind the map of a damping, and the map: decomposed for each damping."""
