@@ -18,7 +18,7 @@ from ptq.models.loading import check
 from ptq.models.locations import locate, quiet
 from ptq.models.weights import shards_of
 from ptq.network.experts.trace import Routing
-from ptq.network.network import Block, Network, build_network, replaced_forward, weight_of
+from ptq.network.network import Block, Network, build_network, replaced_forward, uncollected, weight_of
 
 NAME = "ptq_shapes"
 MOST_MODULES = 60_000
@@ -38,6 +38,7 @@ class NotTraceable(Exception):
         return cls(f"{type(error).__name__}: {' '.join(str(error).split())[:160]}")
 
 
+@uncollected()
 def skeleton(model: ModelConfig, store: Store | None = None, weights: bool = True) -> Network:
     """Returns the model on the meta device, as a network.
 

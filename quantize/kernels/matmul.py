@@ -1,9 +1,11 @@
-"""Products of float32 matrices on CPUs, by oneDNN.
+"""Products of matrices on CPUs: of float32 by oneDNN, of 16 bits in float32 where the CPU has no such products.
 
 torch multiplies float32 matrices by MKL, which leaves out AVX-512 on CPUs that are not Intel's: on an AMD EPYC with it, oneDNN,
-which torch ships too, is twice as fast (`python -m experiments.bench.products`). The two differ by rounding. All else is torch's.
+which torch ships too, is twice as fast (`python -m experiments.bench.products`). Without AVX-512 oneDNN takes no bfloat16 and
+float16, and torch's own loops are nine times as slow as converting both sides. The results differ by rounding. All else is torch's.
 """
 
+import functools
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -17,6 +19,12 @@ SMALL = 1 << 20
 
 STRIP = 256
 """Rows of a symmetric matrix that are multiplied together."""
+SUPPORTED = {torch.bfloat16: "_is_mkldnn_bf16_supported", torch.float16: "_is_mkldnn_fp16_supported"}
+"""torch's operation that tells whether oneDNN takes a type."""
+WIDENED = 1 << 24
+"""Numbers of a 16-bit weight that are converted at a time: 64 MiB in float32."""
+FEW = 4
+"""Rows below which converting a 16-bit weight takes longer than torch's loops."""
 TOKENS = 512
 """Tokens whose copy is transposed at a time: a few MiB."""
 
@@ -61,6 +69,8 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    if _is_wanting(x, weight, bias):
+        return _widened(x, weight, bias)
     if not by_onednn(x, weight, bias):
         return functional.linear(x, weight, bias)
     if not (weight.is_contiguous() or weight.t().is_contiguous()):
@@ -75,6 +85,30 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -
 def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     result: torch.Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
     return result
+
+
+def _is_wanting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Returns whether this is a product of 16 bits for which the CPU has no instructions."""
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors) or x.dtype not in SUPPORTED:
+        return False
+    if x.numel() * len(weight) < SMALL or x.numel() // x.shape[-1] < FEW or _is_supported(x.dtype):
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+
+
+@functools.cache
+def _is_supported(dtype: torch.dtype) -> bool:
+    """Returns whether oneDNN has products of this type on this CPU."""
+    return bool(getattr(torch.ops.mkldnn, SUPPORTED[dtype])())
+
+
+def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    """Returns the product computed in float32, rounded once."""
+    wide, rows = x.float(), max(1, WIDENED // weight.shape[1])
+    biases = [None] * len(weight) if bias is None else bias.float().split(rows)
+    parts = [_product(wide, w.float(), b).to(x.dtype) for w, b in zip(weight.split(rows), biases, strict=False)]
+    return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
 def filled(count: int, steps: int = ROWS) -> int:

@@ -1,4 +1,4 @@
-"""Products of float32 matrices on CPUs."""
+"""Products of matrices on CPUs."""
 
 import copy
 import time
@@ -187,3 +187,28 @@ def _seconds(action):
 
 def test_the_operation_of_onednn_is_there():
     assert products.by_onednn(normal(256, 512), normal(256, 512)) is torch.backends.mkldnn.is_available()
+
+
+@pytest.mark.parametrize("kind", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("bias", [False, True])
+def test_where_a_cpu_has_no_products_of_16_bits_they_are_float32s_rounded_once(monkeypatch, kind, bias):
+    monkeypatch.setattr(products, "_is_supported", lambda dtype: False)
+    x, w, b = (normal(*shape, seed=i).to(kind) for i, shape in enumerate([(2, 40, 96), (300, 96), (300,)]))
+    b = b if bias else None
+    with fast_linears():
+        got = linear(x, w, b)
+        monkeypatch.setattr(products, "WIDENED", 96 * 70)
+        by_strips = linear(x, w, b)
+    exact = x.double() @ w.double().t() + (0 if b is None else b.double())
+    assert got.dtype == kind and torch.equal(got, by_strips)
+    # Half a unit in the last place, of numbers up to twice the smallest of their power of two, and float32's own rounding.
+    assert ((got.double() - exact).abs() <= torch.finfo(kind).eps / 2 * exact.abs() + 1e-4).all()
+    assert torch.equal(linear(x, w, b), nn.functional.linear(x, w, b))  # outside, torch's own bits
+
+
+def test_a_product_of_16_bits_has_a_derivative_where_one_is_asked_for(monkeypatch):
+    monkeypatch.setattr(products, "_is_supported", lambda dtype: False)
+    x, w = normal(64, 128).bfloat16().requires_grad_(), normal(256, 128, seed=1).bfloat16()
+    with fast_linears():
+        linear(x, w).sum().backward()
+    assert torch.equal(x.grad, torch.autograd.grad(nn.functional.linear(x, w).sum(), x)[0])
