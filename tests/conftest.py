@@ -1,5 +1,7 @@
 """Fixtures: tiny trained models, cached between sessions; no test reaches the network."""
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import pathlib
@@ -48,41 +50,53 @@ def cache() -> pathlib.Path:
     return CACHE
 
 
+def _trained(kind: str, outliers: float | None = None) -> pathlib.Path:
+    """Returns the folder of a tiny model, trained by one process of those that want it.
+
+    While another trains this one, a kind that nobody trains yet is: in a cache that is empty all of them will be wanted.
+    """
+    from ptq.testing import TRAINING, tiny_model
+
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with contextlib.ExitStack() as stack:
+        files = {k: stack.enter_context((CACHE / f".{k}.lock").open("w")) for k in dict.fromkeys((kind, *TRAINING))}
+        for other, file in files.items():
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                tiny_model(other, CACHE)
+                fcntl.flock(file, fcntl.LOCK_UN)
+                if other == kind:
+                    break
+        else:
+            fcntl.flock(files[kind], fcntl.LOCK_EX)
+        return tiny_model(kind, CACHE, outliers=outliers)
+
+
 @pytest.fixture(scope="session")
 def tiny_opt() -> pathlib.Path:
     """Folder of a trained byte-level OPT."""
-    from ptq.testing import tiny_model
-
-    return tiny_model("opt", CACHE)
+    return _trained("opt")
 
 
 @pytest.fixture(scope="session")
 def tiny_llama() -> pathlib.Path:
     """Folder of a trained byte-level LLaMA."""
-    from ptq.testing import tiny_model
-
-    return tiny_model("llama", CACHE)
+    return _trained("llama")
 
 
 @pytest.fixture(scope="session")
 def tiny_mixtral() -> pathlib.Path:
     """Folder of a trained byte-level mixture of experts."""
-    from ptq.testing import tiny_model
-
-    return tiny_model("mixtral", CACHE)
+    return _trained("mixtral")
 
 
 @pytest.fixture(scope="session")
 def tiny_opt_outliers() -> pathlib.Path:
     """The same OPT with outlier channels injected: the same function, much harder to quantize per tensor."""
-    from ptq.testing import tiny_model
-
-    return tiny_model("opt", CACHE, outliers=60.0)
+    return _trained("opt", outliers=60.0)
 
 
 @pytest.fixture(scope="session")
 def tiny_llama_outliers() -> pathlib.Path:
     """The same LLaMA with outlier channels injected."""
-    from ptq.testing import tiny_model
-
-    return tiny_model("llama", CACHE, outliers=60.0)
+    return _trained("llama", outliers=60.0)

@@ -1,10 +1,11 @@
 """How fast this machine is: products, GPTQ's loop over columns, and the disk, by a second's work."""
 
+import functools
 import os
 import pathlib
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -38,20 +39,27 @@ class MachineSpeed:
 
 
 def measured(device: torch.device, dtype: torch.dtype, folder: pathlib.Path) -> MachineSpeed:
-    """Returns this machine's speed.
+    """Returns this machine's speed. It is measured once a process, of each disk once.
 
     Args:
         device: where the arithmetic happens.
         dtype: of the arithmetic.
         folder: on the disk that counts; it or one above it exists.
     """
+    products, columns = _arithmetic(device, dtype)
+    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    return MachineSpeed(products, columns, *_disk(_Disk(there.stat().st_dev, there)))
+
+
+@functools.cache
+def _arithmetic(device: torch.device, dtype: torch.dtype) -> tuple[float, float]:
+    """Returns the operations of products and GPTQ's columns a second."""
     a, b = (torch.ones(SIZE, SIZE, dtype=dtype, device=device) for _ in range(2))
     spec, options = QuantSpec(bits=4), GptqOptions(block=COLUMNS)
     weight, hessian = torch.ones(8, COLUMNS, device=device), torch.eye(COLUMNS, device=device)
     seconds = _least(lambda: product(a, b), device)
     solving = _least(lambda: solve(weight, hessian, spec, options), device)
-    read, written = _disk(folder)
-    return MachineSpeed(2 * SIZE**3 / seconds, COLUMNS / solving, read, written)
+    return 2 * SIZE**3 / seconds, COLUMNS / solving
 
 
 def _least(work: Callable[[], object], device: torch.device, times: int = 4) -> float:
@@ -66,10 +74,18 @@ def _least(work: Callable[[], object], device: torch.device, times: int = 4) -> 
     return max(min(found[1:]), 1e-9)
 
 
-def _disk(folder: pathlib.Path) -> tuple[float, float]:
+@dataclass(frozen=True)
+class _Disk:
+    """A disk by its number, and a folder on it."""
+
+    number: int
+    folder: pathlib.Path = field(compare=False)
+
+
+@functools.cache
+def _disk(disk: _Disk) -> tuple[float, float]:
     """Returns the bytes a second that are read and written, of a file that goes again."""
-    there = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
-    path, data = scratch_path(there, "speed"), os.urandom(1 << 20)
+    path, data = scratch_path(disk.folder, "speed"), os.urandom(1 << 20)
     try:
         start = time.perf_counter()
         with path.open("wb", buffering=0) as file:

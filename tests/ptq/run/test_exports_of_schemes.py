@@ -86,8 +86,9 @@ def test_the_table_names_every_format_and_only_schemes_that_there_are():
 
 @pytest.mark.parametrize(("scheme", "export"), [p for p in PAIRS if p[0] not in EXPRESSED[p[1]]])
 def test_what_a_format_cannot_hold_is_refused_before_the_work_with_advice_that_works(compose, scheme, export):
+    refused = compose(scheme, export)
     with pytest.raises(UserError) as error:
-        dry_run(compose(scheme, export))
+        dry_run(refused)
     message = str(error.value)
     assert message.startswith("scheme.") and "\n" not in message
     # As overrides of the recipe that was refused.
@@ -97,7 +98,7 @@ def test_what_a_format_cannot_hold_is_refused_before_the_work_with_advice_that_w
     # As the whole scheme of a recipe that names no shipped one.
     [fields] = re.findall(r"\((weight .*)\)", message)
     own = yaml.safe_load("{" + re.sub(r"\b(weight|input) ", r"\1: ", fields) + "}")
-    recipe = recipe_from({**compose(scheme, export).as_dict(), "scheme": own, "steps": {"rtn": {}}})
+    recipe = recipe_from({**refused.as_dict(), "scheme": own, "steps": {"rtn": {}}})
     exporter = build_exporter(ExportConfig(export))
     exporter.check(exporter.adapt(recipe.scheme), skeleton(recipe.model))
 
