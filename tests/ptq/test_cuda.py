@@ -30,6 +30,30 @@ def device():
     return virtual_device()
 
 
+def _cut(source, folder):
+    """Two of the four blocks of a trained model: where tensors lie differs by kind of block, not by their number."""
+    model = transformers.AutoModelForCausalLM.from_pretrained(source, num_hidden_layers=2)
+    model.save_pretrained(folder)
+    transformers.AutoTokenizer.from_pretrained(source).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def llama(tiny_llama, tmp_path_factory):
+    return _cut(tiny_llama, tmp_path_factory.mktemp("llama"))
+
+
+@pytest.fixture(scope="module")
+def llama_eps(tiny_llama_eps, tmp_path_factory):
+    """The same with the eps that llama2.c computes with."""
+    return _cut(tiny_llama_eps, tmp_path_factory.mktemp("llama-eps"))
+
+
+@pytest.fixture(scope="module")
+def opt(tiny_opt, tmp_path_factory):
+    return _cut(tiny_opt, tmp_path_factory.mktemp("opt"))
+
+
 @pytest.fixture
 def cuda(monkeypatch, device):
     """A CUDA device that is not there."""
@@ -211,31 +235,31 @@ def metrics(folder):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_run_and_a_second_one_out_of_the_store_stay_on_the_device(cuda, tmp_path, tiny_llama, name):
+def test_a_run_and_a_second_one_out_of_the_store_stay_on_the_device(cuda, tmp_path, llama, name):
     scheme, steps = CASES[name]
-    first = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
+    first = metrics(run(make(tmp_path, llama, scheme, steps)))
     assert cuda.calls > 1000 and first["kl_mean"] > 0
-    second = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
+    second = metrics(run(make(tmp_path, llama, scheme, steps)))
     assert second["kl_mean"] == first["kl_mean"]
 
 
 @pytest.mark.parametrize(
     "setting", [{"weights": "offloaded", "prefetch": False}, {"hidden_states": "disk"}, {"save": True}]
 )
-def test_every_way_of_holding_things_stays_on_the_device(cuda, tmp_path, tiny_llama, setting):
+def test_every_way_of_holding_things_stays_on_the_device(cuda, tmp_path, llama, setting):
     # What reads ahead does so in a thread and on a stream, and neither sees a device that is not there.
     scheme, steps = CASES["smooth, gptq"]
-    plain = metrics(run(make(tmp_path, tiny_llama, scheme, steps)))
-    held = metrics(run(make(tmp_path, tiny_llama, scheme, steps, execution={"device": "cuda", **setting})))
+    plain = metrics(run(make(tmp_path, llama, scheme, steps)))
+    held = metrics(run(make(tmp_path, llama, scheme, steps, execution={"device": "cuda", **setting})))
     assert held["kl_mean"] == plain["kl_mean"]
 
 
-def test_statistics_of_a_file_are_read_to_the_device(cuda, tmp_path, tiny_opt):
+def test_statistics_of_a_file_are_read_to_the_device(cuda, tmp_path, opt):
     scheme, steps = CASES["rtn, static"]
-    run(make(tmp_path, tiny_opt, scheme, steps))
+    run(make(tmp_path, opt, scheme, steps))
     [path] = [p for p in pathlib.Path(tmp_path / "store").rglob("*") if p.is_file() and _is_statistics(p)]
     calibration = {**SMALL["calibration"], "statistics": str(path)}
-    recipe = make(tmp_path / "again", tiny_opt, scheme, steps, calibration=calibration)
+    recipe = make(tmp_path / "again", opt, scheme, steps, calibration=calibration)
     assert metrics(run(recipe))["kl_mean"] > 0
     assert all(s.min.device == CUDA for s in Statistics.load(path, "cuda").inputs.values())
 
@@ -268,22 +292,22 @@ def test_every_step_format_and_exporter_of_ours_is_among_them():
 
 
 @pytest.mark.parametrize("format", EXPORTS)
-def test_an_export_from_the_device_has_the_bytes_of_one_from_the_cpu(cuda, tmp_path, tiny_llama_eps, format):
+def test_an_export_from_the_device_has_the_bytes_of_one_from_the_cpu(cuda, tmp_path, llama_eps, format):
     scheme, steps = EXPORTS[format]
     written = {}
     for device in ("cpu", "cuda"):
         settings = {"device": device, "save": True}
-        folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": format}, execution=settings))
+        folder = run(make(tmp_path, llama_eps, scheme, steps, export={"format": format}, execution=settings))
         written[device] = _weights(folder / "export")
         again = export_run(folder, ExportConfig(format), tmp_path / device / "again", False)
         assert all(part in written[device] for part in _weights(again.path))
     assert written["cpu"] == written["cuda"] and all(written["cpu"])
 
 
-def test_corrections_on_the_device_are_written_as_they_were_kept(cuda, tmp_path, tiny_llama_eps):
+def test_corrections_on_the_device_are_written_as_they_were_kept(cuda, tmp_path, llama_eps):
     scheme, steps = CASES["lowrank"]
     settings, config = {"device": "cuda", "save": True}, ExportConfig("compressed-tensors")
-    folder = run(make(tmp_path, tiny_llama_eps, scheme, steps, export={"format": config.format}, execution=settings))
+    folder = run(make(tmp_path, llama_eps, scheme, steps, export={"format": config.format}, execution=settings))
     written = _weights(folder / "export")
     assert len(written) == 2
     assert written == _weights(export_run(folder, config, tmp_path / "again", False).path)
@@ -296,8 +320,8 @@ def _weights(path):
 
 
 @pytest.mark.parametrize("scheme", ["w8a8", "nf4", "llm_int8", "fp8", "nvfp4_w4a4", "mxfp4", "q8_0"])
-def test_a_model_quantized_in_place_runs_on_the_device(cuda, tiny_llama, scheme):
-    model = transformers.AutoModelForCausalLM.from_pretrained(tiny_llama).to("cuda")
+def test_a_model_quantized_in_place_runs_on_the_device(cuda, llama, scheme):
+    model = transformers.AutoModelForCausalLM.from_pretrained(llama).to("cuda")
     ids = torch.arange(8).view(1, 8).to("cuda")
     before = model(input_ids=ids).logits
     quantize_(model, scheme)
