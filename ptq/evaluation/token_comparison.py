@@ -44,7 +44,13 @@ class TokenComparison:
         return float(self.same_top.double().mean())
 
 
-def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: int) -> torch.Tensor:
+def window_losses(
+    head: Head,
+    hidden: torch.Tensor,
+    ids: torch.Tensor,
+    chunk: int,
+    remembered: Remembered = lambda place, compute: compute(),
+) -> torch.Tensor:
     """Returns the mean next-token cross-entropy of every window, float64 (windows,).
 
     Args:
@@ -52,15 +58,15 @@ def window_losses(head: Head, hidden: torch.Tensor, ids: torch.Tensor, chunk: in
         hidden: final hidden states (windows, length, channels).
         ids: token ids (windows, length).
         chunk: tokens whose logits exist at the same time.
+        remembered: may keep the log-probabilities of chunks, for `compare_tokens`.
     """
     losses = torch.empty(len(ids), dtype=torch.float64)
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
-            # Scores without a name are gone before the next chunk has logits: they are as large as these.
-            scores = _logits(head, hidden[w : w + 1, span])
-            parts = [_losses(log_softmax(scores[r], dim=-1), targets[r]) for r in _pieces(scores)]
-            total += float(torch.cat(parts).sum())
+            # What has no name any more is gone before the next chunk has logits, which are as large.
+            scores = remembered((w, span.start), partial(_log_probabilities, head, hidden[w : w + 1, span]))
+            total += float(_losses(scores, targets).sum())
             del scores
         losses[w] = total / (ids.shape[1] - 1)
     return losses

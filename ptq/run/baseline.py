@@ -1,6 +1,7 @@
 """The baseline's results on a recipe's evaluation tokens: computed once, then read from the store."""
 
 import pathlib
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
-from ptq.evaluation.token_comparison import window_losses
+from ptq.evaluation.token_comparison import Remembered, window_losses
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Flow, Nothing
 from ptq.ranks.reduction import in_shares
@@ -64,17 +65,29 @@ def kept_baseline(session: Session, tokens: Tokens, flow: Flow) -> Baseline:
     check_unquantized(flow)
     chunk = session.recipe.evaluation.chunk
     with session.stream.head(changed=False) as head:
-        losses = in_shares(
-            session.world,
-            len(tokens.ids),
-            lambda w: (window_losses(head, flow.hidden[w], tokens.ids[w], chunk),),
-        )[0]
+
+        def work(w: slice) -> tuple[torch.Tensor, ...]:
+            known = log_probabilities_of(session, tokens, w)
+            return (window_losses(head, flow.hidden[w], tokens.ids[w], chunk, known),)
+
+        losses = in_shares(session.world, len(tokens.ids), work)[0]
     if not torch.isfinite(losses).all():
         raise UserError("NaN or inf in the unquantized model's logits: try model.dtype=float32")
     entry, key = {"losses": losses, "hidden": flow.hidden}, _key(session, tokens)
     found = session.store.add("baseline", key, lambda path: write_tensors(path, entry), session.about(tokens))
     # Read back: the first run and all later ones go on from the same tensors.
     return _read(found, tokens)
+
+
+def log_probabilities_of(session: Session, tokens: Tokens, windows: slice) -> Remembered:
+    """Returns who knows what the baseline finds likely in some windows: points of a sweep compute it once, where there is room."""
+    evaluation = session.recipe.evaluation
+    key = "log-probabilities", tokens.fingerprint, evaluation.batch_size, evaluation.chunk, torch.get_num_threads()
+
+    def remembered(place: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+        return session.shared.of_model((*key, windows.start, *place), compute)
+
+    return remembered
 
 
 def check_unquantized(flow: Flow) -> None:

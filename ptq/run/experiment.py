@@ -3,7 +3,7 @@
 import dataclasses
 import pathlib
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
@@ -26,7 +26,7 @@ from ptq.ranks.reduction import in_shares
 from ptq.ranks.world import ALONE, World, led
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.tables import summary
-from ptq.run.baseline import Baseline, baseline_of
+from ptq.run.baseline import Baseline, baseline_of, log_probabilities_of
 from ptq.run.exports import (
     QUANTIZED,
     adapted,
@@ -279,21 +279,12 @@ def _tune(
 def _compared(
     session: Session, heads: tuple[Head, Head], baseline: Baseline, flow: Flow, tokens: Tokens
 ) -> TokenComparison:
-    """Compares the models' tokens; the ranks share the windows, and points of a sweep what the baseline finds likely."""
+    """Compares the models' tokens; the ranks share the windows."""
     chunk = session.recipe.evaluation.chunk
-    key = (
-        "log-probabilities",
-        tokens.fingerprint,
-        session.recipe.evaluation.batch_size,
-        chunk,
-        torch.get_num_threads(),
-    )
 
     def work(w: slice) -> tuple[torch.Tensor, ...]:
-        def remembered(place: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
-            return session.shared.of_model((*key, w.start, *place), compute)
-
-        return compare_tokens(heads, baseline.hidden[w], flow.hidden[w], tokens.ids[w], chunk, remembered).tensors()
+        known = log_probabilities_of(session, tokens, w)
+        return compare_tokens(heads, baseline.hidden[w], flow.hidden[w], tokens.ids[w], chunk, known).tensors()
 
     return TokenComparison(*in_shares(session.world, len(tokens.ids), work))
 

@@ -39,6 +39,9 @@ from ptq.steps._step import (
 )
 from quantize.spec.rules import TENSORS
 
+PROOF = 512
+"""Tokens that transforms are proved on, in whole samples, where no step asks for samples: each point of a sweep passes them."""
+
 
 def open_context(session: Session, steps: Mapping[str, Step]) -> Context:
     """Finds the links and takes what the steps capture; no step has planned yet.
@@ -259,7 +262,7 @@ def captures_of_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> frozen
 def open_samples(
     steps: Mapping[str, Step], context: Context, remembered: Remembered = lambda block, compute: compute()
 ) -> Samples | None:
-    """Returns the calibration samples for steps that capture them, one batch where a transform has to be proved, or None.
+    """Returns the calibration samples for steps that capture them, some `PROOF` tokens where a transform has to be proved, or None.
 
     `remembered` may know what unquantized blocks give for that batch, of earlier runs of the model.
     """
@@ -268,6 +271,7 @@ def open_samples(
     batch, wanted, stream = context.batch_size, captures_of_steps(context.scheme, steps), context.stream
     ids = context.ids if wanted & {SAMPLES, REFERENCE} else context.ids[:batch]
     if not wanted & {SAMPLES, REFERENCE} and _proved_apart(steps, context):
+        ids = ids[: -(-PROOF // ids.shape[1])]
         return Samples(stream, stream.open(ids, batch, changed=False), unquantized=remembered)
     shared = bool(wanted & {SAMPLES, REFERENCE})
     reference = stream.calibration(ids, batch, shared) if REFERENCE in wanted else None

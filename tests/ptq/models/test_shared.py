@@ -1,5 +1,6 @@
 """Runs that share a load: each gets the model as it was read, whatever the runs before it did to theirs."""
 
+import dataclasses
 import importlib
 
 import pytest
@@ -105,9 +106,9 @@ def counted(monkeypatch, place):
     return calls
 
 
-@pytest.mark.parametrize(("room", "times"), [(1 << 30, 1), (0, 2)])
+@pytest.mark.parametrize(("room", "runs", "comparisons"), [(1 << 30, 1, 0), (0, 2, 2)])
 def test_outputs_of_unquantized_blocks_and_what_the_baseline_finds_likely_are_computed_once_where_there_is_room(
-    tmp_path, tiny_llama, monkeypatch, room, times
+    tmp_path, tiny_llama, monkeypatch, room, runs, comparisons
 ):
     outputs = counted(monkeypatch, "ptq.steps._proof.telling_output")
     likely = counted(monkeypatch, "ptq.evaluation.token_comparison._log_probabilities")
@@ -115,8 +116,22 @@ def test_outputs_of_unquantized_blocks_and_what_the_baseline_finds_likely_are_co
     for alpha in (0.3, 0.6):
         run_recipe(make(tmp_path, tiny_llama, STATIC, {"smooth": {"alpha": alpha}, "rtn": {}}), shared=shared)
     blocks, windows = 4, 4
-    assert len(outputs) == times * blocks
-    assert len(likely) == times * windows
+    assert len(outputs) == runs * blocks
+    # By the baseline's own evaluation, which both share, and where there is no room for it by each comparison again.
+    assert len(likely) == (1 + comparisons) * windows
+
+
+def test_where_no_step_asks_for_samples_transforms_are_proved_on_a_few_whole_ones(tmp_path, tiny_llama, monkeypatch):
+    seen = []
+    real = importlib.import_module("ptq.run.quantize_visitor").output_before
+    monkeypatch.setattr(
+        "ptq.run.quantize_visitor.output_before", lambda *words: seen.append(tuple(words[3].shape[:2])) or real(*words)
+    )
+    recipe = make(tmp_path, tiny_llama, STATIC, {"smooth": {}, "rtn": {}})
+    for length, samples in ((48, 11), (240, 3)):
+        calibration = dataclasses.replace(recipe.calibration, samples=16, batch_size=16, length=length)
+        run_recipe(dataclasses.replace(recipe, calibration=calibration))
+        assert set(seen[-4:]) == {(samples, length)}
 
 
 def test_what_is_kept_of_a_model_goes_with_it(tmp_path, tiny_llama, tiny_opt):
