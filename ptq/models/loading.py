@@ -325,7 +325,7 @@ def _unpacked(source: ModelSource, rounding: torch.dtype, store: Store) -> Model
         from ptq.models.checkpoint import read_resident
         from ptq.models.gguf_weights import convert_gguf
 
-        if convert_gguf(source, rounding, temporary):
+        if convert_gguf(source, _config(source, store), rounding, temporary):
             return
         loaded = read_resident(source, rounding, torch.float32, torch.device("cpu"))
         if loaded is None:

@@ -16,7 +16,7 @@ from transformers.modeling_gguf_pytorch_utils import TENSOR_PROCESSORS, GGUFTens
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.errors import UserError
-from ptq.files.gguf_header import check_gguf
+from ptq.files.gguf_header import check_gguf, tensors_of
 from ptq.files.store import Store
 from ptq.models.gguf_weights import convert_gguf
 from ptq.models.loading import check, load, load_tokenizer
@@ -116,7 +116,7 @@ def test_a_gguf_file_out_of_the_store_is_the_same_model_and_is_parsed_no_more(co
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32, torch.bfloat16])
 def test_a_converted_gguf_file_is_the_folder_that_transformers_would_save_of_it(config, tmp_path, dtype):
-    assert convert_gguf(source_of(config), dtype, tmp_path / "ours")
+    assert convert_gguf(source_of(config), check(config), dtype, tmp_path / "ours")
     theirs = AutoModelForCausalLM.from_pretrained(
         pathlib.Path(config.path).parent, gguf_file=pathlib.Path(config.path).name, dtype=torch.float32
     )
@@ -131,6 +131,30 @@ def test_a_converted_gguf_file_is_the_folder_that_transformers_would_save_of_it(
         assert json.loads((tmp_path / "ours" / name).read_text()) == json.loads(
             (tmp_path / "theirs" / name).read_text()
         )
+
+
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q8_0", "Q4_0", "Q6_K"])
+def test_tensors_lie_where_ggufs_reader_finds_them(tmp_path, kind):
+    kind = gguf.GGMLQuantizationType[kind]
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_array("tokenizer.ggml.tokens", ["a", "ü", ""])
+    rng = np.random.default_rng(0)
+    for name, shape in (("b.weight", (3, 256)), ("a.weight", (2, 2, 512)), ("c.bias", (256,))):
+        values = rng.standard_normal(shape, dtype=np.float32)
+        writer.add_tensor(
+            name,
+            gguf.quantize(values, kind) if kind != 14 else np.zeros((*shape[:-1], shape[-1] // 256 * 210), np.uint8),
+            raw_dtype=kind,
+        )
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    expected = gguf.GGUFReader(tmp_path / "a.gguf").tensors
+    found = tensors_of(tmp_path / "a.gguf")
+    assert [(t.name, t.shape, t.kind, t.offset, t.size) for t in found] == [
+        (t.name, tuple(int(n) for n in t.shape)[::-1], t.tensor_type, t.data_offset, t.n_bytes) for t in expected
+    ]
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
@@ -151,7 +175,7 @@ def test_a_gguf_file_whose_weights_are_made_of_several_tensors_is_left_to_transf
             return GGUFTensor(weights, None, {}) if "ffn_up" in name else super().process(weights, name, **options)
 
     monkeypatch.setitem(TENSOR_PROCESSORS, "llama", Several)
-    assert not convert_gguf(source_of(config), torch.float16, tmp_path / "none")
+    assert not convert_gguf(source_of(config), check(config), torch.float16, tmp_path / "none")
     assert not list((tmp_path / "none").glob("*"))
     monkeypatch.undo()
     monkeypatch.setattr("ptq.models.gguf_weights.convert_gguf", lambda *arguments: False)
