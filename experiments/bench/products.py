@@ -1,4 +1,4 @@
-"""What `quantize.kernels.matmul` gains over torch's own products of float32 matrices on this machine's CPU.
+"""What `quantize.kernels.matmul` gains over torch's own products of matrices on this machine's CPU.
 
     python -m experiments.bench.products [--rounds 5]
 
@@ -24,10 +24,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     rounds = parser.parse_args().rounds
-    for out, inner in SHAPES:
-        x, w = torch.randn(TOKENS, inner), torch.randn(out, inner)
-        seconds = in_turn(partial(product, x, w.t()), partial(functional.linear, x, w), rounds)
-        _report(f"Linear {inner} -> {out}", 2e-9 * TOKENS * out * inner, seconds)
+    for kind in (torch.float32, torch.bfloat16, torch.float16):
+        for out, inner in SHAPES:
+            x, w = torch.randn(TOKENS, inner).to(kind), torch.randn(out, inner).to(kind)
+            seconds = in_turn(partial(product, x, w.t()), partial(functional.linear, x, w), rounds)
+            _report(
+                f"{str(kind).removeprefix('torch.')}, Linear {inner} -> {out}", 2e-9 * TOKENS * out * inner, seconds
+            )
     for channels in (576, 1536):
         x, total = torch.randn(TOKENS, channels), torch.zeros(channels, channels)
         seconds = in_turn(partial(add_gram, total, x), partial(total.addmm_, x.t(), x), rounds)

@@ -1,8 +1,9 @@
 """Products of matrices on CPUs: of float32 by oneDNN, of 16 bits in float32 where the CPU has no such products.
 
 torch multiplies float32 matrices by MKL, which leaves out AVX-512 on CPUs that are not Intel's: on an AMD EPYC with it, oneDNN,
-which torch ships too, is twice as fast (`python -m experiments.bench.products`). Without AVX-512 oneDNN takes no bfloat16 and
-float16, and torch's own loops are nine times as slow as converting both sides. The results differ by rounding. All else is torch's.
+which torch ships too, is twice as fast (`python -m experiments.bench.products`). Without AVX-512 MKL is as fast or a little faster,
+oneDNN takes no bfloat16 and float16, and torch's own loops for these are seven times as slow as converting both sides. The results differ
+by rounding. All else is torch's.
 """
 
 import functools
@@ -177,4 +178,10 @@ def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None =
         return False
     if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
         return False  # The operation has no derivative.
-    return hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+    return _is_ahead() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+
+
+@functools.cache
+def _is_ahead() -> bool:
+    """Returns whether oneDNN may be faster than what torch takes: without AVX-512 it is not than MKL."""
+    return not torch.backends.mkl.is_available() or torch.backends.cpu.get_cpu_capability() != "AVX2"

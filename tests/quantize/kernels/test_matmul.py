@@ -24,6 +24,12 @@ from quantize.kernels.matmul import (
 )
 from tests.quantize.reference import normal
 
+@pytest.fixture(autouse=True)
+def onednn(monkeypatch):
+    """oneDNN multiplies here on every CPU, also where MKL is as fast."""
+    monkeypatch.setattr(products, "_is_ahead", lambda: True)
+
+
 SIZES = st.sampled_from([1, 3, 64, 130, 300])
 
 
@@ -212,3 +218,12 @@ def test_a_product_of_16_bits_has_a_derivative_where_one_is_asked_for(monkeypatc
     with fast_linears():
         linear(x, w).sum().backward()
     assert torch.equal(x.grad, torch.autograd.grad(nn.functional.linear(x, w).sum(), x)[0])
+
+
+def test_where_onednn_is_not_ahead_torch_multiplies(monkeypatch):
+    x, w = normal(300, 512), normal(300, 512, seed=1)
+    assert products.by_onednn(x, w)
+    monkeypatch.setattr(products, "_is_ahead", lambda: False)
+    assert not products.by_onednn(x, w)
+    with fast_linears():
+        assert torch.equal(linear(x, w), nn.functional.linear(x, w))
