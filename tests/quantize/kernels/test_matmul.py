@@ -24,6 +24,7 @@ from quantize.kernels.matmul import (
 )
 from tests.quantize.reference import normal
 
+
 @pytest.fixture(autouse=True)
 def onednn(monkeypatch):
     """oneDNN multiplies here on every CPU, also where MKL is as fast."""
