@@ -58,8 +58,7 @@ def _watches(tensor: str, spec: QuantSpec) -> bool:
 
 def _watched(context: Context, block: Block, module: nn.Module) -> dict[str, ChannelStatistics]:
     """Returns statistics of query, key and value (heads * head_dim channels) over the calibration samples."""
-    if context.samples is None:
-        raise UserError("scheme: static ranges of query, key or value need calibration samples: none were drawn")
+    samples = context.samples_of("scheme: a static range of query, key or value")
     seen: dict[str, ChannelStatistics] = {}
 
     def watch(tensor: str, x: torch.Tensor) -> None:
@@ -70,7 +69,7 @@ def _watched(context: Context, block: Block, module: nn.Module) -> dict[str, Cha
     watcher.watch = watch
     setattr(module, CHILD, watcher)
     try:
-        context.samples.feed(block, {})
+        samples.feed(block, {})
     finally:
         delattr(module, CHILD)
         if standing is not None:

@@ -5,7 +5,6 @@ from functools import partial
 
 import torch
 
-from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.ranks.reduction import merged, total_of
 from ptq.ranks.sample_sum import SampleSum, by_sample
@@ -33,9 +32,8 @@ def block_hessians(
     Raises:
         UserError: when no samples were drawn.
     """
-    if context.samples is None:
-        raise UserError("calibration: a solver needs calibration samples, and none were drawn")
-    flow, world = context.samples.flow, context.samples.stream.world
+    samples = context.samples_of("calibration")
+    flow, world = samples.flow, samples.stream.world
     readers: dict[str, dict[InputQuantizer | None, list[str]]] = {}
     for stage in stages:
         names = [name for name in stage if specs_of(context, name).weight is not None]
@@ -49,11 +47,11 @@ def block_hessians(
         found[first] = {quantizer: SampleSum(flow.leaf, empty[first], merged) for quantizer in of}
     if found:
         watchers = {first: partial(_see, sums, flow.ids.shape[1]) for first, sums in found.items()}
-        context.samples.feed(block, watchers, shared=True)
+        samples.feed(block, watchers, shared=True)
     matrices: dict[str, torch.Tensor] = {}
     for first, of in readers.items():
         for quantizer, names in of.items():
-            total = total_of(world, found[first][quantizer], Hessian.from_state, context.samples.stream.device)
+            total = total_of(world, found[first][quantizer], Hessian.from_state, samples.stream.device)
             matrix = (empty[first]() if total is None else total).matrix
             matrices |= dict.fromkeys(names, matrix)
     return matrices

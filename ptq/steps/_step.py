@@ -16,6 +16,7 @@ from torch import nn
 from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import Provenance, Statistics
 from ptq.config.schema import SchemeConfig
+from ptq.errors import UserError
 from ptq.files.bounded import parse_json
 from ptq.network.basis import Basis
 from ptq.network.block_stream import BlockStream, Flow, Kept, Visitor
@@ -153,6 +154,23 @@ class Context:
     rescaled: Callable[[str, torch.Tensor], None] = lambda name, scale: None
     replaced: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
+    def calibration(self, asker: str, batches: int | None = None) -> Flow:
+        """Opens the calibration samples, all or the first `batches`, for `asker`, a place in the recipe.
+
+        Raises:
+            UserError: when none were drawn.
+        """
+        if self.ids is None:
+            raise _undrawn(asker)
+        count = len(self.ids) if batches is None else batches * self.batch_size
+        return self.stream.open(self.ids[:count], self.batch_size)
+
+    def samples_of(self, asker: str) -> Samples:
+        """Returns the calibration samples as they reach the present block. Raises `UserError` when none were drawn."""
+        if self.samples is None:
+            raise _undrawn(asker)
+        return self.samples
+
     @property
     def roles(self) -> dict[str, str]:
         """Query, key or value by full name of the Linear that computes it."""
@@ -230,6 +248,10 @@ class Context:
         """
         kept = self.keep(what, [flow], visitor) if hasattr(visitor, "write") else None
         self.stream.run([flow], _Shown(self, visitor), what, kept)
+
+
+def _undrawn(asker: str) -> UserError:
+    return UserError(f"{asker} needs calibration samples, and none were drawn")
 
 
 class _Shown:

@@ -6,7 +6,6 @@ import torch
 
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
-from ptq.errors import UserError
 from ptq.network.network import Block
 from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
@@ -46,10 +45,9 @@ class Step(Solver):
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        if context.samples is None:
-            raise UserError("steps.autoround: needs calibration samples, and none were drawn")
-        check_pairs("autoround", len(context.samples.flow.ids), context.batch_size)
-        pairs, inputs = context.samples.pairs(block), BlockInputs(context, block)
+        samples = context.samples_of("steps.autoround")
+        check_pairs("autoround", len(samples.flow.ids), context.batch_size)
+        pairs, inputs = samples.pairs(block), BlockInputs(context, block)
         originals, learned = trainable(
             context, block, lambda name, weight: _rounding(context, name, weight), inputs, {}
         )

@@ -150,10 +150,8 @@ class _Solving:
     """GPTQ of one block."""
 
     def __init__(self, step: Step, block: Block, context: Context):
-        if context.samples is None:
-            raise UserError("steps.gptq: needs calibration samples, and none were drawn")
         self.step, self.block, self.context = step, block, context
-        self.samples: Samples = context.samples
+        self.samples: Samples = context.samples_of("steps.gptq")
         # Experts get rows of tokens in an order of the route, which is another one in the unquantized network.
         routed = block.experts.values() if step.target != "present" else ()
         self.by_route = {name for names in routed for name in names}

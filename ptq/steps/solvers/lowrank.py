@@ -70,10 +70,9 @@ class Step(Solver):
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes and corrects the block's Linears in place, each on what the ones before it give."""
-        if context.samples is None:
-            raise UserError("steps.lowrank: needs calibration samples, and none were drawn")
+        samples = context.samples_of("steps.lowrank")
         inputs, stages = BlockInputs(context, block), context.stages(block)
-        with context.samples.stage_by_stage(block, stages) as present:
+        with samples.stage_by_stage(block, stages) as present:
             for stage in (stage for together in present for stage in together):
                 hessians = stage_hessians(context, block, stage, inputs)
                 for name in stage:

@@ -64,10 +64,9 @@ class Step(Solver):
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
-        if context.samples is None:
-            raise UserError("steps.omniquant: needs calibration samples, and none were drawn")
-        check_pairs("omniquant", len(context.samples.flow.ids), context.batch_size)
-        pairs, inputs = context.samples.pairs(block), BlockInputs(context, block)
+        samples = context.samples_of("steps.omniquant")
+        check_pairs("omniquant", len(samples.flow.ids), context.batch_size)
+        pairs, inputs = samples.pairs(block), BlockInputs(context, block)
         scales = self._log_scales(block, context)
         readers = {name: scale for names, scale in scales.values() for name in names}
 

@@ -79,9 +79,7 @@ class InputMaps(Transform):
 
     def looks_at(self, context: Context) -> Flow:
         """All calibration samples: the moments are theirs."""
-        if context.ids is None:
-            raise UserError(f"steps.{self.title}: needs calibration samples, and none were drawn")
-        return context.stream.open(context.ids, context.batch_size)
+        return context.calibration(f"steps.{self.title}")
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Chooses the maps of the block's inputs."""

@@ -74,9 +74,7 @@ class Step(Transform):
 
     def looks_at(self, context: Context) -> Flow:
         """A batch says enough of a range: its tokens are what differs."""
-        if context.ids is None:
-            raise UserError("steps.clip: needs calibration samples, and none were drawn")
-        return context.stream.open(context.ids[: context.batch_size], context.batch_size)
+        return context.calibration("steps.clip", batches=1)
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Searches the inputs of the block's Linears."""

@@ -153,9 +153,7 @@ class Step(Transform):
 
     def _rows(self, context: Context, width: int, centred: bool) -> torch.Tensor:
         """Returns tokens of the stream as `StreamRows` weighs them."""
-        if context.ids is None:
-            raise UserError("steps.rotate.learn: needs calibration samples, and none were drawn")
-        flow = context.stream.open(context.ids, context.batch_size)
+        flow = context.calibration("steps.rotate.learn")
         seen = StreamRows(
             context, Samples(context.stream, flow), lambda block: _stream_links(context, block, width), centred
         )

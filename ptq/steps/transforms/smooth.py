@@ -133,9 +133,7 @@ def search(planning: "Planning", name: str) -> None:
 
 def searched(context: Context, name: str) -> Flow:
     """Returns what the step `name` searches on: the first batch of the calibration samples."""
-    if context.ids is None:
-        raise UserError(f"steps.{name}: its search needs calibration samples, and none were drawn")
-    return context.stream.open(context.ids[: context.batch_size], context.batch_size)
+    return context.calibration(f"steps.{name}", batches=1)
 
 
 def planned(planning: "Planning", block: Block, flow: Flow | None) -> StepPlan:
