@@ -147,7 +147,8 @@ class Kernels:
     """Who has multiplied in Linears.
 
     Attributes:
-        calibration: for statistics and solvers: ``oneDNN`` where its products of float32 are used on CPUs, else ``torch``.
+        calibration: for statistics and solvers: ``oneDNN`` where its products of float32 are used on CPUs, ``torch in float32`` where
+            a CPU has none of the arithmetic's 16 bits, else ``torch``.
         evaluation: for the baseline, and what is not quantized: ``torch``, whose bits other programs give too.
         quantized: how many quantized Linears had which kernel: ``simulated``, an integer kernel's name, or ``integer`` where the
             fastest of several was taken, which all give the same bits.

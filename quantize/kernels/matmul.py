@@ -70,7 +70,7 @@ def product(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    if _is_wanting(x, weight, bias):
+    if by_float32(x, weight, bias):
         return _widened(x, weight, bias)
     if not by_onednn(x, weight, bias):
         return functional.linear(x, weight, bias)
@@ -88,7 +88,7 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
     return result
 
 
-def _is_wanting(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Returns whether this is a product of 16 bits for which the CPU has no instructions."""
     tensors = (x, weight) if bias is None else (x, weight, bias)
     if any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors) or x.dtype not in SUPPORTED:

@@ -30,7 +30,7 @@ from ptq.run.record.environment import environment, made
 from ptq.run.session import Session
 from quantize.kernels.base import SIMULATED
 from quantize.kernels.choice import Choice
-from quantize.kernels.matmul import by_onednn
+from quantize.kernels.matmul import by_float32, by_onednn
 from quantize.spec.quant_spec import QuantSpec
 
 
@@ -117,5 +117,5 @@ def _outside(session: Session) -> dict[str, tuple[QuantSpec, int]]:
 def _kernels(dtype: torch.dtype, device: torch.device, choice: Choice) -> Kernels:
     """Returns who multiplies large matrices of `dtype`: asked by a product that is large enough."""
     probe = torch.empty(1, 1 << 10, dtype=dtype, device=device).expand(1 << 10, -1)
-    calibration = "oneDNN" if by_onednn(probe, probe) else "torch"
+    calibration = "oneDNN" if by_onednn(probe, probe) else "torch in float32" if by_float32(probe, probe) else "torch"
     return Kernels(calibration, "torch", choice.ran, {} if choice.wanted == SIMULATED else choice.refused)
