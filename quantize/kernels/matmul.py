@@ -100,8 +100,9 @@ def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None 
 
 @functools.cache
 def _is_supported(dtype: torch.dtype) -> bool:
-    """Returns whether oneDNN has products of this type on this CPU."""
-    return bool(getattr(torch.ops.mkldnn, SUPPORTED[dtype])())
+    """Returns whether oneDNN has products of this type on this CPU, or torch was built without it: then nothing is known."""
+    asked = getattr(torch.ops.mkldnn, SUPPORTED[dtype], None)
+    return asked is None or bool(asked())
 
 
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:

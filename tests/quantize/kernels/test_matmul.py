@@ -228,3 +228,13 @@ def test_where_onednn_is_not_ahead_torch_multiplies(monkeypatch):
     assert not products.by_onednn(x, w)
     with fast_linears():
         assert torch.equal(linear(x, w), nn.functional.linear(x, w))
+
+
+def test_a_torch_without_onednn_is_left_its_own_products_of_16_bits(monkeypatch):
+    products._is_supported.cache_clear()
+    monkeypatch.setitem(products.SUPPORTED, torch.bfloat16, "_is_no_operation")
+    x, w = normal(64, 512).bfloat16(), normal(256, 512, seed=1).bfloat16()
+    try:
+        assert not products.by_float32(x, w)
+    finally:
+        products._is_supported.cache_clear()
