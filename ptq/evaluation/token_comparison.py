@@ -16,6 +16,11 @@ Remembered = Callable[[tuple[int, int], Callable[[], torch.Tensor]], torch.Tenso
 """Returns the baseline's log-probabilities of the chunk of a window that begins at a token: computed now, or remembered."""
 
 
+def computed_now(place: tuple[int, int], compute: Callable[[], torch.Tensor]) -> torch.Tensor:
+    """Remembers nothing."""
+    return compute()
+
+
 @dataclass(frozen=True)
 class TokenComparison:
     """Baseline and quantized model, target by target, on the CPU.
@@ -49,7 +54,7 @@ def window_losses(
     hidden: torch.Tensor,
     ids: torch.Tensor,
     chunk: int,
-    remembered: Remembered = lambda place, compute: compute(),
+    remembered: Remembered = computed_now,
 ) -> torch.Tensor:
     """Returns the mean next-token cross-entropy of every window, float64 (windows,).
 
@@ -78,7 +83,7 @@ def compare_tokens(
     quantized: torch.Tensor,
     ids: torch.Tensor,
     chunk: int,
-    remembered: Remembered = lambda place, compute: compute(),
+    remembered: Remembered = computed_now,
 ) -> TokenComparison:
     """Compares the next-token distributions that follow from two sets of final hidden states (windows, length, channels).
 

@@ -58,7 +58,7 @@ def _watches(tensor: str, spec: QuantSpec) -> bool:
 
 def _watched(context: Context, block: Block, module: nn.Module) -> dict[str, ChannelStatistics]:
     """Returns statistics of query, key and value (heads * head_dim channels) over the calibration samples."""
-    samples = context.samples_of("scheme: a static range of query, key or value")
+    samples = context.samples_of("scheme, static ranges of query, key or value")
     seen: dict[str, ChannelStatistics] = {}
 
     def watch(tensor: str, x: torch.Tensor) -> None:

@@ -154,15 +154,14 @@ class Context:
     rescaled: Callable[[str, torch.Tensor], None] = lambda name, scale: None
     replaced: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
-    def calibration(self, asker: str, batches: int | None = None) -> Flow:
-        """Opens the calibration samples, all or the first `batches`, for `asker`, a place in the recipe.
+    def drawn(self, asker: str, count: int | None = None) -> Flow:
+        """Opens the calibration samples, all or the first `count`, for `asker`, a place in the recipe.
 
         Raises:
             UserError: when none were drawn.
         """
         if self.ids is None:
             raise _undrawn(asker)
-        count = len(self.ids) if batches is None else batches * self.batch_size
         return self.stream.open(self.ids[:count], self.batch_size)
 
     def samples_of(self, asker: str) -> Samples:
@@ -251,7 +250,7 @@ class Context:
 
 
 def _undrawn(asker: str) -> UserError:
-    return UserError(f"{asker} needs calibration samples, and none were drawn")
+    return UserError(f"{asker}: needs calibration samples, and none were drawn")
 
 
 class _Shown:

@@ -90,12 +90,9 @@ def _by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None)
 
 def by_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Returns whether this is a product of 16 bits for which the CPU has no instructions."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors) or x.dtype not in SUPPORTED:
+    if x.dtype not in SUPPORTED or not _is_ours(x, weight, bias):
         return False
-    if x.numel() * len(weight) < SMALL or x.numel() // x.shape[-1] < FEW or _is_supported(x.dtype):
-        return False
-    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return x.numel() // x.shape[-1] >= FEW and not _is_supported(x.dtype)
 
 
 @functools.cache
@@ -108,8 +105,8 @@ def _is_supported(dtype: torch.dtype) -> bool:
 def _widened(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     """Returns the product computed in float32, rounded once."""
     wide, rows = x.float(), max(1, WIDENED // weight.shape[1])
-    biases = [None] * len(weight) if bias is None else bias.float().split(rows)
-    parts = [_product(wide, w.float(), b).to(x.dtype) for w, b in zip(weight.split(rows), biases, strict=False)]
+    strips = [slice(start, start + rows) for start in range(0, len(weight), rows)]
+    parts = [_product(wide, weight[s].float(), None if bias is None else bias[s].float()).to(x.dtype) for s in strips]
     return parts[0] if len(parts) == 1 else torch.cat(parts, -1)
 
 
@@ -174,12 +171,19 @@ def use_fast_linears(model: nn.Module) -> None:
 
 def by_onednn(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> bool:
     """Returns whether this product is left to oneDNN where it may be."""
-    tensors = (x, weight) if bias is None else (x, weight, bias)
-    if any(t.device.type != "cpu" or t.dtype != torch.float32 for t in tensors) or x.numel() * len(weight) < SMALL:
+    if x.dtype != torch.float32 or not _is_ours(x, weight, bias):
         return False
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return False  # The operation has no derivative.
     return _is_ahead() and hasattr(torch.ops.mkldnn, "_linear_pointwise") and torch.backends.mkldnn.is_available()
+
+
+def _is_ours(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
+    """Returns whether a product is one of this module's: of one type, on a CPU, large, and without a derivative, which oneDNN's
+    operation has not.
+    """
+    tensors = (x, weight) if bias is None else (x, weight, bias)
+    if any(t.device.type != "cpu" or t.dtype != x.dtype for t in tensors) or x.numel() * len(weight) < SMALL:
+        return False
+    return not (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
 
 
 @functools.cache

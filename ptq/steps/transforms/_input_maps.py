@@ -79,7 +79,7 @@ class InputMaps(Transform):
 
     def looks_at(self, context: Context) -> Flow:
         """All calibration samples: the moments are theirs."""
-        return context.calibration(f"steps.{self.title}")
+        return context.drawn(f"steps.{self.title}")
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Chooses the maps of the block's inputs."""

@@ -74,7 +74,7 @@ class Step(Transform):
 
     def looks_at(self, context: Context) -> Flow:
         """A batch says enough of a range: its tokens are what differs."""
-        return context.calibration("steps.clip", batches=1)
+        return context.drawn("steps.clip", context.batch_size)
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Searches the inputs of the block's Linears."""

@@ -47,8 +47,6 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Finds the tokens and carries them through the network alone: what comes later cannot reach them."""
-        if context.ids is None:
-            raise UserError("steps.prefix: there are no calibration samples to look at: draw some")
         if not any(context.attentions.values()):
             raise UserError(
                 "steps.prefix: this model's attention does not use transformers' attention interface, so nothing can stand "
@@ -60,7 +58,7 @@ class Step(Transform):
         rotary_layouts(
             context.network, context.stream, context.attentions, "steps.prefix", "remove it with ~steps.prefix"
         )
-        flow = context.stream.open(context.ids[: self.options.samples], context.batch_size)
+        flow = context.drawn("steps.prefix", self.options.samples)
         before = _Norms(flow, self.options.threshold)
         context.show(before, flow, "prefix: states that stand out")
         tokens = list(self.options.tokens) or self._found(before, context)
@@ -69,7 +67,7 @@ class Step(Transform):
         states = _States(flow)
         context.show(states, flow, "prefix")
         plan = StepPlan({"ids": ids, **states.hidden}, {"tokens": tokens}, stale=True)
-        flow = context.stream.open(context.ids[: context.batch_size], context.batch_size)
+        flow = context.drawn("steps.prefix", context.batch_size)
         after = _Norms(flow, self.options.threshold, lambda block: self.finish(block, plan, context))
         try:
             context.show(after, flow, "prefix: states that stand out with it")

@@ -153,7 +153,7 @@ class Step(Transform):
 
     def _rows(self, context: Context, width: int, centred: bool) -> torch.Tensor:
         """Returns tokens of the stream as `StreamRows` weighs them."""
-        flow = context.calibration("steps.rotate.learn")
+        flow = context.drawn("steps.rotate.learn")
         seen = StreamRows(
             context, Samples(context.stream, flow), lambda block: _stream_links(context, block, width), centred
         )

@@ -133,7 +133,7 @@ def search(planning: "Planning", name: str) -> None:
 
 def searched(context: Context, name: str) -> Flow:
     """Returns what the step `name` searches on: the first batch of the calibration samples."""
-    return context.calibration(f"steps.{name}", batches=1)
+    return context.drawn(f"steps.{name}", context.batch_size)
 
 
 def planned(planning: "Planning", block: Block, flow: Flow | None) -> StepPlan:
