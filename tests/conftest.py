@@ -12,8 +12,21 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
 import pytest
-from hypothesis import settings
+import torch
+from hypothesis import register_random, settings
 
+
+class _TorchRandom:
+    """Torch's generator, as hypothesis wants it: an example that failed fails again."""
+
+    seed = staticmethod(torch.manual_seed)
+    getstate = staticmethod(torch.get_rng_state)
+    setstate = staticmethod(torch.set_rng_state)
+
+
+TORCH_RANDOM = _TorchRandom()
+"""Hypothesis does not keep what it seeds alive."""
+register_random(TORCH_RANDOM)
 settings.register_profile("ptq", deadline=None, derandomize=True)
 settings.load_profile("ptq")
 
