@@ -238,9 +238,10 @@ def _quantize(
     with session.journal.phase("quantize"):
         tuned, batch = tuner_of(steps) is not None, recipe.evaluation.batch_size
         # What is tuned afterwards is evaluated afterwards: here a batch is enough to measure errors on.
-        flow = stream.open(tokens.ids[:batch] if tuned else tokens.ids, batch, exact=True, shared=not tuned)
         kernels = choice_of(session)
-        visitor = QuantizeVisitor(context, steps, flow, kernels)
+        with stream.hold_outside(changed=False):
+            flow = stream.open(tokens.ids[:batch] if tuned else tokens.ids, batch, exact=True, shared=not tuned)
+            visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
         kept = context.keep("quantize", carried, visitor)

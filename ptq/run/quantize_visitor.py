@@ -31,8 +31,10 @@ from quantize.modules.simulated import InputQuantizer, QuantLinear
 
 STARVED = 8
 """How many experts with few tokens are named in a line."""
+SAMPLED_TOKENS = 512
+"""Tokens that pass a block for its Linears' output errors: more are a share of every point of a sweep, and tell the same."""
 SAMPLED_ROWS = 128
-"""Rows of the first batch on which a Linear's output error is measured."""
+"""Rows of these on which a Linear's output error is measured."""
 
 
 class QuantizeVisitor:
@@ -44,12 +46,14 @@ class QuantizeVisitor:
     Args:
         context: what the steps see, with their plans.
         steps: by name, in the order of the recipe.
-        flow: the evaluation samples that will pass; the first batch is used to measure output errors.
+        flow: the evaluation samples that will pass; output errors are measured on the beginning of the first batch. What lies
+            outside the blocks is read for that: held by the caller, it is not read twice.
         kernels: who multiplies in the quantized Linears, for these samples and for those that later blocks are calibrated on.
     """
 
     def __init__(self, context: Context, steps: Mapping[str, Step], flow: Flow, kernels: Choice | None = None):
         self.context, self.flow = context, flow
+        self._sampled = _beginning(context, flow)
         self.kernels = Choice(SIMULATED) if kernels is None else kernels
         self.transforms = {name: step for name, step in steps.items() if step.kind == TRANSFORM}
         self.solvers = {name: step for name, step in steps.items() if step.kind == SOLVER}
@@ -175,7 +179,7 @@ class QuantizeVisitor:
                 self.attentions[name] = words
 
     def _sample(self, block: Block) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
-        """Runs the unquantized block on the first batch; returns some rows of each Linear's input and output."""
+        """Runs the unquantized block on the first tokens; returns some rows of each Linear's input and output."""
         seen: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
 
         def keep(name: str) -> Callable[..., None]:
@@ -191,9 +195,10 @@ class QuantizeVisitor:
 
             return hook
 
-        _, rows = next(self.flow.slices())
+        _, rows = next(self._sampled.slices())
+        hidden = self.flow.hidden[rows, : self._sampled.ids.shape[1]].to(self.context.stream.device)
         with hooked(module.register_forward_hook(keep(name)) for name, module in block.linears.items()):
-            self.context.stream.call(self.flow, block, 0, self.flow.hidden[rows].to(self.context.stream.device))
+            self.context.stream.call(self._sampled, block, 0, hidden)
         return seen
 
     def _rescaled(self, name: str, scale: torch.Tensor) -> None:
@@ -260,6 +265,18 @@ class QuantizeVisitor:
         )
         if not self.context.stream.weights.resident:
             original.weight = nn.Parameter(weight.to("meta"), requires_grad=False)
+
+
+def _beginning(context: Context, flow: Flow) -> Flow:
+    """Returns how the model calls blocks for the first `SAMPLED_TOKENS` of the flow's first batch; all of it in a mixture, whose
+    experts see few of them.
+    """
+    _, rows = next(flow.slices())
+    ids = flow.ids[rows]
+    few = ids[: max(1, SAMPLED_TOKENS // ids.shape[1]), :SAMPLED_TOKENS]
+    if few.shape == ids.shape or any(block.mixtures for block in context.network.blocks):
+        return flow
+    return context.stream.open(few, len(few), flow.exact)
 
 
 def check_quantized(flow: Flow) -> None:

@@ -155,7 +155,7 @@ def quantize_in_one_pass(
             plan_all({name: step for name, step in steps.items() if name not in by_block}, context)
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
             context.samples = samples = open_samples(steps, context)
-        visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
+            visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
         one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files)
         flows = [flow] if samples is None else [flow, samples.flow]
         beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
