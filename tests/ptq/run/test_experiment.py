@@ -14,6 +14,7 @@ from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
+from ptq.run import quantize_visitor
 from ptq.run.experiment import collect_statistics, dry_run, output_folder, run
 from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
@@ -48,6 +49,29 @@ def test_a_run_leaves_all_its_files_and_they_agree(tmp_path, tiny_llama):
     environment = json.loads((folder / "environment.json").read_text())
     assert environment["packages"]["torch"].startswith(torch.__version__.split("+")[0])
     assert "phase quantize" in (folder / "run.log").read_text()
+
+
+def output_errors(folder):
+    with (folder / "layers.csv").open() as file:
+        return {row["name"]: float(row["output_error"]) for row in csv.DictReader(file)}
+
+
+def test_output_errors_are_of_the_first_512_tokens_however_many_pass_together(tmp_path, tiny_llama):
+    few = make(tmp_path, tiny_llama, evaluation={"windows": 12, "length": 128, "batch_size": 4})
+    many, offloaded = (
+        dataclasses.replace(few, evaluation=dataclasses.replace(few.evaluation, batch_size=8), execution=execution)
+        for execution in (few.execution, dataclasses.replace(few.execution, weights="offloaded"))
+    )
+    found = output_errors(run(few))
+    assert len(found) == 4 * 7 and all(0 < error < 0.05 for error in found.values())
+    assert output_errors(run(many)) == pytest.approx(found, rel=1e-3)
+    assert output_errors(run(offloaded)) == output_errors(run(many))
+
+
+def test_output_errors_of_a_long_window_are_those_of_a_short_one(tmp_path, tiny_llama, monkeypatch):
+    monkeypatch.setattr(quantize_visitor, "SAMPLED_TOKENS", 64)
+    long, short = (output_errors(run(make(tmp_path, tiny_llama, length=length, windows=3))) for length in (128, 64))
+    assert len(long) == 4 * 7 and long == pytest.approx(short, rel=0.02)
 
 
 def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path, tiny_opt, monkeypatch):
