@@ -12,7 +12,8 @@ from rich.table import Table
 
 from group_methods.reorder import expand, ranges_of
 from ptq.calibration.statistics import ChannelStatistics, Statistics
-from ptq.files.atomic import write_atomic, write_text
+from ptq.files.atomic import write_text
+from ptq.report.picture_file import DPI, save_picture_file
 from ptq.report.plain import plain_text, printable
 
 LINKS, PLACES = 3, 256
@@ -119,7 +120,7 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), layout="constrained")
+    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), dpi=DPI)
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     drawn: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
@@ -149,9 +150,9 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
         axis.set_ylabel("input value", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("input channel", fontsize=9)
-    figure.legend(list(drawn.values()), list(drawn), loc="outside lower right", fontsize=8, frameon=False, ncols=3)
+    legend = figure.legend(list(drawn.values()), list(drawn), loc="lower right", fontsize=8, frameon=False, ncols=3)
     figure.suptitle(plain_text(title), fontsize=10, x=0.01, ha="left")
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_picture_file(figure, path, below=legend)
 
 
 def _band(axis: Any, edges: list[float], low: Any, high: Any, **style: Any) -> Any:

@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptq.files.atomic import write_atomic
+from ptq.report.picture_file import DPI, save_picture_file
 from ptq.report.plain import plain_text
 from ptq.report.results import LayerResult
 
@@ -53,9 +53,9 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
     logarithmic = bool(positive) and max(positive) >= DECADE * min(positive)
     left_out = len(errors) - len(positive) if logarithmic else 0
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FuncFormatter, MaxNLocator
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
+    figure = Figure(figsize=(9, 4.2), dpi=DPI)
     axis = figure.subplots()
     for i, kind in enumerate(kinds):
         colour = COLOURS[i % len(COLOURS)]
@@ -76,7 +76,8 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
             axis.scatter(places, errors_there, color=colour, s=5, alpha=0.35, linewidths=0)
     if logarithmic:
         axis.set_yscale("log")
-        # Also a range of less than two decades has some numbers beside it.
+        # Also a range of less than two decades has some numbers beside it. Of the ticks between, those that may have one: each takes time.
+        axis.yaxis.set_minor_locator(LogLocator(subs=(2.0, 5.0)))
         axis.yaxis.set_minor_formatter(FuncFormatter(_minor(max(positive) / min(positive))))
     else:
         axis.set_ylim(bottom=0)
@@ -88,10 +89,10 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
     axis.grid(axis="y", which="major", color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
+    legend = figure.legend(loc="upper right", fontsize=8, frameon=False)
     missing = f" ({left_out} of {len(errors)} Linears have no error, and no point)" if left_out else ""
     figure.suptitle(plain_text(f"{title}: error of each Linear's output{missing}"), fontsize=10, x=0.01, ha="left")
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_picture_file(figure, path, beside=legend)
     return True
 
 
