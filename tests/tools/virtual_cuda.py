@@ -20,6 +20,8 @@ _CROSSING = {"copy_", "data", "_has_compatible_shallow_copy_type"}
 _ALL_ALIKE = {"cat", "stack", "concat", "concatenate", "hstack", "vstack"}
 """Functions that take no CPU scalar among CUDA tensors."""
 _HOST = {"numpy", "__array__", "__dlpack__"}
+_NUMBERS = {int, float, bool}
+"""A list of nothing else holds no tensor: `torch.tensor` is given the ids of a whole text."""
 
 
 class VirtualCuda(TorchFunctionMode):
@@ -123,7 +125,7 @@ def _tensors(value: Any) -> Iterator[torch.Tensor]:
         yield value
     elif isinstance(value, dict):
         yield from _tensors(list(value.values()))
-    elif isinstance(value, list | tuple):
+    elif isinstance(value, list | tuple) and not _NUMBERS.issuperset(map(type, value)):
         for item in value:
             yield from _tensors(item)
 
