@@ -198,7 +198,8 @@ CASES = {
         {"rtn": {}},
     ),
     "trellis, gptq": (
-        {"weight": {"format": "trellis", "bits": 2}, "exclude": ["*.layers.[!0].*", "*.mlp.*"]},
+        # Its paths take time: of one block, one Linear and the one that its error is carried to.
+        {"weight": {"format": "trellis", "bits": 2}, "exclude": ["*.layers.[!0].*", "*.mlp.*", "*.q_proj", "*.k_proj"]},
         {"rotate": {"online": []}, "gptq": {"target": "residual"}},
     ),
     "embedding and head": ({"weight": {"bits": 8}, "embedding": {"bits": 8}, "head": {"bits": 8}}, {"rtn": {}}),
@@ -243,15 +244,22 @@ def test_a_run_and_a_second_one_out_of_the_store_stay_on_the_device(cuda, tmp_pa
     assert second["kl_mean"] == first["kl_mean"]
 
 
+@pytest.fixture(scope="module")
+def plain_runs():
+    """What runs that several tests compare theirs with have found, by their model's folder."""
+    return {}
+
+
 @pytest.mark.parametrize(
     "setting", [{"weights": "offloaded", "prefetch": False}, {"hidden_states": "disk"}, {"save": True}]
 )
-def test_every_way_of_holding_things_stays_on_the_device(cuda, tmp_path, llama, setting):
+def test_every_way_of_holding_things_stays_on_the_device(cuda, tmp_path, llama, plain_runs, setting):
     # What reads ahead does so in a thread and on a stream, and neither sees a device that is not there.
     scheme, steps = CASES["smooth, gptq"]
-    plain = metrics(run(make(tmp_path, llama, scheme, steps)))
+    if llama not in plain_runs:
+        plain_runs[llama] = metrics(run(make(tmp_path / "plain", llama, scheme, steps)))
     held = metrics(run(make(tmp_path, llama, scheme, steps, execution={"device": "cuda", **setting})))
-    assert held["kl_mean"] == plain["kl_mean"]
+    assert held["kl_mean"] == plain_runs[llama]["kl_mean"]
 
 
 def test_statistics_of_a_file_are_read_to_the_device(cuda, tmp_path, opt):
