@@ -12,8 +12,7 @@ from rich.table import Table
 
 from group_methods.reorder import expand, ranges_of
 from ptq.calibration.statistics import ChannelStatistics, Statistics
-from ptq.files.atomic import write_text
-from ptq.report.picture_file import DPI, save_picture_file
+from ptq.files.atomic import write_atomic, write_text
 from ptq.report.plain import plain_text, printable
 
 LINKS, PLACES = 3, 256
@@ -120,7 +119,7 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
     """
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), dpi=DPI)
+    figure = Figure(figsize=(11, 2.3 * len(panels) + 0.9), layout="constrained")
     axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
     drawn: dict[str, Any] = {}
     for axis, panel in zip(axes, panels, strict=True):
@@ -150,9 +149,11 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
         axis.set_ylabel("input value", fontsize=9)
         axis.spines[["top", "right"]].set_visible(False)
     axes[-1].set_xlabel("input channel", fontsize=9)
-    legend = figure.legend(list(drawn.values()), list(drawn), loc="lower right", fontsize=8, frameon=False, ncols=3)
+    figure.legend(list(drawn.values()), list(drawn), loc="outside lower right", fontsize=8, frameon=False, ncols=3)
     figure.suptitle(plain_text(title), fontsize=10, x=0.01, ha="left")
-    save_picture_file(figure, path, below=legend)
+    write_atomic(
+        path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 3})
+    )
 
 
 def _band(axis: Any, edges: list[float], low: Any, high: Any, **style: Any) -> Any:

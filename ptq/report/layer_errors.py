@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptq.report.picture_file import DPI, save_picture_file
+from ptq.files.atomic import write_atomic
 from ptq.report.plain import plain_text
 from ptq.report.results import LayerResult
 
@@ -55,7 +55,7 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator
 
-    figure = Figure(figsize=(9, 4.2), dpi=DPI)
+    figure = Figure(figsize=(9, 4.2), layout="constrained")
     axis = figure.subplots()
     for i, kind in enumerate(kinds):
         colour = COLOURS[i % len(COLOURS)]
@@ -89,10 +89,12 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
     axis.grid(axis="y", which="major", color="0.9", linewidth=0.8)
     axis.set_axisbelow(True)
     axis.spines[["top", "right"]].set_visible(False)
-    legend = figure.legend(loc="upper right", fontsize=8, frameon=False)
+    figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     missing = f" ({left_out} of {len(errors)} Linears have no error, and no point)" if left_out else ""
     figure.suptitle(plain_text(f"{title}: error of each Linear's output{missing}"), fontsize=10, x=0.01, ha="left")
-    save_picture_file(figure, path, beside=legend)
+    write_atomic(
+        path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 3})
+    )
     return True
 
 
