@@ -9,7 +9,8 @@ from collections.abc import Mapping
 from rich.table import Table
 
 from ptq.allocation.sensitivity import Sensitivity
-from ptq.files.atomic import write_atomic, write_text
+from ptq.files.atomic import write_text
+from ptq.report.figure import save_figure
 from ptq.report.plain import plain_text, printable
 
 HURT_MOST = 10
@@ -108,7 +109,7 @@ def save_picture(found: Sensitivity, title: str, path: pathlib.Path) -> None:
     bar.set_label("predicted KL, nats a token", fontsize=8)
     bar.ax.tick_params(labelsize=7)
     figure.suptitle(plain_text(f"{title}: what rounding each weight costs"), fontsize=10, x=0.01, ha="left")
-    write_atomic(path, lambda temporary: figure.savefig(temporary, format="png", dpi=110))
+    save_figure(figure, path)
 
 
 def _kinds(found: Sensitivity) -> dict[str, list[str]]:

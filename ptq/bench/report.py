@@ -4,7 +4,8 @@ import json
 import pathlib
 from typing import Any
 
-from ptq.files.atomic import ensure_folder, write_atomic, write_text
+from ptq.files.atomic import ensure_folder, write_text
+from ptq.report.figure import save_figure
 
 JSON, TABLE, PICTURE = "bench.json", "bench.md", "bench.png"
 
@@ -18,7 +19,7 @@ def write(folder: pathlib.Path, report: dict[str, Any]) -> None:
     ensure_folder(folder, "--output")
     write_text(folder / JSON, json.dumps(report, indent=2, default=str) + "\n")
     write_text(folder / TABLE, tables(report))
-    write_atomic(folder / PICTURE, lambda path: _draw(path, report))
+    _draw(folder / PICTURE, report)
 
 
 def tables(report: dict[str, Any]) -> str:
@@ -126,7 +127,7 @@ def _draw(path: pathlib.Path, report: dict[str, Any]) -> None:
     axes.set_ylabel("times as fast as fp32")
     axes.set_title(report["recipe"])
     axes.legend(frameon=False)
-    figure.savefig(path, dpi=120, format="png")
+    save_figure(figure, path, dpi=120)
 
 
 def _draw_steps(axes: Any, steps: dict[str, dict[str, float]]) -> None:

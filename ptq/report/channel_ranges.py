@@ -12,7 +12,8 @@ from rich.table import Table
 
 from group_methods.reorder import expand, ranges_of
 from ptq.calibration.statistics import ChannelStatistics, Statistics
-from ptq.files.atomic import write_atomic, write_text
+from ptq.files.atomic import write_text
+from ptq.report.figure import save_figure
 from ptq.report.plain import plain_text, printable
 
 LINKS, PLACES = 3, 256
@@ -151,9 +152,7 @@ def _draw(path: pathlib.Path, title: str, panels: list[_Panel]) -> None:
     axes[-1].set_xlabel("input channel", fontsize=9)
     figure.legend(list(drawn.values()), list(drawn), loc="outside lower right", fontsize=8, frameon=False, ncols=3)
     figure.suptitle(plain_text(title), fontsize=10, x=0.01, ha="left")
-    write_atomic(
-        path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 3})
-    )
+    save_figure(figure, path)
 
 
 def _band(axis: Any, edges: list[float], low: Any, high: Any, **style: Any) -> Any:

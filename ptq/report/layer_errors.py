@@ -5,7 +5,7 @@ import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ptq.files.atomic import write_atomic
+from ptq.report.figure import save_figure
 from ptq.report.plain import plain_text
 from ptq.report.results import LayerResult
 
@@ -92,9 +92,7 @@ def save_errors(layers: Sequence[LayerResult], title: str, path: pathlib.Path) -
     figure.legend(loc="outside right upper", fontsize=8, frameon=False)
     missing = f" ({left_out} of {len(errors)} Linears have no error, and no point)" if left_out else ""
     figure.suptitle(plain_text(f"{title}: error of each Linear's output{missing}"), fontsize=10, x=0.01, ha="left")
-    write_atomic(
-        path, lambda temporary: figure.savefig(temporary, format="png", dpi=110, pil_kwargs={"compress_level": 3})
-    )
+    save_figure(figure, path)
     return True
 
 

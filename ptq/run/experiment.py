@@ -237,9 +237,9 @@ def _quantize(
     recipe, stream, samples = session.recipe, session.stream, context.samples
     with session.journal.phase("quantize"):
         tuned, batch = tuner_of(steps) is not None, recipe.evaluation.batch_size
-        # What is tuned afterwards is evaluated afterwards: here a batch is enough to measure errors on.
         kernels = choice_of(session)
         with stream.hold_outside(changed=False):
+            # What is tuned afterwards is evaluated afterwards: here a batch is enough to measure errors on.
             flow = stream.open(tokens.ids[:batch] if tuned else tokens.ids, batch, exact=True, shared=not tuned)
             visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
