@@ -69,6 +69,12 @@ class Store:
         with self.found_or_mine(kind, key) as found:
             return self._fill(kind, key, fill, about, replace=False) if found is None else found.parent
 
+    def add_folder(
+        self, kind: str, key: Mapping[str, object], fill: Callable[[pathlib.Path], None], about: str = ""
+    ) -> pathlib.Path:
+        """Lets `fill` fill the entry's folder, as `add` does a file. Raises `UserError` when it cannot be written."""
+        return self._fill(kind, key, fill, about, replace=True)
+
     @contextlib.contextmanager
     def found_or_mine(
         self, kind: str, key: Mapping[str, object], told: Callable[[str], None] | None = None

@@ -17,7 +17,7 @@ from ptq.evaluation.token_comparison import Head, TokenComparison, compare_token
 from ptq.export.registry import with_default_options
 from ptq.files.atomic import ensure_folder, write_text
 from ptq.files.bounded import parse_json
-from ptq.files.store import store_of
+from ptq.files.store import Store, store_of
 from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
@@ -40,6 +40,7 @@ from ptq.run.forecast.forecast import forecast, has_weights
 from ptq.run.forecast.memory_estimate import check_memory
 from ptq.run.kept.identity import METRICS, finished
 from ptq.run.kept.kept_pass import RESUME
+from ptq.run.kept.lent_pass import lending, recipe_of_blocks
 from ptq.run.kept.outside_file import stored_type, write_outside
 from ptq.run.kept.places import Places, folder_of, places_of, sources_of
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
@@ -50,7 +51,7 @@ from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
 from ptq.run.result import Result
-from ptq.run.session import Session, device_of, known_identity, open_session
+from ptq.run.session import Session, device_of, identity_of, known_identity, open_session
 from ptq.run.statistics_pass import statistics_of
 from ptq.run.task_results import baseline_answers, compared_answers
 from ptq.run.trackers.base import TrackedRun, flat, numbers, tracking
@@ -65,11 +66,14 @@ def run(recipe: Recipe, force: bool = False, world: World = ALONE) -> pathlib.Pa
     return run_recipe(recipe, force, world=world).folder
 
 
-def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None, world: World = ALONE) -> Result:
+def run_recipe(
+    recipe: Recipe, force: bool = False, shared: Shared | None = None, world: World = ALONE, lent: Store | None = None
+) -> Result:
     """Runs `recipe` from calibration to the report; a run that is finished is not run again, unless by `force`.
 
     `shared` has what earlier runs of this process have loaded, and keeps what this one loads. All ranks of `world` call this with
-    one recipe; rank 0 writes the results, and the others end before the report.
+    one recipe; rank 0 writes the results, and the others end before the report. `lent` has the finished blocks of runs that
+    differ from this one in what comes behind them, or is given this one's.
 
     Raises:
         UserError: for anything that the user can mend, before the work where it can be known before.
@@ -85,7 +89,7 @@ def run_recipe(recipe: Recipe, force: bool = False, shared: Shared | None = None
     check_devices(recipe, steps, world)
     led(world, lambda: check_before(recipe, steps, shared))
     with places_of(recipe, steps, world) as places:
-        return _run(recipe, steps, places, shared, force, world)
+        return _run(recipe, steps, places, shared, force, world, lent)
 
 
 def finished_before(recipe: Recipe, shared: Shared | None = None) -> pathlib.Path | None:
@@ -105,6 +109,19 @@ def run_folder(recipe: Recipe) -> pathlib.Path:
     """Returns where a run of `recipe` would write to; nothing is made. Raises `UserError` for steps that cannot be built."""
     recipe, steps = checked(recipe)
     return folder_of(recipe, sources_of(steps))
+
+
+def blocks_of(recipe: Recipe) -> str | None:
+    """Returns a name for the blocks that a run of `recipe` quantizes, the same for runs that can lend them to each other; None where a
+    run lends none: a step comes from outside, which may put in what cannot be read again, or blocks pass once.
+
+    Raises:
+        UserError: for values that no part of a recipe can use together.
+    """
+    recipe, steps = checked(recipe)
+    if sources_of(steps) or goes_in_one_pass(recipe, steps, ALONE):
+        return None
+    return recipe_of_blocks(recipe, steps).digest()
 
 
 def check_recipe(recipe: Recipe, shared: Shared | None = None) -> list[str]:
@@ -156,7 +173,15 @@ def _shown_finished(recipe: Recipe, shared: Shared | None) -> bool:
     return True
 
 
-def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared, force: bool, world: World) -> Result:
+def _run(
+    recipe: Recipe,
+    steps: dict[str, Step],
+    places: Places,
+    shared: Shared,
+    force: bool,
+    world: World,
+    lent: Store | None,
+) -> Result:
     folder, journal = places.folder, places.journal("run.log")
     journal.note(f"recipe {recipe.name}, hash {folder.name}")
     if (folder / METRICS).is_file() and not force:
@@ -174,7 +199,7 @@ def _run(recipe: Recipe, steps: dict[str, Step], places: Places, shared: Shared,
         if goes_in_one_pass(recipe, steps, world):
             passed = quantize_in_one_pass(session, steps, sources_of(steps), tokens, folder)
         else:
-            passed = _pass_by_pass(session, steps, tokens, folder)
+            passed = _pass_by_pass(session, steps, tokens, folder, lent)
         visitor, flow, baseline = passed.visitor, passed.flow, passed.baseline
         identity = session.identity(sources_of(steps))
         for name, proof in visitor.proofs.items():
@@ -211,7 +236,9 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
         yield
 
 
-def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path) -> Passed:
+def _pass_by_pass(
+    session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path, lent: Store | None
+) -> Passed:
     """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
     context = open_context(session, steps)
     baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
@@ -223,7 +250,7 @@ def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, fold
     check_turned(session.recipe, steps, context)
     if taken is not None and context.statistics is not None:
         save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
-    visitor, flow = _quantize(session, steps, context, tokens, folder)
+    visitor, flow = _quantize(session, steps, context, tokens, folder, lent)
     if targets is not None:
         flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
     learned = None if tuner is None else context.plans[tuner[0]].figures
@@ -231,7 +258,12 @@ def _pass_by_pass(session: Session, steps: dict[str, Step], tokens: Tokens, fold
 
 
 def _quantize(
-    session: Session, steps: dict[str, Step], context: Context, tokens: Tokens, folder: pathlib.Path
+    session: Session,
+    steps: dict[str, Step],
+    context: Context,
+    tokens: Tokens,
+    folder: pathlib.Path,
+    lent: Store | None,
 ) -> tuple[QuantizeVisitor, Flow]:
     """Quantizes block by block, from where an interrupted run has come to; returns the visitor and the evaluated flow."""
     recipe, stream, samples = session.recipe, session.stream, context.samples
@@ -244,8 +276,8 @@ def _quantize(
             visitor = QuantizeVisitor(context, steps, flow, kernels)
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
-        kept = context.keep("quantize", carried, visitor)
-        with agreeing():
+        kept = session.kept("quantize", session.identity(sources_of(steps)), carried, visitor)
+        with lending(lent, _key_of_blocks(session, steps), kept, session.journal.say), agreeing():
             stream.run(flows, visitor, "quantize", kept)
         check_quantized(flow)
         keep_timings(session, kernels)
@@ -254,6 +286,13 @@ def _quantize(
             kept.hand_over(session.network.blocks, folder / QUANTIZED)
             write_outside(stream, stored_type(session.loaded, steps), folder / QUANTIZED)
     return visitor, flow
+
+
+def _key_of_blocks(session: Session, steps: dict[str, Step]) -> str:
+    """Returns a digest of all that the finished blocks depend on."""
+    recipe = recipe_of_blocks(session.recipe, steps)
+    tokens = (session.seen_tokens(), session.evaluation_tokens())
+    return identity_of(recipe, sources_of(steps), session.loaded.fingerprint, tokens, session.stream.device)
 
 
 def _tune(

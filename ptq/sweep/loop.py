@@ -12,6 +12,7 @@ from ptq.run.experiment import check_recipe, finished_before, run_folder
 from ptq.sweep.board import Board
 from ptq.sweep.display import Display, table_of
 from ptq.sweep.launchers.base import Launcher, Task
+from ptq.sweep.lending import forget_lent, in_turn
 from ptq.sweep.points import Point, Sweep
 from ptq.sweep.status import DONE, FAILED, INTERRUPTED, OVER, WAITING, Status, launching, status_of, write_status
 from ptq.sweep.table import Row, by_result, without_effect
@@ -74,6 +75,7 @@ def run_sweep(
     task: Task,
     finished: dict[int, pathlib.Path],
     display: Display,
+    jobs: int = 1,
 ) -> Finding:
     """Runs what is missing of a sweep, and keeps its table up to date meanwhile.
 
@@ -83,6 +85,7 @@ def run_sweep(
         task: what each is started with.
         finished: folders of points that are done already, by number.
         display: shows how it is getting on.
+        jobs: how many points the launcher runs at once.
     """
     ensure_folder(sweep.folder, "outputs")
     sweep.write()
@@ -97,7 +100,7 @@ def run_sweep(
     board.refresh(True)
     try:
         with launching(sweep.folder), display.showing():
-            running = launcher.run(task, [p.number for p in _by_model(todo)])
+            running = launcher.run(task, [p.number for p in in_turn(_by_model(todo), jobs)])
             try:
                 for ended in running:
                     if ended is not None and ended.problem:
@@ -108,6 +111,8 @@ def run_sweep(
                     running.close()
     finally:
         board.refresh(True)
+    if all(row.status.kind in OVER for row in board.rows):
+        forget_lent(sweep.folder)
     return Finding(sweep.folder, board.rows)
 
 

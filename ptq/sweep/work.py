@@ -12,6 +12,7 @@ from ptq.files.atomic import ensure_folder
 from ptq.files.lease import lease
 from ptq.models.shared import Shared
 from ptq.run.experiment import run_recipe
+from ptq.sweep.lending import give_up, lent_to
 from ptq.sweep.points import Point, Sweep, read_sweep
 from ptq.sweep.pruning import pruned
 from ptq.sweep.resources import threads_set
@@ -80,5 +81,8 @@ def _run(sweep: Sweep, point: Point, shared: Shared, force: bool) -> Status:
         raise UserError(point.refused)
     if sweep.pruning is not None and (status := pruned(sweep, sweep.pruning, point.recipe, shared)) is not None:
         return status
-    folder = run_recipe(point.recipe, force, shared).folder
+    lent = lent_to(sweep, point, shared)
+    folder = run_recipe(point.recipe, force, shared, lent=lent).folder
+    if lent is not None:
+        give_up(sweep, point, lent, shared)
     return Status(DONE, os.path.abspath(folder))

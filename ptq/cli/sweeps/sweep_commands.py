@@ -177,7 +177,7 @@ def _run(made: "Sweep", options: argparse.Namespace, own: dict[str, Any]) -> int
     missing = [p.recipe for p in made.points if p.recipe and not p.refused and p.number not in finished]
     room = room_of(jobs, missing) if name == "here" or shares_this_machine(name, own) else 0
     task = Task(str(made.folder), threads, options.force, room)
-    finding = run_sweep(made, launcher, task, finished, display)
+    finding = run_sweep(made, launcher, task, finished, display, jobs)
     conclude(finding, display)
     return 0 if finding.whole else EXIT_UNFINISHED
 

@@ -65,6 +65,7 @@ class KeptPass:
         self._sums: list[int] = []
         self._last: dict[str, Any] | None = None
         self._total = 0
+        self._borrowed = False
         self._slot, self._spent, self._since = 0, 0.0, time.perf_counter()
 
     def take_up(self, blocks: Sequence[Block]) -> int:
@@ -80,7 +81,8 @@ class KeptPass:
         for block in blocks[:done]:
             self.visitor.read(block, self.file_of(block))
         self._sums, self._last = list(entry["block_sums"]), entry
-        self.say(f"resumed after block {done} of {len(blocks)}")
+        whence = "another run's finished blocks, this one goes on" if self._borrowed else "resumed"
+        self.say(f"{whence} after block {done} of {len(blocks)}")
         return done
 
     def keep(self, block: Block) -> None:
@@ -114,6 +116,37 @@ class KeptPass:
             source = self.file_of(block)
             write_atomic(folder / source.name, partial(linked, source))
 
+    @property
+    def begun(self) -> bool:
+        """Whether a block of this pass is kept."""
+        return self._last is not None
+
+    def lend(self, folder: pathlib.Path) -> None:
+        """Puts what is kept of the pass into `folder`, for `borrow`."""
+        if self._last is None:
+            raise ValueError("a pass that keeps no block has none to lend")
+        for i in range(self._last["blocks"]):
+            linked(self._file(i), folder / self._file(i).name)
+        self._copy_hidden(self._last, self.folder, folder)
+        write_text(folder / PROGRESS, json.dumps({"entries": [self._last]}))
+
+    def borrow(self, folder: pathlib.Path) -> None:
+        """Goes on after the blocks that the same pass of another run has put into `folder`, when the pass runs."""
+        [entry] = parse_json((folder / PROGRESS).read_text(encoding="utf-8"))["entries"]
+        self.drop()
+        self.folder.mkdir(parents=True, exist_ok=True)
+        for i in range(entry["blocks"]):
+            linked(folder / self._file(i).name, self._file(i))
+        # Later blocks of this pass write over them: no second name of the same bytes, as the blocks' files may have.
+        self._copy_hidden(entry, folder, self.folder)
+        write_text(self.folder / PROGRESS, json.dumps({"key": self.key, "entries": [entry]}))
+        self._borrowed = True
+
+    def _copy_hidden(self, entry: Mapping[str, Any], source: pathlib.Path, target: pathlib.Path) -> None:
+        for i in range(len(self.flows)):
+            name = self._hidden(int(entry["slot"]), i).name
+            shutil.copyfile(source / name, target / name)
+
     def drop(self) -> None:
         """Removes everything that was kept."""
         if self.world.leads:
@@ -122,7 +155,10 @@ class KeptPass:
 
     def file_of(self, block: Block) -> pathlib.Path:
         """Returns the file of a finished block."""
-        return self.folder / f"block-{block.index:05d}.safetensors"
+        return self._file(block.index)
+
+    def _file(self, number: int) -> pathlib.Path:
+        return self.folder / f"block-{number:05d}.safetensors"
 
     def _hidden(self, slot: int, flow: int) -> pathlib.Path:
         return self.folder / f"hidden-{slot}-{flow}.bin"
@@ -140,7 +176,7 @@ class KeptPass:
     def _whole(self, entry: Mapping[str, Any]) -> bool:
         try:
             done, sums = int(entry["blocks"]), entry["hidden_sums"]
-            files = [self.folder / f"block-{i:05d}.safetensors" for i in range(done)]
+            files = [self._file(i) for i in range(done)]
             return (
                 len(sums) == len(self.flows)
                 and all(sum_of_file(self._hidden(int(entry["slot"]), i)) == s for i, s in enumerate(sums))

@@ -27,9 +27,9 @@ def runs(monkeypatch):
     """Counts the runs that begin."""
     begun = []
 
-    def counted(recipe, *arguments):
+    def counted(recipe, *arguments, **named):
         begun.append(recipe)
-        return run_recipe(recipe, *arguments)
+        return run_recipe(recipe, *arguments, **named)
 
     monkeypatch.setattr("ptq.sweep.work.run_recipe", counted)
     return begun
@@ -103,10 +103,10 @@ def test_zip_goes_side_by_side(sweeps, capsys):
 
 
 def test_a_point_that_fails_is_in_the_table_with_its_line_and_is_taken_up_by_resume(sweeps, monkeypatch, capsys):
-    def failing(recipe, *arguments):
+    def failing(recipe, *arguments, **named):
         if recipe.scheme.weight.bits == 8:
             raise RuntimeError("no luck\nat all")
-        return run_recipe(recipe, *arguments)
+        return run_recipe(recipe, *arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr("ptq.sweep.work.run_recipe", failing)
@@ -116,7 +116,7 @@ def test_a_point_that_fails_is_in_the_table_with_its_line_and_is_taken_up_by_res
     assert rows[0]["line"].startswith("RuntimeError: no luck at all: see ")
     assert "no luck" in pathlib.Path(rows[0]["line"].rpartition("see ")[2]).read_text()
     begun = []
-    monkeypatch.setattr("ptq.sweep.work.run_recipe", lambda r, *a: (begun.append(r), run_recipe(r, *a))[1])
+    monkeypatch.setattr("ptq.sweep.work.run_recipe", lambda r, *a, **n: (begun.append(r), run_recipe(r, *a, **n))[1])
     assert main(["sweep", "resume", str(sweeps.folders[0]), "--launcher", "here"]) == 0
     assert [recipe.scheme.weight.bits for recipe in begun] == [8]
     assert [row["status"] for row in sweeps.table()] == ["done"] * 3
@@ -126,10 +126,10 @@ def test_a_point_that_fails_is_in_the_table_with_its_line_and_is_taken_up_by_res
 
 
 def test_ctrl_c_ends_the_sweep_and_leaves_a_table_that_says_so(sweeps, monkeypatch, capsys):
-    def interrupted(recipe, *arguments):
+    def interrupted(recipe, *arguments, **named):
         if recipe.scheme.weight.bits == 8:
             raise KeyboardInterrupt
-        return run_recipe(recipe, *arguments)
+        return run_recipe(recipe, *arguments, **named)
 
     monkeypatch.setattr("ptq.sweep.work.run_recipe", interrupted)
     assert sweeps.run("scheme.weight.bits=4,8,3") == 130

@@ -37,7 +37,7 @@ def made_up(monkeypatch):
     """Runs in no time: perplexity falls with the bits and is least at alpha 0.4; counts the runs."""
     begun = []
 
-    def run(recipe, force=False, shared=None):
+    def run(recipe, force=False, shared=None, lent=None):
         from ptq.run.experiment import run_folder
         from ptq.run.result import Result
 
@@ -123,10 +123,10 @@ def test_a_search_that_is_killed_ends_with_the_table_of_one_that_was_not(sweeps,
     run = work.run_recipe
     for stop_at in (3, 8):
 
-        def killed(recipe, *arguments, at=stop_at):
+        def killed(recipe, *arguments, at=stop_at, **named):
             if len(list((folder / "points").glob("*.json"))) == at:
                 raise KeyboardInterrupt
-            return run(recipe, *arguments)
+            return run(recipe, *arguments, **named)
 
         with monkeypatch.context() as patch:
             patch.setattr("ptq.sweep.work.run_recipe", killed)
@@ -146,10 +146,10 @@ def test_a_point_that_failed_is_taken_up_and_the_study_learns_of_it(sweeps, sear
 
     run = work.run_recipe
 
-    def failing(recipe, *arguments):
+    def failing(recipe, *arguments, **named):
         if recipe.scheme.weight.bits == 8:
             raise RuntimeError("no luck")
-        return run(recipe, *arguments)
+        return run(recipe, *arguments, **named)
 
     with monkeypatch.context() as patch:
         patch.setattr("ptq.sweep.work.run_recipe", failing)
