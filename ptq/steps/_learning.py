@@ -90,8 +90,9 @@ def learn(
 ) -> Learned:
     """Lowers the block's output error on pairs, and leaves the parameters at the least error met on held out pairs.
 
-    An error of a token counts relative to the size of that token's residual stream, by which the norms that read it divide;
-    plain squares would be those of a few tokens with massive activations.
+    Errors are plain squares, as published (AutoRound, equation 1; OmniQuant, equation 1). Relative to the size of each token's residual
+    stream, by which the norms that read it divide, they would give up the token whose massive activation a block makes: later
+    blocks' attentions look at that one more than at any other (docs/results.md, "Learned rounding").
 
     Args:
         pairs: of the block.
@@ -157,7 +158,5 @@ def _held_out(pairs: Pairs, numbers: Sequence[int]) -> float:
 
 
 def _error(pair: Pair) -> torch.Tensor:
-    """Returns the mean over tokens of |output - target|^2 / |target|^2."""
-    target = pair.target.float()
-    size = target.square().mean(-1).clamp_min(torch.finfo(torch.float32).tiny)
-    return ((pair.output().float() - target).square().mean(-1) / size).mean()
+    """Returns the mean of (output - target)^2."""
+    return (pair.output().float() - pair.target.float()).square().mean()
