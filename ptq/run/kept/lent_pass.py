@@ -60,7 +60,11 @@ def lending(lent: Store | None, key: str, kept: KeptPass | None, told: Callable[
             except UserError as error:
                 told(f"blocks: not shared with other runs: {error}")
         if found is not None and kept is not None:
-            kept.borrow(found.parent)
+            try:
+                kept.borrow(found.parent)
+            except OSError as error:
+                kept.drop()
+                told(f"blocks: those of another run cannot be copied ({error}): quantized again")
         yield
         if mine and lent is not None and kept is not None and kept.begun:
             try:

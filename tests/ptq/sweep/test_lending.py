@@ -86,14 +86,20 @@ def test_two_processes_share_blocks_and_give_the_table_of_one(calibrated):
     assert [row | {"folder": ""} for row in calibrated.table()] == [row | {"folder": ""} for row in together]
 
 
-def test_points_that_cannot_keep_blocks_for_each_other_are_done_all_the_same(calibrated, monkeypatch):
+@pytest.mark.parametrize(
+    ("where", "point", "said"),
+    [("lend", 0, "blocks: not shared with other runs"), ("borrow", 1, "blocks: those of another run cannot be copied")],
+)
+def test_points_that_cannot_keep_blocks_for_each_other_are_done_all_the_same(
+    calibrated, monkeypatch, where, point, said
+):
     def full(self, folder):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("ptq.run.kept.kept_pass.KeptPass.lend", full)
+    monkeypatch.setattr(f"ptq.run.kept.kept_pass.KeptPass.{where}", full)
     assert calibrated.run("evaluation.confidence=0.9,0.8") == 0
     logs = logs_of(calibrated)
-    assert "blocks: not shared with other runs" in logs[0] and not any(BORROWED in log for log in logs)
+    assert said in logs[point] and not any(BORROWED in log for log in logs)
 
 
 @pytest.mark.parametrize(
