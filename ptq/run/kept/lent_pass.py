@@ -49,25 +49,26 @@ def lending(lent: Store | None, key: str, kept: KeptPass | None, told: Callable[
         kept: of the pass.
         told: hears in a sentence of waiting, and where there is no room for the blocks.
     """
+    if lent is None or kept is None:
+        yield
+        return
+    entry: dict[str, object] = {"blocks": key}
     with contextlib.ExitStack() as stack:
         found, mine = None, False
-        if lent is not None and kept is not None:
-            try:
-                found = stack.enter_context(
-                    lent.found_or_mine(KIND, {"blocks": key}, lambda line: told(f"blocks: {line}"))
-                )
-                mine = found is None
-            except UserError as error:
-                told(f"blocks: not shared with other runs: {error}")
-        if found is not None and kept is not None:
+        try:
+            found = stack.enter_context(lent.found_or_mine(KIND, entry, lambda line: told(f"blocks: {line}")))
+            mine = found is None
+        except UserError as error:
+            told(f"blocks: not shared with other runs: {error}")
+        if found is not None:
             try:
                 kept.borrow(found.parent)
             except OSError as error:
                 kept.drop()
                 told(f"blocks: those of another run cannot be copied ({error}): quantized again")
         yield
-        if mine and lent is not None and kept is not None and kept.begun:
+        if mine and kept.begun:
             try:
-                lent.add_folder(KIND, {"blocks": key}, kept.lend)
+                lent.add_folder(KIND, entry, kept.lend)
             except UserError as error:
                 told(f"blocks: not shared with other runs: {error}")
