@@ -277,7 +277,7 @@ def _quantize(
         flows = [flow] if samples is None else [flow, samples.flow]
         carried = flows if samples is None or samples.reference is None else [*flows, samples.reference]
         kept = session.kept("quantize", session.identity(sources_of(steps)), carried, visitor)
-        with lending(lent, _key_of_blocks(session, steps), kept, session.journal.say), agreeing():
+        with lending(lent, lambda: _key_of_blocks(session, steps), kept, session.journal.say), agreeing():
             stream.run(flows, visitor, "quantize", kept)
         check_quantized(flow)
         keep_timings(session, kernels)

@@ -38,21 +38,23 @@ def recipe_of_blocks(recipe: Recipe, steps: Mapping[str, Step]) -> Recipe:
 
 
 @contextlib.contextmanager
-def lending(lent: Store | None, key: str, kept: KeptPass | None, told: Callable[[str], None]) -> Iterator[None]:
+def lending(
+    lent: Store | None, key_of: Callable[[], str], kept: KeptPass | None, told: Callable[[str], None]
+) -> Iterator[None]:
     """Inside the context the pass that `kept` keeps is to run: it goes on after the blocks that another run has lent.
 
     Where none has, other runs that want them wait meanwhile, and find those of this one afterwards.
 
     Args:
         lent: what runs have lent each other; None where they do not.
-        key: a digest of all that the finished blocks depend on.
+        key_of: gives a digest of all that the finished blocks depend on; asked where runs lend.
         kept: of the pass.
         told: hears in a sentence of waiting, and where there is no room for the blocks.
     """
     if lent is None or kept is None:
         yield
         return
-    entry: dict[str, object] = {"blocks": key}
+    entry: dict[str, object] = {"blocks": key_of()}
     with contextlib.ExitStack() as stack:
         found, mine = None, False
         try:
