@@ -32,6 +32,7 @@ from ptq.export.base import (
 from ptq.export.packing import compressed_floats as floating
 from ptq.export.packing.compressed_cache import cache_arguments, cache_spec, scale_name
 from ptq.export.packing.shards import lossless, write_shards
+from ptq.export.packing.shared_scales import SHAREABLE, SharedScales, side_by_side
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded, walked
 from ptq.files.atomic import write_folder_atomic
 from ptq.network.experts.published_names import published_names
@@ -59,12 +60,15 @@ class Exporter:
         self.options = options
 
     def adapt(self, scheme: SchemeConfig) -> SchemeConfig:
-        """Returns `scheme` with symmetric inputs in the full range of codes, which is how the format rounds them."""
+        """Returns `scheme` with symmetric inputs in the full range of codes, which is how the format rounds them, and NVFP4 weights
+        whose scales of the tensor Linears can share, which vLLM wants of those that it multiplies as one.
+        """
+        held = {"input": _full, "weight": _shareable}
         overrides = tuple(
-            Override(o.modules, {t: _full(s) if t == "input" else s for t, s in o.tensors.items()})
+            Override(o.modules, {t: held[t](s) if t in held else s for t, s in o.tensors.items()})
             for o in scheme.overrides
         )
-        return replace(scheme, input=_full(scheme.input), overrides=overrides)
+        return replace(scheme, input=_full(scheme.input), weight=_shareable(scheme.weight), overrides=overrides)
 
     def check(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses what no `QuantizationArgs` describes."""
@@ -104,7 +108,7 @@ class Exporter:
                 require(spec.input, "scheme.input", name, NAME, nearest, **allowed)
         if (head := _head(scheme, network)) is not None and head.spec is not None:
             _check_weight(LinearSpecs(head.spec, None), head.name, nearest, "scheme.head")
-        return (*_flattened(specs, network), *_unread(specs, network))
+        return (*_flattened(specs, network), *_unread(specs, network), *_rounded_again(specs, network))
 
     def check_corrections(self, scheme: SchemeConfig, network: Network) -> tuple[str, ...]:
         """Refuses what an adapter for PEFT does not reach: see `check_adapter`."""
@@ -152,6 +156,7 @@ def _written(
             source.tokenizer.save_pretrained(folder)
         # A block's shard has no place for them: a run that makes the folder of shards has none.
         notes.extend(() if files else write_adapter(folder, source))
+        notes.extend(groups.shared.notes())
 
     write_folder_atomic(path, fill)
     size = sum(file.stat().st_size for file in path.rglob("*") if file.is_file())
@@ -170,6 +175,12 @@ def _check_weight(specs: LinearSpecs, name: str, nearest: str, path: str = "sche
     require(spec, path, name, NAME, nearest, **allowed)
     if inputs is None or (spec.affine and inputs.affine):
         return
+    if spec.format == inputs.format == "nvfp4" and inputs.dynamic:
+        words = "format: nvfp4, bits: 4, granularity: group, group_size: 16"
+        raise UserError(
+            f"scheme.input.dynamic: true of {name} cannot be exported to {NAME}: NVFP4 inputs have a static scale of the tensor "
+            f"there, and dynamic ones of its blocks: use {advice('scheme.input.dynamic=false', words, f'{words}, dynamic: false')}"
+        )
     why = floating.input_refusal(spec, inputs)
     if why is not None:
         fields = ("format", "bits", "granularity", *(("group_size",) if spec.group_size else ()))
@@ -184,7 +195,7 @@ def _check_weight(specs: LinearSpecs, name: str, nearest: str, path: str = "sche
 class _Groups:
     """The scheme in the package's words: `schemes` by group name, `of` the group of each quantized Linear.
 
-    `published` has the checkpoint's name of each tensor (`published_names`).
+    `published` has the checkpoint's name of each tensor (`published_names`), `shared` the scales that Linears share.
     """
 
     schemes: dict[str, Any]
@@ -192,6 +203,7 @@ class _Groups:
     published: dict[str, str]
     ignore: list[str]
     exact: bool
+    shared: SharedScales
 
 
 def _package() -> Any:
@@ -244,6 +256,18 @@ def _unread(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
     return ()
 
 
+def _rounded_again(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
+    """Returns a note where vLLM gives several weights one scale of the tensor."""
+    for name in side_by_side(network, specs, "fp8_e4m3"):
+        weight = specs[name].weight
+        if weight is not None and weight.granularity == "tensor":
+            return (
+                "scheme.weight.granularity: 'tensor': vLLM gives q, k and v, and gate and up, one scale of FP8 and rounds them again: "
+                "it computes something else; with granularity channel it does not",
+            )
+    return ()
+
+
 def _head(scheme: SchemeConfig, network: Network) -> OutsideWeight | None:
     """Returns the head's weight where the scheme gives it a format."""
     found = outside_weights(scheme, network)
@@ -254,13 +278,17 @@ def _full(spec: QuantSpec | None) -> QuantSpec | None:
     return replace(spec, full_range=True) if spec is not None and spec.affine and spec.symmetric else spec
 
 
-def _arguments(spec: QuantSpec | None) -> Any:
-    """Returns the package's `QuantizationArgs` of a spec."""
+def _shareable(spec: QuantSpec | None) -> QuantSpec | None:
+    return replace(spec, scales=SHAREABLE) if spec is not None and spec.format == "nvfp4" else spec
+
+
+def _arguments(spec: QuantSpec | None, inputs: bool = False) -> Any:
+    """Returns the package's `QuantizationArgs` of the spec of a weight, or of `inputs`."""
     if spec is None:
         return None
     make = _package().quantization.QuantizationArgs
     if not spec.affine:
-        return make(**floating.arguments(spec))
+        return make(**floating.arguments(spec, inputs))
     return make(
         num_bits=spec.bits, type="int", symmetric=spec.symmetric, strategy=spec.granularity,
         group_size=spec.group_size, dynamic=spec.dynamic,
@@ -291,14 +319,14 @@ def _groups(source: QuantizedTensors) -> _Groups:
         schemes[f"group_{number}"] = make(
             targets=["Linear"] if len(members) == 1 else [_module(name, published) for name in names],
             weights=_arguments(first.weight),
-            input_activations=_arguments(first.input),
+            input_activations=_arguments(first.input, inputs=True),
             format=_format(first),
         )
         of |= dict.fromkeys(names, f"group_{number}")
     plain = (s.input for s in specs.values() if s.input is not None and s.input.affine)
     exact = all(spec.full_range or not spec.symmetric for spec in plain)
     ignored = sorted(_module(name, published) for name in linears if name not in of)
-    return _Groups(schemes, of, published, ignored, exact)
+    return _Groups(schemes, of, published, ignored, exact, SharedScales(source, specs))
 
 
 def _format(specs: LinearSpecs) -> str:
@@ -346,11 +374,11 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
         yield f"{module}.weight", lossless(torch.as_tensor(tensors.weight))
         return
     if tensors.stored is not None:
-        for name, value in floating.state(tensors.stored, tensors.spec).items():
+        state = floating.state(groups.shared.stored(tensors), tensors.spec)
+        if tensors.input_scale is not None and tensors.input_spec is not None:
+            state |= floating.input_state(tensors.input_scale, tensors.input_spec)
+        for name, value in state.items():
             yield f"{module}.{name}", value.contiguous()
-        if tensors.input_scale is not None:
-            # Linears that read one tensor share its range, and a shard takes no two names for one storage.
-            yield f"{module}.input_scale", tensors.input_scale.reshape(1).clone()
         return
     scheme = groups.schemes[groups.of[tensors.name]]
     scale, zero_point = tensors.row_scales(), tensors.row_zero_points()

@@ -97,7 +97,7 @@ class Codec:
         """Returns the scale (1,) of an activation by its statistics (channels,), of a format that `Format.static` says so of."""
         raise ValueError(f"{type(self).__name__} fits its scales at each call")
 
-    def fake_static(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def fake_static(self, x: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns the activation `x` rounded with the scale that `static_scale` gave."""
         raise ValueError(f"{type(self).__name__} fits its scales at each call")
 

@@ -32,7 +32,7 @@ class Float8(Codec):
         """Returns the one scale (1,), float32, that carries the greatest magnitude of statistics (channels,) to the type's."""
         return torch.maximum(-minimum.min(), maximum.max()).clamp(min=0).float().reshape(1) / self.greatest
 
-    def fake_static(self, x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
+    def fake_static(self, x: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns an activation rounded with a given scale (1,), in its type; what is beyond its range saturates, NaN stays."""
         return (to_float8(divided(x.float(), scale), self.dtype).float() * scale).to(x.dtype)
 
@@ -50,6 +50,6 @@ def to_float8(x: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 FP8_E4M3 = Float8(torch.float8_e4m3fn)
 FP8_E5M2 = Float8(torch.float8_e5m2)
-_FORM = Format((8,), ("channel", "tensor", "token", "group"), static=True)
+_FORM = Format((8,), ("channel", "tensor", "token", "group"), static="tensor")
 register("fp8_e4m3", _FORM, FP8_E4M3)
 register("fp8_e5m2", _FORM, FP8_E5M2)

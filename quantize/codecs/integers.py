@@ -84,5 +84,12 @@ class Integer(Codec):
 
 INTEGERS = Integer()
 register(
-    INTEGER, Format((8, 2, 3, 4, 5, 6, 7), ("channel", "tensor", "token", "group", "cluster"), affine=True), INTEGERS
+    INTEGER,
+    Format(
+        (8, 2, 3, 4, 5, 6, 7),
+        ("channel", "tensor", "token", "group", "cluster"),
+        affine=True,
+        scales=("float32", "float16", "float16_min"),
+    ),
+    INTEGERS,
 )

@@ -130,7 +130,7 @@ class InputQuantizer(nn.Module):
     def _quantize(self, x: torch.Tensor) -> torch.Tensor:
         if not self.spec.dynamic:
             if not self.spec.affine:
-                return codec_of(self.spec).fake_static(x, self.scale)
+                return codec_of(self.spec).fake_static(x, self.scale, self.spec)
             grid = self.grid
             return fake_quantize(x, grid if self.labels is None else grid.of_channels(self.labels))
         return fake_quantize_dynamic(x, self.spec)

@@ -13,7 +13,7 @@ from quantize.codecs.fp8 import Float8, to_float8
 from quantize.codecs.k_quants.codec import KQuant
 from quantize.codecs.k_quants.fitting import fitted
 from quantize.codecs.mx import BIAS, Microscaling, e8m0_scale, e8m0_values
-from quantize.codecs.nvfp4 import SCALE_MAX, SCALE_TYPE, Nvfp4
+from quantize.codecs.nvfp4 import SCALE_TYPE, Nvfp4, tensor_scale
 from quantize.codecs.packing import pack
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, grouped
@@ -150,12 +150,12 @@ def level_form(spec: QuantSpec, greatest: torch.Tensor) -> LevelForm:
             (2.0, 1.0, 0.5),
         )
     if isinstance(codec, Nvfp4):
-        tensor_scale = greatest.float().reshape(1) / (E2M1_MAX * SCALE_MAX)
+        scale = tensor_scale(greatest, spec)
         return LevelForm(
             round_e2m1,
             e2m1_codes,
             E2M1_MAX,
-            lambda s: {"scale": to_float8(divided(s, tensor_scale), SCALE_TYPE), "tensor_scale": tensor_scale},
+            lambda s: {"scale": to_float8(divided(s, scale), SCALE_TYPE), "tensor_scale": scale},
             lambda parts: parts["scale"].float() * parts["tensor_scale"],
             FINE,
         )

@@ -21,7 +21,9 @@ class Format:
         instead: what to use where they cannot.
         double_quant: whether its scales can be quantized in turn.
         affine: integer codes on a grid, which a solver or statistics may choose.
-        static: an activation may also have one scale for the tensor that comes from statistics, where it is not affine.
+        scales: types of the scales that a weight has a choice of, the usual one first (`QuantSpec.scales`).
+        static: granularity with which an activation may have its tensor's scale from statistics, where it is not affine; None
+            where it may not.
         columns: what the number of a weight's columns has to be a multiple of, whatever shares a scale.
     """
 
@@ -34,7 +36,8 @@ class Format:
     instead: str = ""
     double_quant: bool = False
     affine: bool = False
-    static: bool = False
+    scales: tuple[str, ...] = ("float32",)
+    static: str | None = None
     columns: int = 1
 
 

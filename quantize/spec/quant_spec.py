@@ -7,7 +7,7 @@ from quantize.spec.formats import INTEGER, formats
 
 GRANULARITIES = ("tensor", "token", "channel", "group", "cluster")
 RANGES = ("minmax", "percentile", "mse", "ema")
-SCALES = ("float32", "float16", "float16_min")
+SCALES = ("float32", "float16", "float16_min", "power_of_two")
 
 
 class SpecError(ValueError):
@@ -25,7 +25,8 @@ class QuantSpec:
     Attributes:
         bits: width of a code, 2 to 8.
         format: number format, one of `quantize.spec.formats.formats`; ``int`` is integer affine quantization. A format that is
-            not ``int`` has its own rule for ranges, and is dynamic on activations, but for FP8 with one scale for the tensor.
+            not ``int`` has its own rule for ranges, and is dynamic on activations, but for FP8 with one scale for the tensor, and
+            for NVFP4, whose tensor's scale alone is then static.
         granularity: what shares one scale: the whole ``tensor``, a ``token`` (a row of an activation), a ``channel``
             (an output row of a weight, an input channel of an activation), a ``group`` of `group_size` consecutive
             values along the last dimension, or a ``cluster`` of input channels named by labels (for a weight: of one row).
@@ -37,8 +38,9 @@ class QuantSpec:
         percentile: share in percent of the values inside the range, with range ``percentile``.
         clip: share of the range from minimum to maximum that is kept, above 0, up to 1: what lies beyond saturates, and all
             else gets a finer grid. Activations only; the solver of a weight fits its own.
-        scales: type of the scales: ``float32``, ``float16`` (GGUF's Q8_0 and Q4_0), or ``float16_min`` (the least value,
-            scale x zero point, is exact in fp16 too: GGUF's Q4_1). Weights only.
+        scales: type of the scales: ``float32``, ``float16`` (GGUF's Q8_0 and Q4_0), ``float16_min`` (the least value,
+            scale x zero point, is exact in fp16 too: GGUF's Q4_1), or, of ``nvfp4``, ``power_of_two`` (the tensor's scale,
+            which Linears that a runtime multiplies as one can then share). Weights only.
         full_range: a symmetric format that uses the code -2^(bits-1) too, with a step of 2 absmax / (2^bits - 1), as
             compressed-tensors rounds at run time. Activations only.
         double_quant: quantize the scales too (QLoRA); formats ``nf4`` and ``fp4``.
@@ -101,6 +103,9 @@ class QuantSpec:
         if self.double_quant and not form.double_quant:
             able = tuple(key for key, value in formats().items() if value.double_quant)
             raise SpecError("double_quant", self.double_quant, f"false {name}: {' and '.join(able)} have it")
+        if self.scales not in form.scales:
+            why = "" if self.affine or len(form.scales) > 1 else ": it has its own type of scales"
+            raise SpecError("scales", self.scales, f"{' or '.join(form.scales)} {name}{why}", form.scales)
         if self.threshold != 6.0 and self.format != "llm_int8":
             raise SpecError("threshold", self.threshold, f"6.0 {name}: only llm_int8 reads it")
         if not self.threshold > 0:
@@ -111,8 +116,6 @@ class QuantSpec:
             raise SpecError("symmetric", self.symmetric, f"true {name}: only int has zero points")
         if self.range != "minmax":
             raise SpecError("range", self.range, f"minmax {name}: it fits its own scales")
-        if self.scales != "float32":
-            raise SpecError("scales", self.scales, f"float32 {name}: it has its own type of scales")
         if self.full_range:
             raise SpecError("full_range", self.full_range, f"false {name}: only int has it")
         if self.clip != 1:
@@ -132,11 +135,12 @@ class QuantSpec:
         """Raises `SpecError` when an activation cannot have this format, or not with static ranges."""
         if not formats()[self.format].activation:
             raise SpecError("format", self.format, f"{formats()[self.format].instead} for an activation")
-        if not self.affine and not self.dynamic and not formats()[self.format].static:
+        static = formats()[self.format].static
+        if not self.affine and not self.dynamic and static is None:
             raise SpecError("dynamic", self.dynamic, f"true with format {self.format}: it fits its scales at each call")
-        if not self.affine and not self.dynamic and self.granularity != "tensor":
+        if not self.affine and not self.dynamic and static is not None and self.granularity != static:
             raise SpecError(
-                "granularity", self.granularity, f"tensor with format {self.format} and dynamic false", ("tensor",)
+                "granularity", self.granularity, f"{static} with format {self.format} and dynamic false", (static,)
             )
         if not self.affine and self.granularity == "channel":
             raise SpecError(

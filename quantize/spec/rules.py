@@ -63,9 +63,15 @@ def _check_weight(spec: QuantSpec) -> None:
 def _check_activation(tensor: str, spec: QuantSpec) -> None:
     if spec.scales != "float32":
         _refuse("scales", spec.scales, f"{spec.scales!r}, but an activation's scale is stored nowhere: use float32")
+    # NVFP4's blocks have scales of their own at each call, under one of the tensor that may be static.
+    only_input = not spec.affine and spec.granularity == "group" and not spec.dynamic
+    if only_input and tensor != "input":
+        _refuse(
+            "dynamic", False, f"false with format {spec.format!r}: what a Linear reads alone has it: use dynamic true"
+        )
     if spec.dynamic and spec.range == "ema":
         _refuse("range", "ema", "'ema' with dynamic true: a mean over samples is static: use dynamic false")
-    if not spec.dynamic and spec.granularity in {"token", "group"}:
+    if not spec.dynamic and not only_input and spec.granularity in {"token", "group"}:
         unknown = spec.granularity == "token"
         why = "tokens are not known in advance" if unknown else "groups of an activation are dynamic"
         _refuse("dynamic", False, f"false with granularity {spec.granularity!r}: {why}: use dynamic true")

@@ -164,6 +164,19 @@ CASES = {
         },
         {"rtn": {}},
     ),
+    "nvfp4, static inputs": (
+        {
+            "weight": {
+                "format": "nvfp4",
+                "bits": 4,
+                "granularity": "group",
+                "group_size": 16,
+                "scales": "power_of_two",
+            },
+            "input": {"format": "nvfp4", "bits": 4, "granularity": "group", "group_size": 16},
+        },
+        {"gptq": {}},
+    ),
     "fp8": (
         {
             "weight": {"format": "fp8_e4m3", "granularity": "channel"},

@@ -34,7 +34,9 @@ class FloatFormat:
 
 FORMATS = {
     "fp8_e4m3": FloatFormat("float-quantized", 8, ("tensor", "channel"), {"fp8_e4m3": ("token", "tensor")}),
-    "nvfp4": FloatFormat("nvfp4-pack-quantized", 4, ("group",), {}, "tensor_group", torch.float8_e4m3fn, True),
+    "nvfp4": FloatFormat(
+        "nvfp4-pack-quantized", 4, ("group",), {"nvfp4": ("group",)}, "tensor_group", torch.float8_e4m3fn, True
+    ),
     "mxfp4": FloatFormat("mxfp4-pack-quantized", 4, ("group",), {"mxfp4": ("group",)}, None, torch.uint8, True),
     "mxfp8": FloatFormat("mxfp8-quantized", 8, ("group",), {"mxfp8": ("group",)}, None, torch.uint8),
 }
@@ -47,12 +49,14 @@ def format_name(weight: QuantSpec, inputs: QuantSpec | None) -> str:
     return "naive-quantized" if weight.format == "fp8_e4m3" and inputs is None else FORMATS[weight.format].name
 
 
-def arguments(spec: QuantSpec) -> dict[str, Any]:
-    """Returns what ``QuantizationArgs`` is given for a weight or an input of one of `FORMATS`."""
+def arguments(spec: QuantSpec, inputs: bool = False) -> dict[str, Any]:
+    """Returns what ``QuantizationArgs`` is given for a weight, or for `inputs`, of one of `FORMATS`."""
     form = FORMATS[spec.format]
+    # The package's word for scales of each call under one of the tensor that is not.
+    local = inputs and form.strategy == "tensor_group"
     words: dict[str, Any] = {
-        "num_bits": form.bits, "type": "float", "symmetric": True, "group_size": spec.group_size, "dynamic": spec.dynamic,
-        "strategy": form.strategy or spec.granularity,
+        "num_bits": form.bits, "type": "float", "symmetric": True, "group_size": spec.group_size,
+        "dynamic": "local" if local else spec.dynamic, "strategy": form.strategy or spec.granularity,
     }  # fmt: skip
     return words if form.scale_type is None else {**words, "scale_dtype": form.scale_type, "zp_dtype": form.scale_type}
 
@@ -62,10 +66,21 @@ def state(stored: Encoded, spec: QuantSpec) -> dict[str, torch.Tensor]:
     form = FORMATS[spec.format]
     found = {"weight_packed" if form.packed else "weight": stored["codes"], "weight_scale": stored["scale"]}
     if "tensor_scale" in stored:
-        # The package divides by it where the codec multiplies. A weight of zeros has the scale 0.
-        scale = stored["tensor_scale"]
-        found["weight_global_scale"] = torch.where(scale > 0, 1 / scale, torch.ones_like(scale))
+        found["weight_global_scale"] = _divisor(stored["tensor_scale"])
     return found
+
+
+def input_state(scale: torch.Tensor, spec: QuantSpec) -> dict[str, torch.Tensor]:
+    """Returns the tensor of a static range of inputs as the package names it; a copy."""
+    # Linears that read one tensor share its range, and a shard takes no two names for one storage.
+    if FORMATS[spec.format].strategy == "tensor_group":
+        return {"input_global_scale": _divisor(scale.reshape(1))}
+    return {"input_scale": scale.reshape(1).clone()}
+
+
+def _divisor(scale: torch.Tensor) -> torch.Tensor:
+    """Returns what the package divides by where the codec multiplies by `scale`, which is 0 for a tensor of zeros."""
+    return torch.where(scale > 0, 1 / scale, torch.ones_like(scale))
 
 
 def input_refusal(weight: QuantSpec, inputs: QuantSpec) -> str | None:
@@ -74,8 +89,6 @@ def input_refusal(weight: QuantSpec, inputs: QuantSpec) -> str | None:
     allowed = {} if form is None else form.inputs
     if inputs.granularity in allowed.get(inputs.format, ()):
         return None
-    if weight.format == "nvfp4":
-        return "its inputs have a scale of the tensor that is static there, and that is each call's own here"
     return f"a weight of {weight.format} goes with inputs of " + (
         " or ".join(f"{name} a {' or '.join(words)}" for name, words in allowed.items()) or "no float format"
     )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import os
 import pathlib
 import subprocess
@@ -24,6 +25,8 @@ from ptq.network.network import build_network
 from ptq.run.experiment import run
 from ptq.run.in_memory import quantize
 from ptq.testing import random_tiny
+from quantize.codecs.e2m1 import e2m1_values
+from quantize.codecs.packing import unpack
 from quantize.spec.quant_spec import QuantSpec, spec_of
 
 pytest.importorskip("compressed_tensors")
@@ -311,6 +314,9 @@ FLOATS = {
     ),
     "fp8 weights": (SchemeConfig(weight=spec_of("fp8_e4m3")), "naive-quantized"),
     "nvfp4": (SchemeConfig(weight=spec_of("nvfp4")), "nvfp4-pack-quantized"),
+    "nvfp4 with inputs": (
+        SchemeConfig(weight=spec_of("nvfp4"), input=spec_of("nvfp4", activation=True, dynamic=False)), "nvfp4-pack-quantized"
+    ),
     "mxfp4": (SchemeConfig(weight=spec_of("mxfp4")), "mxfp4-pack-quantized"),
     "mxfp4 with inputs": (SchemeConfig(weight=spec_of("mxfp4"), input=spec_of("mxfp4", activation=True)), "mxfp4-pack-quantized"),
     "mxfp8": (SchemeConfig(weight=spec_of("mxfp8")), "mxfp8-quantized"),
@@ -337,7 +343,8 @@ def test_floats_lie_as_the_packages_own_compressors_read_them(tmp_path, llama_mo
     assert compressor.can_compress(torch.nn.Linear, group)
     for linear in source.network.linears:
         state = {k.removeprefix(f"{linear}."): v for k, v in tensors.items() if k.startswith(f"{linear}.")}
-        given = {"input_scale"} if scheme.input is not None and not scheme.input.dynamic else set()
+        static = scheme.input is not None and not scheme.input.dynamic
+        given = {"input_global_scale" if name == "nvfp4 with inputs" else "input_scale"} if static else set()
         assert set(state) == {*compressor.compression_param_names(group), *given}
         found = compressor.decompress(state, group)["weight"].float()
         # The package multiplies levels and scales of 4 bits in bfloat16.
@@ -359,7 +366,7 @@ def test_transformers_computes_with_floats_what_the_simulation_did(tmp_path, lla
     [
         (SchemeConfig(weight=spec_of("nf4")), "scheme.weight.format: 'nf4'"),
         (SchemeConfig(weight=spec_of("fp8_e4m3", granularity="group", group_size=32)), "scheme.weight.granularity: 'group'"),
-        (SchemeConfig(weight=spec_of("nvfp4"), input=spec_of("nvfp4", activation=True)), "that is static there"),
+        (SchemeConfig(weight=spec_of("nvfp4"), input=spec_of("nvfp4", activation=True)), "scheme.input.dynamic: true"),
         (SchemeConfig(weight=spec_of("fp8_e4m3"), input=TOKEN), "a weight of fp8_e4m3 goes with inputs of fp8_e4m3 a token or tensor"),
         (SchemeConfig(weight=W8, input=spec_of("mxfp4", activation=True)), "a weight of int goes with inputs of no float format"),
     ],
@@ -368,6 +375,77 @@ def test_floats_that_the_format_cannot_hold_are_refused(llama_model, scheme, wor
     with pytest.raises(UserError) as error:
         Exporter(Options()).check(scheme, build_network(llama_model()))
     assert words in str(error.value) and "\n" not in str(error.value)
+
+
+def test_the_package_rounds_nvfp4_inputs_with_the_scale_in_the_file_as_the_simulation_does(
+    tmp_path, llama_model, quantized
+):
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationStatus
+    from compressed_tensors.quantization.lifecycle.forward import forward_quantize
+
+    scheme, model = FLOATS["nvfp4 with inputs"][0], llama_model(intermediate_size=64)
+    ranges = input_ranges(model)
+    with torch.no_grad():
+        source = quantized(model, scheme, ranges=ranges)
+    Exporter(Options()).write(source, tmp_path / "out")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())["quantization_config"]
+    config = QuantizationConfig.model_validate({k: v for k, v in written.items() if k != "version"})
+    [group] = config.config_groups.values()
+    assert group.input_activations.dynamic == "local"
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for name in source.network.linears:
+        low, high = ranges[name]
+        x = torch.rand(50, len(low)) * (high - low) * 1.2 + low
+        theirs = torch.nn.Module()
+        theirs.quantization_status = QuantizationStatus.COMPRESSED
+        theirs.input_global_scale = tensors[f"{name}.input_global_scale"]
+        found, mine = forward_quantize(theirs, x, "input", group.input_activations), model.get_submodule(name).inputs(x)
+        # They multiply by the divisor's reciprocal where the codec divides: a value in the middle may fall on either side.
+        assert ((found - mine).abs() > 1e-5 * mine.abs()).float().mean() < 0.01
+        assert (found - mine).abs().max() < 0.4 * x.abs().max()
+
+
+def test_linears_that_vllm_multiplies_as_one_have_one_scale_of_the_tensor_and_the_values_that_they_had(
+    tmp_path, llama_model, quantized
+):
+    exporter, model = Exporter(Options()), llama_model(intermediate_size=64)
+    with torch.no_grad():
+        # As far apart as a scale of the tensor tells them.
+        model.model.layers[0].self_attn.k_proj.weight *= 0.1
+        model.model.layers[1].mlp.up_proj.weight *= 5
+    scheme = exporter.adapt(FLOATS["nvfp4"][0])
+    source = quantized(model, scheme)
+    exported = exporter.write(source, tmp_path / "out")
+    assert not any("scale" in note for note in exported.notes)
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for index in range(2):
+        for names in (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), ("mlp.gate_proj", "mlp.up_proj")):
+            linears = [f"model.layers.{index}.{name}" for name in names]
+            [divisor] = {float(tensors[f"{linear}.weight_global_scale"]) for linear in linears}
+            assert math.log2(divisor).is_integer()
+            for linear in linears:
+                elements = e2m1_values(unpack(tensors[f"{linear}.weight_packed"], 4, 32)).view(-1, 2, 16)
+                scales = tensors[f"{linear}.weight_scale"].float() / divisor
+                assert torch.equal((elements * scales[..., None]).flatten(1), source.linear(linear).dense())
+
+
+def test_scales_of_the_tensor_that_cannot_be_shared_are_said_and_left_alone(tmp_path, llama_model, quantized):
+    source = quantized(llama_model(intermediate_size=64), FLOATS["nvfp4"][0])
+    exported = Exporter(Options()).write(source, tmp_path / "out")
+    assert (
+        "vLLM keeps one scale of the tensor for those that it multiplies as one of q_proj, k_proj, v_proj"
+        in "".join(exported.notes)
+    )
+    tensors = load_file(tmp_path / "out" / "model.safetensors")
+    for linear in source.network.linears:
+        assert tensors[f"{linear}.weight_global_scale"] == 1 / source.linear(linear).stored["tensor_scale"]
+
+
+def test_a_scale_of_fp8_for_the_tensor_is_said_to_be_rounded_again_by_vllm(llama_model):
+    network = build_network(llama_model())
+    for granularity, said in (("tensor", True), ("channel", False)):
+        scheme = SchemeConfig(weight=spec_of("fp8_e4m3", granularity=granularity))
+        assert ("rounds them again" in "".join(Exporter(Options()).check(scheme, network))) == said
 
 
 STATIC_FP8 = spec_of("fp8_e4m3", activation=True, granularity="tensor", dynamic=False)

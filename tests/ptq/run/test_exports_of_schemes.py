@@ -32,7 +32,7 @@ EXPRESSED = {
     "compressed-tensors": {
         "w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w4a4", "w4a4_asym", "w4a4_g64", "w4a8", "w4a8_g64", "w4a8_g128",
         "w4a4_static", "w8a16", "w8a16_g32", "w8a16_g64", "w8a8", "w8a8_g64", "w8a8_static", "w8a8_tensor",
-        "fp8", "fp8_static", "mxfp4", "mxfp4_w4a4", "mxfp8", "nvfp4",
+        "fp8", "fp8_static", "mxfp4", "mxfp4_w4a4", "mxfp8", "nvfp4", "nvfp4_w4a4_static",
     },
     "gguf": {"w2a16_g64", "w3a16_g64", "w4a16", "w4a16_g32", "w4a16_g64", "w8a16", "w8a16_g32", "w8a16_g64"},
     "llama2c": {"w8a8_g64"},
@@ -50,7 +50,10 @@ FITTED = {
 """What makes a scheme fit the tiny LLaMA and its windows: OPT's names of Linears are not there, 64 tokens leave nothing behind a
 cache's window, and groups of 128 are wider than it."""
 WINDOWS, LENGTH = 2, 64
-FLOATS = {"fp8": 1e-3, "fp8_static": 1e-3, "mxfp8": 2e-2, "mxfp4": 2e-2, "nvfp4": 2e-2, "mxfp4_w4a4": 1e-1}
+FLOATS = {
+    "fp8": 1e-3, "fp8_static": 1e-3, "mxfp8": 2e-2, "mxfp4": 2e-2, "nvfp4": 2e-2, "mxfp4_w4a4": 1e-1,
+    "nvfp4_w4a4_static": 1e-1,
+}  # fmt: skip
 """How far losses may lie apart: the package decodes MX and NV floats to bfloat16, and rounds inputs by scales of its own: how many
 4-bit codes of inputs turn with that depends on the model, which each processor trains a little otherwise (0.078 on
 Zen 3)."""

@@ -1,6 +1,7 @@
 """E2M1, E8M0, MX and NVFP4 against their definitions and against gguf and compressed-tensors."""
 
 import itertools
+import math
 
 import gguf
 import numpy as np
@@ -9,10 +10,14 @@ import torch
 from gguf import GGMLQuantizationType
 from gguf.quants import dequantize as gguf_dequantize
 from gguf.quants import quantize as gguf_quantize
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
 
 from quantize.codecs.e2m1 import e2m1_codes, e2m1_values, round_e2m1
 from quantize.codecs.fp8 import to_float8
 from quantize.codecs.mx import e8m0_scale, e8m0_values
+from quantize.codecs.nvfp4 import with_tensor_scale
 from quantize.codecs.packing import unpack
 from quantize.codecs.registry import codec_of
 from quantize.spec.quant_spec import spec_of
@@ -83,3 +88,31 @@ def test_nvfp4_codes_are_packed_as_compressed_tensors_packs_them():
     assert greatest == pytest.approx(float(x.abs().max()), rel=1e-6)
     assert stored["scale"].dtype == torch.float8_e4m3fn
     assert float(stored["scale"].float().max()) == 448
+
+
+@given(hnp.arrays(np.float32, (4, 48), elements=st.floats(-1e4, 1e4, width=32)), st.integers(0, 6))
+def test_an_nvfp4_weight_under_another_power_of_two_keeps_its_values_where_no_block_is_said_to_change(values, more):
+    x, spec = torch.from_numpy(values), spec_of("nvfp4", scales="power_of_two")
+    stored = codec_of(spec).encode(x, spec)
+    own, least = stored["tensor_scale"], x.abs().max() / (6 * 448)
+    if least >= torch.finfo(torch.float32).tiny:
+        assert math.log2(float(own)).is_integer() and least <= own < 2 * least
+    assert stored["scale"].float().max() <= 448
+    moved, changed = with_tensor_scale(stored, own * 2**more)
+    if not own:
+        return
+    before, after = (codec_of(spec).decode(parts, spec, x.shape) for parts in (stored, moved))
+    blocks = ((before != after).view(4, 3, 16).any(-1)).sum()
+    # A block of zeros has any scale.
+    assert blocks <= changed and (more or not changed)
+    large = stored["scale"].float() * 2.0**-more >= 2.0**-6
+    assert torch.equal(before.view(4, 3, 16)[large], after.view(4, 3, 16)[large])
+
+
+def test_a_power_of_two_costs_nvfp4_no_more_than_the_scale_of_the_greatest_block():
+    x = normal(256, 512)
+    errors = []
+    for scales in ("float32", "power_of_two"):
+        spec = spec_of("nvfp4", scales=scales)
+        errors.append(float((codec_of(spec).fake(x, spec) - x).square().mean()))
+    assert abs(errors[1] / errors[0] - 1) < 0.02

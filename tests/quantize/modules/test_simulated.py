@@ -177,3 +177,21 @@ def test_a_static_scale_of_fp8_is_that_of_the_statistics_and_what_is_beyond_satu
             dataclasses.replace(spec, granularity=wrong).check_activation()
     with pytest.raises(SpecError, match="true with format mxfp4"):
         spec_of("mxfp4", activation=True, dynamic=False).check_activation()
+
+
+def test_static_nvfp4_inputs_are_rounded_token_by_token_under_the_scale_of_the_statistics():
+    spec = spec_of("nvfp4", activation=True, dynamic=False)
+    seen = _weight(50, 32, seed=1)
+    quantizer = InputQuantizer(spec, (seen.amin(0), seen.amax(0)))
+    assert torch.equal(quantizer.scale, (seen.abs().max() / (6 * 448)).reshape(1))
+    # The statistics' own tokens are rounded as one dynamic call over all of them rounds them, and each alone likewise.
+    assert torch.equal(quantizer(seen), fake_quantize_dynamic(seen, spec_of("nvfp4", activation=True)))
+    assert torch.equal(torch.cat([quantizer(token[None]) for token in seen]), quantizer(seen))
+    x = seen[:4].clone()
+    x[0, 3], x[1, 17] = -100 * seen.abs().max(), torch.nan
+    found = quantizer(x)
+    assert found[0, 3] == -6 * 448 * quantizer.scale and found[1, 16:].isnan().all()
+    assert torch.equal(found[2:], quantizer(seen)[2:4]) and torch.equal(found[1, :16], quantizer(seen)[1, :16])
+    again = InputQuantizer.from_stored(spec, *quantizer.limits, quantizer.scale)
+    assert torch.equal(again(seen), quantizer(seen)) and quantizer(seen.bfloat16()).dtype == torch.bfloat16
+    assert not InputQuantizer(spec, (torch.zeros(32), torch.zeros(32)))(torch.zeros(2, 32)).any()

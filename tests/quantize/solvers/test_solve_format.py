@@ -21,6 +21,7 @@ SPECS = {
     "mxfp8": spec_of("mxfp8"),
     "mxfp8_e5m2": spec_of("mxfp8_e5m2"),
     "nvfp4": spec_of("nvfp4"),
+    "nvfp4 power of two": spec_of("nvfp4", scales="power_of_two"),
     "fp8 channel": spec_of("fp8_e4m3"),
     "fp8 tensor": spec_of("fp8_e4m3", granularity="tensor"),
     "fp8 group": spec_of("fp8_e5m2", granularity="group", group_size=16),

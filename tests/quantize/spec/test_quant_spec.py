@@ -4,6 +4,7 @@ import pytest
 
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
+from quantize.spec.rules import check_tensor
 
 NF4 = {"format": "nf4", "bits": 4, "granularity": "group", "group_size": 64}
 MX = {"format": "mxfp4", "bits": 4, "granularity": "group", "group_size": 32}
@@ -53,8 +54,27 @@ def test_an_activation_in_a_float_format_has_one_static_scale_or_dynamic_ones_an
         QuantSpec(format="fp8_e4m3", granularity="token").check_activation()
     with pytest.raises(SpecError, match="dynamic: False .* true with format mxfp8"):
         QuantSpec(format="mxfp8", granularity="group", group_size=32).check_activation()
+    spec_of("nvfp4", activation=True, dynamic=False).check_activation()
+    for tensor in ("query", "key", "value"):
+        with pytest.raises(SpecError, match="'nvfp4': what a Linear reads alone has it: use dynamic true"):
+            check_tensor(tensor, spec_of("nvfp4", activation=True, dynamic=False))
     with pytest.raises(SpecError, match="granularity: 'channel' .* token or tensor"):
         QuantSpec(format="fp8_e4m3", granularity="channel", dynamic=True).check_activation()
+
+
+@pytest.mark.parametrize(
+    ("fields", "words"),
+    [
+        ({"scales": "power_of_two"}, "float32 or float16 or float16_min with format int"),
+        ({"format": "nvfp4", "bits": 4, "granularity": "group", "group_size": 16, "scales": "float16"}, "float32 or power_of_two with format nvfp4"),
+        ({"format": "fp8_e4m3", "scales": "power_of_two"}, "float32 with format fp8_e4m3: it has its own type of scales"),
+    ],
+)  # fmt: skip
+def test_a_format_has_the_types_of_scales_that_it_has(fields, words):
+    with pytest.raises(SpecError, match="^scales: ") as error:
+        QuantSpec(**fields)
+    assert words in str(error.value)
+    assert spec_of("nvfp4", scales="power_of_two").scales == "power_of_two"
 
 
 def test_an_unknown_name_is_refused_with_the_known_ones():
