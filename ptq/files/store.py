@@ -12,7 +12,7 @@ from safetensors import SafetensorError
 
 from ptq.config.schema import Recipe
 from ptq.files.atomic import put_in_place, sync, sync_tree, writing_failed
-from ptq.files.lease import lease, locked
+from ptq.files.lease import is_held, lease, locked
 from ptq.files.manifest import MANIFEST, DamagedEntry, check_entry, key_digest, write_manifest
 from ptq.files.scratch import remove, remove_stale, scratch_path
 
@@ -89,10 +89,15 @@ class Store:
         entry = self._entry(kind, key)
         with contextlib.ExitStack() as stack:
             try:
-                waited = stack.enter_context(lease(entry.with_name(f"{entry.name}.lease"), told or (lambda line: None)))
+                waited = stack.enter_context(lease(_lease_of(entry), told or (lambda line: None)))
             except OSError as error:
                 raise writing_failed(entry, error) from None
             yield self.find(kind, key) if waited else None
+
+    def being_made(self, kind: str, key: Mapping[str, object]) -> bool:
+        """Returns whether another process computes the entry at this moment, and it is not there yet."""
+        entry = self._entry(kind, key)
+        return not os.path.lexists(entry) and is_held(_lease_of(entry))
 
     def made_again(self, kind: str, reason: str) -> None:
         """Says that an entry of `kind` is of no use for `reason`, and that its work is done again."""
@@ -175,6 +180,10 @@ class Store:
     def _release(self, entry: pathlib.Path) -> None:
         if (descriptor := self._held.pop(entry, None)) is not None:
             os.close(descriptor)
+
+
+def _lease_of(entry: pathlib.Path) -> pathlib.Path:
+    return entry.with_name(f"{entry.name}.lease")
 
 
 @contextlib.contextmanager

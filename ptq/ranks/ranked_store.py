@@ -47,6 +47,11 @@ class RankedStore(Store):
         with self._store.found_or_mine(kind, key, told) as found:
             yield self._told(kind, key, found)
 
+    def being_made(self, kind: str, key: Mapping[str, object]) -> bool:
+        """Returns what rank 0 sees."""
+        seen = self._world.leads and self._store.being_made(kind, key)
+        return bool(self._world.broadcast(Message(seen)).facts)
+
     def _told(self, kind: str, key: Mapping[str, object], found: pathlib.Path | None) -> pathlib.Path | None:
         return self.path(kind, key) if self._world.broadcast(Message(found is not None)).facts else None
 

@@ -14,7 +14,7 @@ from ptq.evaluation.token_comparison import Remembered, window_losses
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Flow, Nothing
 from ptq.ranks.reduction import in_shares
-from ptq.run.session import Session
+from ptq.run.session import Session, open_session
 
 
 @dataclass(frozen=True)
@@ -31,6 +31,32 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
     Raises:
         UserError: when the model itself gives NaN or inf.
     """
+    return _found_or(session, tokens, lambda key: _evaluated(session, tokens, key))
+
+
+def late_baseline(session: Session, tokens: Tokens) -> Baseline:
+    """Returns the baseline that another run was evaluating when this one, whose blocks are quantized now, began with them.
+
+    Where that run has not come to its end the model is loaded once more.
+
+    Raises:
+        UserError: as `baseline_of`.
+    """
+
+    def evaluate(key: dict[str, object]) -> Baseline:
+        with open_session(session.recipe, session.journal, session.folder, session.shared, session.world) as plain:
+            return _evaluated(plain, tokens, key)
+
+    return _found_or(session, tokens, evaluate)
+
+
+def being_evaluated(session: Session, tokens: Tokens) -> bool:
+    """Returns whether another run evaluates the baseline on `tokens` at this moment."""
+    return session.store.being_made("baseline", _key(session, tokens))
+
+
+def _found_or(session: Session, tokens: Tokens, evaluate: Callable[[dict[str, object]], Baseline]) -> Baseline:
+    """Returns the baseline in the store, or what `evaluate` makes and keeps there while others wait for it."""
     key = _key(session, tokens)
     with session.store.found_or_mine("baseline", key, lambda line: session.journal.say(f"baseline: {line}")) as found:
         if found is not None:
@@ -41,7 +67,7 @@ def baseline_of(session: Session, tokens: Tokens) -> Baseline:
             else:
                 session.journal.say("baseline: evaluated before, read from the store")
                 return baseline
-        return _evaluated(session, tokens, key)
+        return evaluate(key)
 
 
 def known_baseline(session: Session, tokens: Tokens) -> Baseline | None:

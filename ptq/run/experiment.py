@@ -26,7 +26,7 @@ from ptq.ranks.reduction import in_shares
 from ptq.ranks.world import ALONE, World, led
 from ptq.report.channel_ranges import outlier_table, save_picture, save_transformed
 from ptq.report.tables import summary
-from ptq.run.baseline import Baseline, baseline_of, log_probabilities_of
+from ptq.run.baseline import Baseline, baseline_of, being_evaluated, late_baseline, log_probabilities_of
 from ptq.run.exports import (
     QUANTIZED,
     adapted,
@@ -52,7 +52,7 @@ from ptq.run.record.findings import report
 from ptq.run.record.journal import Journal
 from ptq.run.result import Result
 from ptq.run.session import Session, device_of, identity_of, known_identity, open_session
-from ptq.run.statistics_pass import statistics_of
+from ptq.run.statistics_pass import being_taken, statistics_of
 from ptq.run.task_results import baseline_answers, compared_answers
 from ptq.run.trackers.base import TrackedRun, flat, numbers, tracking
 from ptq.run.tuned.tuning import check_tuner, save_blocks, targets_of, tune, tuner_of
@@ -239,9 +239,16 @@ def _tracked(recipe: Recipe, folder: pathlib.Path, journal: Journal) -> Iterator
 def _pass_by_pass(
     session: Session, steps: dict[str, Step], tokens: Tokens, folder: pathlib.Path, lent: Store | None
 ) -> Passed:
-    """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next."""
+    """Calibrates, evaluates the baseline, plans and quantizes, each for the whole network before the next.
+
+    What another run computes at this moment for both is fetched as late as it can be, and what nobody does is done meanwhile.
+    """
+    tuner, baseline = tuner_of(steps), None
+    if being_taken(session) and not being_evaluated(session, tokens):
+        baseline = baseline_of(session, tokens)
     context = open_context(session, steps)
-    baseline, tuner = baseline_of(session, tokens), tuner_of(steps)
+    if baseline is None and (tuner is not None or not being_evaluated(session, tokens)):
+        baseline = baseline_of(session, tokens)
     targets = None if tuner is None else targets_of(session)
     answers = baseline_answers(session)
     taken, identity = context.statistics, session.identity(sources_of(steps))
@@ -251,6 +258,7 @@ def _pass_by_pass(
     if taken is not None and context.statistics is not None:
         save_transformed(taken, context.statistics, context.labels, folder / "channels.png")
     visitor, flow = _quantize(session, steps, context, tokens, folder, lent)
+    baseline = late_baseline(session, tokens) if baseline is None else baseline
     if targets is not None:
         flow = _tune(session, steps, context, targets, tokens, identity, visitor, folder)
     learned = None if tuner is None else context.plans[tuner[0]].figures

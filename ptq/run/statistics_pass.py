@@ -37,6 +37,13 @@ def statistics_of(session: Session) -> tuple[Statistics, pathlib.Path]:
         return statistics, session.store.add("statistics", key, statistics.save, session.about(tokens))
 
 
+def being_taken(session: Session) -> bool:
+    """Returns whether another run takes the statistics that the recipe asks for at this moment."""
+    if session.recipe.calibration.statistics is not None:
+        return False
+    return session.store.being_made("statistics", key_of(session, session.calibration_tokens()))
+
+
 def known_statistics(session: Session) -> Statistics | None:
     """Returns the statistics that the recipe asks for where the store has them, else None; the weights' digest has to be known."""
     tokens = session.calibration_tokens()

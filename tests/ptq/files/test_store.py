@@ -266,3 +266,20 @@ def test_two_processes_that_make_one_entry_at_once_leave_one_whole(tmp_path):
     found = entries(Store(tmp_path))
     assert len(found) == 42 and [damage_of(e) for e in found] == [None] * 42
     assert not [p for p in tmp_path.rglob(".*")]
+
+
+def test_an_entry_is_being_made_while_a_live_process_holds_its_lease_and_it_is_not_there(tmp_path):
+    store, key = Store(tmp_path), {"n": 1}
+    assert not store.being_made("kind", key)
+    with store.found_or_mine("kind", key) as found:
+        assert found is None and store.being_made("kind", key) and not store.being_made("kind", {"n": 2})
+        store.add("kind", key, write)
+        assert not store.being_made("kind", key)
+    code = (
+        "import os, pathlib, sys\n"
+        "from ptq.files.store import Store\n"
+        "with Store(pathlib.Path(sys.argv[1])).found_or_mine('kind', {'n': 3}):\n"
+        "    os._exit(0)\n"
+    )
+    subprocess.run([sys.executable, "-c", code, str(tmp_path)], check=True, timeout=60)
+    assert list(tmp_path.glob("kind/*.lease")) and not store.being_made("kind", {"n": 3})

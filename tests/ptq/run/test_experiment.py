@@ -14,7 +14,7 @@ from ptq.calibration.statistics import Statistics
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.block_stream import BlockStream
-from ptq.run import quantize_visitor
+from ptq.run import experiment, quantize_visitor
 from ptq.run.experiment import collect_statistics, dry_run, output_folder, run
 from tests.tools.tiny_runs import metrics_of, tiny_recipe
 
@@ -93,6 +93,32 @@ def test_the_second_run_computes_neither_baseline_nor_calibration_again(tmp_path
     assert "baseline" in first["seconds"] and "baseline" not in second["seconds"]
     same = ("baseline_perplexity", "quantized_perplexity", "kl_mean", "window_losses")
     assert all(first[key] == second[key] for key in same)
+
+
+@pytest.mark.parametrize("ended", [True, False], ids=["the other run ends", "the other run dies"])
+@pytest.mark.parametrize("busy", ["being_taken", "being_evaluated"])
+def test_what_another_run_computes_at_this_moment_is_fetched_later_and_changes_no_figure(
+    tmp_path, tiny_opt, monkeypatch, busy, ended
+):
+    recipe = make(tmp_path, tiny_opt, STATIC)
+    alone = metrics_of(run(recipe))
+    store = recipe.store if ended else str(tmp_path / "another store")
+    phases, original = [], BlockStream.run
+
+    def passed(self, flows, visitor, what="blocks", kept=None):
+        phases.append(what)
+        return original(self, flows, visitor, what, kept)
+
+    monkeypatch.setattr(BlockStream, "run", passed)
+    monkeypatch.setattr(experiment, busy, lambda *about: True)
+    beside = metrics_of(run(dataclasses.replace(recipe, outputs=str(tmp_path / "beside"), store=store)))
+    order = {
+        "being_taken": ["baseline", "links", "calibration", "quantize"],
+        "being_evaluated": ["links", "calibration", "quantize", "baseline"],
+    }
+    assert phases == (["quantize"] if ended else order[busy])
+    same = ("baseline_perplexity", "quantized_perplexity", "kl_mean", "window_losses", "layers")
+    assert all(alone.get(key) == beside.get(key) for key in same)
 
 
 def test_a_finished_run_is_not_run_again_unless_it_is_forced_to(tmp_path, tiny_opt, monkeypatch, capsys):
