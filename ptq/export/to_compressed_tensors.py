@@ -1,7 +1,7 @@
 """compressed-tensors: safetensors with ``quantization_config``, as transformers and vLLM load it; its package's own classes.
 
 Expresses: weights int of 2 to 8 bits per tensor, channel or group, with or without zero point; inputs int, dynamic per
-token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed_floats`); any
+token, tensor or group, or static per tensor; fp8_e4m3, nvfp4, mxfp4 and mxfp8 (`ptq.export.packing.compressed.compressed_floats`); any
 mixture by overrides; the head as a Linear, where it is not tied to the embedding, which has no format; keys and values in FP8 with one static scale each. A Linear with quantized inputs is ``int-quantized`` (codes as int8), one without ``pack-quantized`` (codes
 packed into int32), floats have names of their own. Corrections of low rank lie beside it, as an adapter for PEFT.
 """
@@ -29,10 +29,10 @@ from ptq.export.base import (
     require,
     specs_by_linear,
 )
-from ptq.export.packing import compressed_floats as floating
-from ptq.export.packing.compressed_cache import cache_arguments, cache_spec, scale_name
+from ptq.export.packing.compressed import compressed_floats as floating
+from ptq.export.packing.compressed.compressed_cache import cache_arguments, cache_spec, scale_name
+from ptq.export.packing.compressed.shared_scales import SHAREABLE, SharedScales, side_by_side
 from ptq.export.packing.shards import lossless, write_shards
-from ptq.export.packing.shared_scales import SHAREABLE, SharedScales, side_by_side
 from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, rounded, walked
 from ptq.files.atomic import write_folder_atomic
 from ptq.network.experts.published_names import published_names

@@ -6,7 +6,7 @@ from typing import Any
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors
 from ptq.errors import UserError
-from ptq.export.packing.compressed_floats import arguments
+from ptq.export.packing.compressed.compressed_floats import arguments
 from ptq.network.attention import CHILD
 from ptq.network.network import Network
 from quantize.spec.quant_spec import QuantSpec
