@@ -13,6 +13,7 @@ from ptq.allocation.candidates import candidates, stored_bytes
 from ptq.allocation.outside_costs import OutsideFisher
 from ptq.allocation.quantized_weights import Quantize, chosen, solved_by, to_nearest
 from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, embedding_gradients, output_gradients
+from ptq.calibration.kept_outputs import KeptOutputs, free_memory
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
@@ -111,12 +112,14 @@ class Forward:
         flow: what leaves the last block.
         inputs: what reaches each block.
         solving: how weights are quantized; None where they are rounded to nearest.
+        outputs: what the Linears gave, where there was memory for it.
     """
 
     context: Context
     flow: Flow
     inputs: list[torch.Tensor]
     solving: Solving | None = None
+    outputs: KeptOutputs | None = None
 
     def quantize(self, formats: Mapping[str, QuantSpec]) -> Quantize:
         """Returns what quantizes the weights of a block to `formats`."""
@@ -150,13 +153,14 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
     with session.journal.phase("forward"):
         # A sample at a time: gradients are summed over the tokens of one before they are squared.
         flow = stream.calibration(ids[: len(ids) - solved], 1)
-        inputs = block_inputs(stream, flow, context.shown)
+        outputs = KeptOutputs(0 if stream.hidden_states == "disk" else free_memory(stream.device))
+        inputs = block_inputs(stream, flow, context.shown, outputs=outputs)
         if solver is not None:
             others = stream.calibration(ids[len(ids) - solved :], context.batch_size)
             solving = Solving(*solver, others, block_inputs(stream, others, context.shown, "forward, for Hessians"))
     if (place := flow.first_nonfinite()) is not None:
         raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
-    return Forward(context, flow, inputs, solving)
+    return Forward(context, flow, inputs, solving, outputs)
 
 
 def weighing_solver(steps: Mapping[str, Step]) -> tuple[str, Solver] | None:
@@ -241,7 +245,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
     with session.journal.phase("head"):
         gradients = output_gradients(stream, flow.hidden, session.recipe.evaluation.chunk, seed, outside.head)
     with session.journal.phase("backward"):
-        backward(stream, flow, forward.inputs, gradients, context.shown, entered)
+        backward(stream, flow, forward.inputs, gradients, context.shown, entered, forward.outputs)
         if outside.embedding is not None:
             embedding_gradients(stream, flow, gradients, outside.embedding)
     costs = {name: {form: float(v) / (2 * positions) for form, v in known.items()} for name, known in sums.items()}

@@ -8,15 +8,17 @@ pass gives: the sum over tokens of the gradient by a Linear's output times its i
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
+from ptq.calibration.kept_outputs import KeptOutputs
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.network import Block, replaced_forward, weight_of
-from quantize.kernels.matmul import fast_linears, linear, product
+from quantize.kernels.matmul import by_onednn, fast_linears, linear, product
 
 Shown = Callable[[Block], AbstractContextManager[None]]
 """Gives a context in which a block's weights are in memory, as they are to be looked at."""
@@ -27,19 +29,25 @@ float32 (out, in) by full name, of those that a token of the sample has reached.
 
 
 @torch.no_grad()
-def block_inputs(stream: BlockStream, flow: Flow, shown: Shown, what: str = "forward") -> list[torch.Tensor]:
+def block_inputs(
+    stream: BlockStream, flow: Flow, shown: Shown, what: str = "forward", outputs: KeptOutputs | None = None
+) -> list[torch.Tensor]:
     """Carries samples through all blocks and returns what reaches each, (samples, length, channels), in order.
 
     They are in memory, or memory-mapped where the stream keeps hidden states on disk. `flow.hidden` is the last block's output.
+    `outputs` keeps what the Linears gave, for `backward`.
     """
-    kept: list[torch.Tensor] = []
+    reached: list[torch.Tensor] = []
     for block in stream.network.blocks:
-        kept.append(stream.allocate(tuple(flow.hidden.shape), flow.hidden))
-        kept[-1].copy_(flow.hidden)
+        reached.append(stream.allocate(tuple(flow.hidden.shape), flow.hidden))
+        reached[-1].copy_(flow.hidden)
         with shown(block):
-            stream.step(flow, block)
+            modules = _linears(stream, block)
+            keeps = outputs is not None and outputs.open(block, modules, flow)
+            with keeping(modules, outputs) if keeps and outputs is not None else nullcontext():
+                stream.step(flow, block)
         stream.progress(what, block.index + 1, len(stream.network.blocks))
-    return kept
+    return reached
 
 
 def output_gradients(
@@ -127,6 +135,7 @@ def backward(
     gradients: torch.Tensor,
     shown: Shown,
     entered: Entered,
+    outputs: KeptOutputs | None = None,
 ) -> None:
     """Carries gradients backward through the blocks, from the last; one block's weights are in memory at a time.
 
@@ -137,15 +146,16 @@ def backward(
         gradients: by the last block's output; overwritten by those by the first block's input.
         shown: as in `block_inputs`.
         entered: told of every block, and then of every sample's gradients by its weights.
+        outputs: of the Linears, where `block_inputs` has kept them: they are the bits that the products would be.
     """
     blocks = stream.network.blocks
     for block in reversed(blocks):
         with shown(block):
             seen = entered(block)
-            modules = {name: stream.network.model.get_submodule(name) for name in block.linears}
+            modules = _linears(stream, block)
             for i, rows in flow.slices():
                 sums: dict[str, torch.Tensor] = {}
-                with watched(modules, sums), fast_linears(), torch.enable_grad():
+                with watched(modules, sums, outputs), fast_linears(), torch.enable_grad():
                     x = inputs[block.index][rows].detach().to(stream.device).requires_grad_()
                     # A copy: blocks may write into what they are given.
                     output = stream.call(flow, block, i, x.clone())
@@ -166,21 +176,49 @@ def cost_of_rows(error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
         error: of a weight, (out, in).
         gradient: G, (out, in).
     """
-    return torch.bmm(error[:, None, :], gradient[:, :, None]).square_().sum()
+    return torch.linalg.vecdot(error, gradient).square_().sum()
+
+
+def _linears(stream: BlockStream, block: Block) -> dict[str, nn.Module]:
+    return {name: stream.network.model.get_submodule(name) for name in block.linears}
 
 
 @contextmanager
-def watched(modules: Mapping[str, nn.Module], sums: dict[str, torch.Tensor] | None) -> Iterator[None]:
+def keeping(modules: Mapping[str, nn.Module], outputs: KeptOutputs) -> Iterator[None]:
+    """Inside the context what the Linears `modules` give is kept, as `watched` computes it."""
+    names = list(modules)
+
+    def forward(index: int) -> Callable[..., Any]:
+        module, name = modules[names[index]], names[index]
+        weight, bias = weight_of(module).detach(), _bias_of(module)
+
+        def kept(x: torch.Tensor) -> torch.Tensor:
+            # As on the way back, however the samples pass otherwise.
+            with fast_linears():
+                return outputs.keep(name, linear(x, weight, bias))
+
+        return kept
+
+    with replaced_forward(list(modules.values()), forward):
+        yield
+
+
+@contextmanager
+def watched(
+    modules: Mapping[str, nn.Module], sums: dict[str, torch.Tensor] | None, outputs: KeptOutputs | None = None
+) -> Iterator[None]:
     """Inside the context the Linears `modules` have a derivative by their input where `fast_linears` leaves products to oneDNN.
 
-    A backward pass adds each one's gradient by its weight, float32 (out, in), to `sums` under its name, unless that is None.
+    A backward pass adds each one's gradient by its weight, float32 (out, in), to `sums` under its name, unless that is None. What is
+    in `outputs` is taken from there instead of being computed.
     """
     names = list(modules)
 
     def forward(index: int) -> Callable[..., Any]:
         module, name = modules[names[index]], names[index]
-        weight, bias = weight_of(module).detach(), getattr(module, "bias", None)
-        return lambda x: _Watched.apply(x, weight, bias if isinstance(bias, torch.Tensor) else None, name, sums)
+        weight, bias = weight_of(module).detach(), _bias_of(module)
+        known = (lambda: None) if outputs is None else partial(outputs.take, name)
+        return lambda x: _Watched.apply(x, weight, bias, name, sums, known())
 
     with replaced_forward(list(modules.values()), forward):
         yield
@@ -197,20 +235,30 @@ class _Watched(torch.autograd.Function):
         bias: torch.Tensor | None,
         name: str,
         sums: dict[str, torch.Tensor] | None,
+        known: torch.Tensor | None,
     ) -> torch.Tensor:
         ctx.save_for_backward(x, weight)
         ctx.name, ctx.sums = name, sums
-        return linear(x, weight, bias)
+        # A view: autograd would take what is given and returned for one changed in place.
+        return linear(x, weight, bias) if known is None else known.view_as(known)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[Any, ...]:
         x, weight = ctx.saved_tensors
         outputs = gradients[0].reshape(-1, weight.shape[0])
         if ctx.sums is not None:
-            by_weight = product(outputs.t().float().contiguous(), x.reshape(-1, weight.shape[1]).float())
+            turned = outputs.t().float()
+            # oneDNN wants it in one piece; MKL reads it as it lies.
+            turned = turned.contiguous() if by_onednn(turned, weight) else turned
+            by_weight = product(turned, x.reshape(-1, weight.shape[1]).float())
             known = ctx.sums.get(ctx.name)
             ctx.sums[ctx.name] = by_weight if known is None else known.add_(by_weight)
-        return product(outputs.contiguous(), weight).reshape(x.shape), None, None, None, None
+        return product(outputs.contiguous(), weight).reshape(x.shape), None, None, None, None, None
+
+
+def _bias_of(module: nn.Module) -> torch.Tensor | None:
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, torch.Tensor) else None
 
 
 def _signs(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:

@@ -1,16 +1,18 @@
 """The Fisher information by a pass backward through blocks: against plain autograd through the whole model, and its own definition."""
 
 from contextlib import contextmanager
+from types import SimpleNamespace
 
 import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
 from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, fisher_root, output_gradients
+from ptq.calibration.kept_outputs import KeptOutputs
 from ptq.config.schema import ExecutionConfig, ModelConfig
 from ptq.models.loading import load
 from ptq.network.block_stream import BlockStream
-from ptq.network.network import build_network
+from ptq.network.network import build_network, weight_of
 from ptq.testing import byte_tokenizer, random_tiny
 
 
@@ -47,13 +49,47 @@ def test_the_sums_are_the_squared_gradients_of_every_sample_by_plain_autograd(ki
         assert torch.allclose(found[name], value, rtol=2e-3, atol=1e-5 * scale), name
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
+def test_kept_outputs_are_the_bits_that_are_multiplied_again_where_there_is_no_room(tmp_path, kind, monkeypatch):
+    random_tiny(kind).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    wanted = _by_blocks(tmp_path, ids, "resident")
+    taken, take = [], KeptOutputs.take
+
+    def counted(self, name):
+        found = take(self, name)
+        taken.append(found is not None)
+        return found
+
+    monkeypatch.setattr(KeptOutputs, "take", counted)
+    shares = []
+    network = _network(tmp_path).network
+    rows = sum(weight_of(linear).shape[0] for linear in network.blocks[0].linears.values())
+    for room in (0, 4 * ids.numel() * rows, 1 << 40):
+        taken.clear()
+        found = _by_blocks(tmp_path, ids, "resident", KeptOutputs(room))
+        assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+        shares.append(sum(taken) / len(taken))
+    assert shares[0] == 0 and shares[2] == 1 and 0.3 < shares[1] < 0.7
+
+
+def test_an_output_that_was_written_into_is_computed_again():
+    outputs, linear = KeptOutputs(1 << 20), torch.nn.Linear(4, 4)
+    flow = SimpleNamespace(ids=torch.zeros(1, 2, dtype=torch.int64), hidden=torch.zeros(1, 2, 4))
+    assert outputs.open(None, {"linear": linear}, flow)
+    first, second = outputs.keep("linear", torch.ones(2, 4)), outputs.keep("linear", torch.ones(2, 4))
+    first.view(8)[:4].add_(1)
+    assert outputs.take("linear") is None and outputs.take("linear") is second and outputs.take("linear") is None
+
+
 def _network(folder, weights="resident"):
     loaded = load(ModelConfig(str(folder), dtype="float32"), ExecutionConfig(weights=weights))
     network = build_network(loaded.model)
     return BlockStream(network, loaded.weights, torch.device("cpu"))
 
 
-def _by_blocks(folder, ids, weights):
+def _by_blocks(folder, ids, weights, outputs=None):
     stream = _network(folder, weights)
 
     @contextmanager
@@ -62,7 +98,7 @@ def _by_blocks(folder, ids, weights):
             yield
 
     flow = stream.open(ids, 1)
-    inputs = block_inputs(stream, flow, shown)
+    inputs = block_inputs(stream, flow, shown, outputs=outputs)
     gradients = output_gradients(stream, flow.hidden, chunk=100, seed=5)
     found = {}
 
@@ -70,7 +106,7 @@ def _by_blocks(folder, ids, weights):
         for name, gradient in sums.items():
             found[name] = found.get(name, 0) + gradient.square()
 
-    backward(stream, flow, inputs, gradients, shown, lambda block: seen)
+    backward(stream, flow, inputs, gradients, shown, lambda block: seen, outputs)
     return found
 
 
