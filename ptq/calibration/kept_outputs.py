@@ -15,7 +15,7 @@ SHARE = 0.5
 
 
 def free_memory(device: torch.device) -> int:
-    """Returns the bytes that may be kept on `device`; what leaves a GPU is slower to fetch than to compute."""
+    """Returns the bytes that may be kept on `device`; a GPU multiplies again sooner than it fetches."""
     return int(SHARE * psutil.virtual_memory().available) if device.type == "cpu" else 0
 
 
@@ -28,27 +28,31 @@ class KeptOutputs:
 
     def __init__(self, room: int):
         self._room = room
-        self._held: dict[str, deque[tuple[torch.Tensor, int]]] = {}
+        self._buffers: dict[str, torch.Tensor] = {}
+        self._held: dict[str, deque[torch.Tensor]] = {}
 
     def open(self, block: Block, modules: Mapping[str, nn.Module], flow: Flow) -> bool:
         """Returns whether the outputs of a block are kept, of all samples or none; counts them, taking each token to reach each Linear."""
-        width = sum(weight_of(module).shape[0] for module in modules.values())
-        taken = flow.ids.numel() * width * flow.hidden.element_size()
+        wanted = {name: flow.ids.numel() * weight_of(module).shape[0] for name, module in modules.items()}
+        taken = sum(wanted.values()) * flow.hidden.element_size()
         if taken > self._room:
             return False
         self._room -= taken
+        self._buffers = {name: torch.empty(numbers, dtype=flow.hidden.dtype) for name, numbers in wanted.items()}
         self._held |= {name: deque() for name in modules}
         return True
 
     def keep(self, name: str, y: torch.Tensor) -> torch.Tensor:
-        """Keeps what a Linear gave in this call, and returns it."""
-        self._held[name].append((y, y._version))
+        """Keeps a copy of what a Linear of the block that was opened last gave in this call, and returns it."""
+        buffer = self._buffers[name]
+        if y.numel() > len(buffer) or y.dtype != buffer.dtype:
+            self._held[name].append(y.clone())
+            return y
+        self._held[name].append(buffer[: y.numel()].view(y.shape).copy_(y))
+        self._buffers[name] = buffer[y.numel() :]
         return y
 
     def take(self, name: str) -> torch.Tensor | None:
-        """Returns what the Linear gave in its next call, once; None where it was not kept, or was written into since."""
+        """Returns what the Linear gave in its next call, once; None where it was not kept."""
         held = self._held.get(name)
-        if not held:
-            return None
-        y, version = held.popleft()
-        return y if y._version == version else None
+        return held.popleft() if held else None

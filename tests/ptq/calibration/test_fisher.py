@@ -74,13 +74,19 @@ def test_kept_outputs_are_the_bits_that_are_multiplied_again_where_there_is_no_r
     assert shares[0] == 0 and shares[2] == 1 and 0.3 < shares[1] < 0.7
 
 
-def test_an_output_that_was_written_into_is_computed_again():
+def test_what_is_kept_is_what_was_given_whatever_becomes_of_it_and_is_taken_once_in_the_order_of_the_calls():
     outputs, linear = KeptOutputs(1 << 20), torch.nn.Linear(4, 4)
-    flow = SimpleNamespace(ids=torch.zeros(1, 2, dtype=torch.int64), hidden=torch.zeros(1, 2, 4))
-    assert outputs.open(None, {"linear": linear}, flow)
-    first, second = outputs.keep("linear", torch.ones(2, 4)), outputs.keep("linear", torch.ones(2, 4))
-    first.view(8)[:4].add_(1)
-    assert outputs.take("linear") is None and outputs.take("linear") is second and outputs.take("linear") is None
+    flow = SimpleNamespace(ids=torch.zeros(1, 3, dtype=torch.int64), hidden=torch.zeros(1, 3, 4))
+    assert not KeptOutputs(47).open(None, {"linear": linear}, flow) and outputs.open(None, {"linear": linear}, flow)
+    given = [
+        torch.full((rows, 4), float(rows)) for rows in (2, 1, 2)
+    ]  # More than were counted: they are kept all the same.
+    for y in given:
+        assert outputs.keep("linear", y) is y
+        y.zero_()
+    for rows in (2, 1, 2):
+        assert torch.equal(outputs.take("linear"), torch.full((rows, 4), float(rows)))
+    assert outputs.take("linear") is None and outputs.take("another") is None
 
 
 def _network(folder, weights="resident"):
