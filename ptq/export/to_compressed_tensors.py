@@ -245,13 +245,19 @@ def _flattened(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ..
 
 
 def _unread(specs: dict[str, LinearSpecs], network: Network) -> tuple[str, ...]:
-    """Returns a note where transformers does not read experts that are quantized this way."""
+    """Returns notes where transformers does not read experts that are quantized this way, and where vLLM computes otherwise."""
     for name in (name for block in network.blocks for names in block.experts.values() for name in names):
         weight, inputs = specs[name].weight, specs[name].input
         if inputs is not None or (weight is not None and not weight.symmetric):
-            return (
+            read = (
                 f"experts ({name}, ...) with {'quantized inputs' if inputs is not None else 'zero points'}: vLLM reads them, "
-                "transformers those without alone",
+                "transformers those without alone"
+            )
+            if inputs is None or inputs.affine or inputs.dynamic:
+                return (read,)
+            return (
+                read,
+                "vLLM gives the inputs of a layer's experts the greatest of their static scales: it computes something else",
             )
     return ()
 

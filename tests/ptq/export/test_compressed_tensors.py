@@ -292,6 +292,14 @@ def test_a_note_says_which_experts_transformers_does_not_read():
     assert any("experts.0.gate_proj, ...) with quantized inputs: vLLM reads them" in note for note in notes)
 
 
+def test_static_float_inputs_of_experts_are_said_to_have_one_scale_in_vllm():
+    network = build_network(random_tiny("mixtral"))
+    for dynamic in (False, True):
+        inputs = spec_of("fp8_e4m3", activation=True, granularity="tensor", dynamic=dynamic)
+        notes = Exporter(Options()).check(SchemeConfig(weight=spec_of("fp8_e4m3"), input=inputs), network)
+        assert any("greatest of their static scales" in note for note in notes) != dynamic
+
+
 def test_experts_that_no_checkpoint_holds_one_by_one_are_refused_by_name():
     with pytest.raises(UserError, match=r"mlp.experts.0.gate_proj in one tensor with the others.*export=null"):
         Exporter(Options()).check(SCHEMES["w8a8"], build_network(random_tiny("gpt_oss")))
