@@ -421,7 +421,7 @@ def test_linears_that_vllm_multiplies_as_one_have_one_scale_of_the_tensor_and_th
         # As far apart as a scale of the tensor tells them.
         model.model.layers[0].self_attn.k_proj.weight *= 0.1
         model.model.layers[1].mlp.up_proj.weight *= 5
-    scheme = exporter.adapt(FLOATS["nvfp4"][0])
+    scheme = dataclasses.replace(exporter.adapt(FLOATS["nvfp4"][0]), head=spec_of("nvfp4"))
     source = quantized(model, scheme)
     exported = exporter.write(source, tmp_path / "out")
     assert not any("scale" in note for note in exported.notes)

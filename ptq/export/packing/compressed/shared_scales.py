@@ -23,7 +23,8 @@ def side_by_side(network: Network, specs: Mapping[str, LinearSpecs], format: str
     """
     found: dict[tuple[str, int], list[str]] = {}
     for name, spec in specs.items():
-        if spec.weight is not None and spec.weight.format == format:
+        # The head stands alone.
+        if name in network.shapes and spec.weight is not None and spec.weight.format == format:
             found.setdefault((name.rpartition(".")[0], network.shapes[name][1]), []).append(name)
     return {name: tuple(names) for names in found.values() if len(names) > 1 for name in names}
 
