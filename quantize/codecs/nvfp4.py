@@ -74,7 +74,7 @@ def with_tensor_scale(stored: Encoded, scale: torch.Tensor) -> tuple[Encoded, in
         scale: (1,), a power of two not below the tensor's own. The blocks' scales are divided by the same power, which
             changes those alone that E4M3 then holds with fewer digits, below 2^-6.
     """
-    ratio = stored["tensor_scale"] / scale
+    ratio = divided(stored["tensor_scale"], scale)  # 0 for weights of zeros alone
     exact = stored["scale"].float() * ratio
     moved = exact.to(SCALE_TYPE)
     return {**stored, "scale": moved, "tensor_scale": scale}, int((moved.float() != exact).sum())
