@@ -37,14 +37,13 @@ def block_inputs(
     They are in memory, or memory-mapped where the stream keeps hidden states on disk. `flow.hidden` is the last block's output.
     `outputs` keeps what the Linears gave, for `backward`.
     """
-    reached: list[torch.Tensor] = []
+    reached, outputs = list[torch.Tensor](), KeptOutputs(0) if outputs is None else outputs
     for block in stream.network.blocks:
         reached.append(stream.allocate(tuple(flow.hidden.shape), flow.hidden))
         reached[-1].copy_(flow.hidden)
         with shown(block):
             modules = _linears(stream, block)
-            keeps = outputs is not None and outputs.open(block, modules, flow)
-            with keeping(modules, outputs) if keeps and outputs is not None else nullcontext():
+            with keeping(modules, outputs) if outputs.open(modules, flow) else nullcontext():
                 stream.step(flow, block)
         stream.progress(what, block.index + 1, len(stream.network.blocks))
     return reached

@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from ptq.network.block_stream import Flow
-from ptq.network.network import Block, weight_of
+from ptq.network.network import weight_of
 
 SHARE = 0.5
 """Of the memory that is free, how much may be kept."""
@@ -31,8 +31,8 @@ class KeptOutputs:
         self._buffers: dict[str, torch.Tensor] = {}
         self._held: dict[str, deque[torch.Tensor]] = {}
 
-    def open(self, block: Block, modules: Mapping[str, nn.Module], flow: Flow) -> bool:
-        """Returns whether the outputs of a block are kept, of all samples or none; counts them, taking each token to reach each Linear."""
+    def open(self, modules: Mapping[str, nn.Module], flow: Flow) -> bool:
+        """Returns whether the outputs of a block's Linears are kept, of all samples or none; counts them, taking each token to reach each Linear."""
         wanted = {name: flow.ids.numel() * weight_of(module).shape[0] for name, module in modules.items()}
         taken = sum(wanted.values()) * flow.hidden.element_size()
         if taken > self._room:

@@ -77,7 +77,7 @@ def test_kept_outputs_are_the_bits_that_are_multiplied_again_where_there_is_no_r
 def test_what_is_kept_is_what_was_given_whatever_becomes_of_it_and_is_taken_once_in_the_order_of_the_calls():
     outputs, linear = KeptOutputs(1 << 20), torch.nn.Linear(4, 4)
     flow = SimpleNamespace(ids=torch.zeros(1, 3, dtype=torch.int64), hidden=torch.zeros(1, 3, 4))
-    assert not KeptOutputs(47).open(None, {"linear": linear}, flow) and outputs.open(None, {"linear": linear}, flow)
+    assert not KeptOutputs(47).open({"linear": linear}, flow) and outputs.open({"linear": linear}, flow)
     given = [
         torch.full((rows, 4), float(rows)) for rows in (2, 1, 2)
     ]  # More than were counted: they are kept all the same.

@@ -108,6 +108,14 @@ def test_an_nvfp4_weight_under_another_power_of_two_keeps_its_values_where_no_bl
     assert torch.equal(before.view(4, 3, 16)[large], after.view(4, 3, 16)[large])
 
 
+@pytest.mark.parametrize("activation", [False, True])
+def test_values_of_nvfp4_depend_on_all_that_share_the_tensors_scale_and_the_codec_says_so(activation):
+    x, spec = normal(8, 32), spec_of("nvfp4", activation)
+    x[7] *= 1000
+    codec = codec_of(spec)
+    assert not torch.equal(codec.fake(x, spec)[:7], codec.fake(x[:7], spec)) and codec.couples_tokens(spec)
+
+
 def test_a_power_of_two_costs_nvfp4_no_more_than_the_scale_of_the_greatest_block():
     x = normal(256, 512)
     errors = []
