@@ -393,8 +393,7 @@ def _linear(tensors: LinearTensors, groups: _Groups) -> Iterator[tuple[str, torc
         shifted = _shifted(zero_point, tensors.spec)
         state["weight_zero_point"] = shifted.reshape(-1) if _one(tensors) else shifted
     if tensors.input_scale is not None and tensors.input_spec is not None:
-        # Linears that read one tensor share its range, and a shard takes no two names for one storage.
-        state["input_scale"] = tensors.input_scale.reshape(1).clone()
+        state |= floating.input_state(tensors.input_scale, tensors.input_spec)
         if tensors.input_zero_point is not None:
             state["input_zero_point"] = _shifted(tensors.input_zero_point, tensors.input_spec).reshape(1)
     registry = _package().compressors.BaseCompressor

@@ -178,6 +178,11 @@ def absmax(x: torch.Tensor) -> torch.Tensor:
     return torch.maximum(-x.amin(-1, keepdim=True), x.amax(-1, keepdim=True)).abs_().float()
 
 
+def greatest_seen(minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
+    """Returns the greatest magnitude (1,), float32, of an activation by its statistics (channels,)."""
+    return torch.maximum(-minimum.min(), maximum.max()).clamp(min=0).float().reshape(1)
+
+
 def divided(x: torch.Tensor, scale: torch.Tensor) -> torch.Tensor:
     """Returns ``x / scale`` in float32, 0 where the scale is 0 or below float32's normal numbers."""
     tiny = torch.finfo(torch.float32).tiny

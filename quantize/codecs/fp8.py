@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 import torch
 
-from quantize.codecs.base import Codec, Encoded, Layout, absmax, divided, register, scale_shape
+from quantize.codecs.base import Codec, Encoded, Layout, absmax, divided, greatest_seen, register, scale_shape
 from quantize.grid.affine import grouped
 from quantize.spec.formats import Format
 from quantize.spec.quant_spec import QuantSpec
@@ -30,7 +30,7 @@ class Float8(Codec):
 
     def static_scale(self, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
         """Returns the one scale (1,), float32, that carries the greatest magnitude of statistics (channels,) to the type's."""
-        return torch.maximum(-minimum.min(), maximum.max()).clamp(min=0).float().reshape(1) / self.greatest
+        return greatest_seen(minimum, maximum) / self.greatest
 
     def fake_static(self, x: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns an activation rounded with a given scale (1,), in its type; what is beyond its range saturates, NaN stays."""

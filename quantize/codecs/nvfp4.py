@@ -4,7 +4,18 @@ from collections.abc import Sequence
 
 import torch
 
-from quantize.codecs.base import Codec, Encoded, Layout, absmax, divided, packed_codes, register, saturated, scale_shape
+from quantize.codecs.base import (
+    Codec,
+    Encoded,
+    Layout,
+    absmax,
+    divided,
+    greatest_seen,
+    packed_codes,
+    register,
+    saturated,
+    scale_shape,
+)
 from quantize.codecs.e2m1 import E2M1_MAX, e2m1_codes, e2m1_values
 from quantize.codecs.fp8 import to_float8
 from quantize.grid.affine import grouped
@@ -42,7 +53,7 @@ class Nvfp4(Codec):
 
     def static_scale(self, minimum: torch.Tensor, maximum: torch.Tensor) -> torch.Tensor:
         """Returns the tensor's scale (1,), float32, of the greatest magnitude of statistics (channels,)."""
-        return _reaching(torch.maximum(-minimum.min(), maximum.max()).clamp(min=0))
+        return _reaching(greatest_seen(minimum, maximum))
 
     def fake_static(self, x: torch.Tensor, scale: torch.Tensor, spec: QuantSpec) -> torch.Tensor:
         """Returns an activation rounded under a given scale of the tensor (1,), in its type; a block beyond its range saturates."""

@@ -71,9 +71,10 @@ def state(stored: Encoded, spec: QuantSpec) -> dict[str, torch.Tensor]:
 
 
 def input_state(scale: torch.Tensor, spec: QuantSpec) -> dict[str, torch.Tensor]:
-    """Returns the tensor of a static range of inputs as the package names it; a copy."""
+    """Returns the scale of a static range of inputs, floats or integers, as the package names it; a copy."""
     # Linears that read one tensor share its range, and a shard takes no two names for one storage.
-    if FORMATS[spec.format].strategy == "tensor_group":
+    form = FORMATS.get(spec.format)
+    if form is not None and form.strategy == "tensor_group":
         return {"input_global_scale": _divisor(scale.reshape(1))}
     return {"input_scale": scale.reshape(1).clone()}
 
