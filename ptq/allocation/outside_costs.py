@@ -48,7 +48,7 @@ class OutsideFisher:
 
     @property
     def embedding(self) -> Callable[[torch.Tensor], None] | None:
-        """What is given each sample's gradient by the embedding's weight; None where the embedding is left alone."""
+        """What is given each batch's gradient by the embedding's weight; None where the embedding is left alone."""
         return self._adds("embedding")
 
     def _adds(self, tensor: str) -> Callable[[torch.Tensor], None] | None:

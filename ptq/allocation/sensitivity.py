@@ -29,6 +29,8 @@ from quantize.spec.quant_spec import QuantSpec
 
 KIND = "sensitivity"
 """The kind of the store's entries."""
+DRAWS = 4
+"""At least so many squares of gradients are averaged, where there are as many samples."""
 
 
 @dataclass(frozen=True)
@@ -151,12 +153,13 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
     stream.outside[:] = [change for change in stream.outside if not isinstance(change, RoundedOutside)]
     solving = None
     with session.journal.phase("forward"):
-        # A sample at a time: gradients are summed over the tokens of one before they are squared.
-        flow = stream.calibration(ids[: len(ids) - solved], 1)
+        # A batch's gradients are summed before they are squared: the random signs of its samples keep them apart.
+        count = len(ids) - solved
+        flow = stream.calibration(ids[:count], max(1, min(context.batch_size, count // DRAWS)))
         outputs = KeptOutputs(0 if stream.hidden_states == "disk" else free_memory(stream.device))
         inputs = block_inputs(stream, flow, context.shown, outputs=outputs)
         if solver is not None:
-            others = stream.calibration(ids[len(ids) - solved :], context.batch_size)
+            others = stream.calibration(ids[count:], context.batch_size)
             solving = Solving(*solver, others, block_inputs(stream, others, context.shown, "forward, for Hessians"))
     if (place := flow.first_nonfinite()) is not None:
         raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
@@ -299,7 +302,7 @@ def _key(
         "solver": {name: dataclasses.asdict(step.options) for name, step in solver.items()},
         "sources": sources_of(transforms | solver),
         "statistics": session.recipe.calibration.statistics,
-        "batch_size": session.recipe.calibration.batch_size if transforms or solver else None,
+        "batch_size": session.recipe.calibration.batch_size,
         "formats": {name: dataclasses.asdict(spec) for name, spec in formats.items()},
         "seed": seed,
     }

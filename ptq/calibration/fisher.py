@@ -4,7 +4,8 @@ Where a model is compared with itself the KL divergence and its gradient are zer
 ``KL ~ 1/2 dW^T F dW``, with F the Fisher information of the model's own predictions. With J the derivative of the logits by the
 weights, ``F = J^T (diag(p) - p p^T) J``: the covariance of G = J^T v for any random v of covariance ``diag(p) - p p^T``
 (`fisher_root`), so that the mean of ``<dW, G>^2`` over samples and draws is what dW costs. G of a sample is what a backward
-pass gives: the sum over tokens of the gradient by a Linear's output times its input.
+pass gives: the sum over tokens of the gradient by a Linear's output times its input. G of several samples, whose v are
+independent, are uncorrelated: the square of their sum has the mean that the sum of their squares has.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -23,8 +24,8 @@ from quantize.kernels.matmul import by_onednn, fast_linears, linear, product
 Shown = Callable[[Block], AbstractContextManager[None]]
 """Gives a context in which a block's weights are in memory, as they are to be looked at."""
 Entered = Callable[[Block], Callable[[Mapping[str, torch.Tensor]], None]]
-"""Called with a block whose weights are in memory; returns what is called with each sample's gradients by the block's Linears:
-float32 (out, in) by full name, of those that a token of the sample has reached. They are overwritten later.
+"""Called with a block whose weights are in memory; returns what is called with each batch's gradients by the block's Linears,
+summed over its samples: float32 (out, in) by full name, of those that a token of the batch has reached. They are overwritten later.
 """
 
 
@@ -97,9 +98,9 @@ def embedding_gradients(
 
     Args:
         stream: computes what comes before the blocks.
-        flow: of one sample a batch.
+        flow: of these samples.
         gradients: by the first block's input, as `backward` leaves them.
-        seen: called with each sample's gradient by the weight, float32 (vocabulary, channels).
+        seen: called with each batch's gradient by the weight, float32 (vocabulary, channels).
     """
     with stream.hold_outside():
         weight = stream.network.model.get_input_embeddings().weight
@@ -140,11 +141,11 @@ def backward(
 
     Args:
         stream: calls blocks.
-        flow: of one sample a batch: a sample's gradients are summed over its tokens before anything is squared.
+        flow: of these samples: the gradients of a batch are summed over all its tokens before anything is squared.
         inputs: what reaches each block.
         gradients: by the last block's output; overwritten by those by the first block's input.
         shown: as in `block_inputs`.
-        entered: told of every block, and then of every sample's gradients by its weights.
+        entered: told of every block, and then of every batch's gradients by its weights.
         outputs: of the Linears, where `block_inputs` has kept them: they are the bits that the products would be.
     """
     blocks = stream.network.blocks
@@ -165,8 +166,8 @@ def backward(
 
 
 def cost_of_rows(error: torch.Tensor, gradient: torch.Tensor) -> torch.Tensor:
-    """Returns the sum over rows of ``<dW_row, G_row>^2`` of one sample, float32 (): its mean over samples is what an error whose
-    rows are independent of one another costs, twice over.
+    """Returns the sum over rows of ``<dW_row, G_row>^2`` of one batch, float32 (): summed over batches and divided by their tokens
+    it is what an error whose rows are independent of one another costs, twice over.
 
     Rows of a weight are rounded without regard to one another, and channels of an input go together: errors of one row are
     weighed with all their correlations, and the noise of single draws averages out over rows.

@@ -3,6 +3,8 @@
 import torch
 
 E2M1_MAX = 6.0
+EXPONENT = 0x7F800000
+"""The bits of a float32's exponent: of a positive number they are the power of two at or below it."""
 
 
 def round_e2m1(x: torch.Tensor) -> torch.Tensor:
@@ -16,19 +18,19 @@ def e2m1_codes(x: torch.Tensor) -> torch.Tensor:
     """Returns the codes, uint8: the sign in bit 3, exponent in bits 2 and 1, mantissa in bit 0; NaN gives 0."""
     values = round_e2m1(x)
     magnitude = values.abs()
-    # Each octave has two codes: below 2 the codes count halves, up to 4 ones, then twos.
-    code = torch.where(magnitude < 2, 2 * magnitude, torch.where(magnitude < 4, magnitude + 2, magnitude / 2 + 4))
-    return (code.nan_to_num_(0) + 8 * (values < 0)).to(torch.uint8)
+    # Each octave has two codes: below 2 the codes count halves, up to 4 ones, then twos; the least of the three lines is the one.
+    code = torch.minimum(torch.minimum(2 * magnitude, magnitude + 2), magnitude.mul_(0.5).add_(4))
+    return code.nan_to_num_(0).to(torch.uint8).add_(values < 0, alpha=8)
 
 
 def e2m1_values(codes: torch.Tensor) -> torch.Tensor:
     """Returns the float32 values of `codes`."""
     code = (codes & 7).float()
-    magnitude = torch.where(code < 4, code / 2, torch.where(code < 6, code - 2, 2 * code - 8))
-    return torch.where(codes >= 8, -magnitude, magnitude)
+    magnitude = torch.maximum(torch.maximum(code / 2, code - 2), code.mul_(2).sub_(8))
+    return magnitude.mul_(1 - 2 * (codes >> 3).to(torch.int8))
 
 
 def _step(magnitude: torch.Tensor) -> torch.Tensor:
-    """Returns the distance of neighbouring values around `magnitude` (0 .. 6): .5, 1 or 2."""
-    half = torch.full_like(magnitude, 0.5)
-    return torch.where(magnitude < 2, half, torch.where(magnitude < 4, 2 * half, 4 * half))
+    """Returns the distance of neighbouring values around `magnitude` (0 .. 6): .5, 1 or 2, half the power of two at or below it."""
+    power = magnitude.float().clamp(min=1).view(torch.int32).bitwise_and_(EXPONENT).view(torch.float32)
+    return power.mul_(0.5).to(magnitude.dtype)

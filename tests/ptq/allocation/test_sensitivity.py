@@ -76,6 +76,12 @@ def test_the_prediction_ranks_linears_as_rounding_each_alone_does(tmp_path, tiny
         assert 0.5 < found.uniform_cost(form) / sum(costs[form] for costs in alone.values()) < 2
 
 
+@pytest.mark.parametrize(("samples", "batch"), [(3, 1), (8, 2), (16, 4), (32, 4)])
+def test_samples_pass_back_in_batches_of_the_recipe_and_in_four_of_them_at_least(tmp_path, tiny_llama, session_of, samples, batch):
+    _, forward = session_of(make(tmp_path, tiny_llama, samples=samples))
+    assert forward.flow.batch_size == batch
+
+
 def test_one_at_a_time_is_the_divergence_of_the_whole_model_with_that_weight_rounded(tmp_path, tiny_llama, session_of):
     session, forward = session_of(make(tmp_path, tiny_llama, samples=2))
     spec = candidate("int3")

@@ -95,7 +95,24 @@ def _network(folder, weights="resident"):
     return BlockStream(network, loaded.weights, torch.device("cpu"))
 
 
-def _by_blocks(folder, ids, weights, outputs=None):
+@pytest.mark.parametrize("kind", ["llama", "mixtral"])
+def test_the_gradients_of_a_batch_are_the_sum_of_its_samples(tmp_path, kind):
+    random_tiny(kind).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
+    plain, together = ([], [])
+    _by_blocks(tmp_path, ids, "resident", each=plain)
+    _by_blocks(tmp_path, ids, "resident", each=together, batch_size=4)
+    assert len(together) * 4 == len(plain)
+    for i, batch in enumerate(together):
+        samples = plain[4 * i : 4 * i + 4]
+        for name, gradient in batch.items():
+            expected = sum(sample[name] for sample in samples if name in sample)
+            scale = float(expected.abs().max())
+            assert torch.allclose(gradient, expected, rtol=2e-3, atol=1e-5 * scale), name
+
+
+def _by_blocks(folder, ids, weights, outputs=None, each=None, batch_size=1):
     stream = _network(folder, weights)
 
     @contextmanager
@@ -103,12 +120,14 @@ def _by_blocks(folder, ids, weights, outputs=None):
         with stream.weights.hold([block.name]):
             yield
 
-    flow = stream.open(ids, 1)
+    flow = stream.open(ids, batch_size)
     inputs = block_inputs(stream, flow, shown, outputs=outputs)
     gradients = output_gradients(stream, flow.hidden, chunk=100, seed=5)
     found = {}
 
     def seen(sums):
+        if each is not None:
+            each.append({name: gradient.clone() for name, gradient in sums.items()})
         for name, gradient in sums.items():
             found[name] = found.get(name, 0) + gradient.square()
 
