@@ -91,27 +91,29 @@ def compare_tokens(
     at a time; `remembered` may know the baseline's log-probabilities of some chunks, (tokens, vocabulary), and keep others.
     """
     losses = torch.empty(len(ids), dtype=torch.float64)
-    before: list[torch.Tensor] = []
-    after: list[torch.Tensor] = []
-    divergences: list[torch.Tensor] = []
-    agreed: list[torch.Tensor] = []
+    # In one piece from the start: what is kept of a chunk would lie in the gap that its logits leave, and the next ones need another.
+    positions = len(ids) * (ids.shape[1] - 1)
+    before, after, kl = (torch.empty(positions, dtype=torch.float64) for _ in range(3))
+    agreed = torch.empty(positions, dtype=torch.bool)
+    done = 0
     for w in range(len(ids)):
         total = 0.0
         for span, targets in _chunks(ids[w], chunk):
             first = remembered((w, span.start), partial(_log_probabilities, heads[0], baseline[w : w + 1, span]))
             second = _logits(heads[1], quantized[w : w + 1, span])
-            start = len(after)
+            start = done
             for r in _pieces(first):
                 p, q = first[r], log_softmax(second[r], dim=-1)
-                before.append(_losses(p, targets[r]).cpu())
-                after.append(_losses(q, targets[r]).cpu())
-                agreed.append((p.argmax(-1) == q.argmax(-1)).cpu())
-                divergences.append(_divergence(p, q).cpu())
-            total += float(torch.cat(after[start:]).sum())
+                at = slice(done, done + len(p))
+                before[at] = _losses(p, targets[r])
+                after[at] = _losses(q, targets[r])
+                agreed[at] = p.argmax(-1) == q.argmax(-1)
+                kl[at] = _divergence(p, q)
+                done = at.stop
+            total += float(after[start:done].sum())
             del first, second, p, q  # as large as the logits of the chunk to come
         losses[w] = total / (ids.shape[1] - 1)
-    kl = torch.cat(divergences).clamp_min_(0)
-    return TokenComparison(losses, torch.cat(before), torch.cat(after), kl, torch.cat(agreed))
+    return TokenComparison(losses, before, after, kl.clamp_min_(0), agreed)
 
 
 def _logits(head: Head, hidden: torch.Tensor) -> torch.Tensor:
