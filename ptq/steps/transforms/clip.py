@@ -15,7 +15,7 @@ from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
-from ptq.steps._solving import Rows, captures_of, labels_of, specs_of
+from ptq.steps._solving import Rows, captures_of, input_specs, labels_of, specs_of
 from ptq.steps._step import INPUT, Context, StepPlan, Transform
 from quantize.modules.simulated import InputQuantizer, fake_quantize_dynamic
 from quantize.solvers.clip import INPUT_RATIOS, input_clip_ratio
@@ -58,8 +58,7 @@ class Step(Transform):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs what static ranges need. `UserError` where the scheme leaves inputs alone, or nothing is left to search."""
-        specs = [scheme.input, *(o.tensors.get("input") for o in scheme.overrides)]
-        if not any(_searched(spec) for spec in specs):
+        if not any(_searched(spec) for spec in input_specs(scheme)):
             raise UserError(
                 "steps.clip: no input of the scheme is int with range minmax or ema, so there is nothing to clip: ~steps.clip"
             )

@@ -13,6 +13,7 @@ from torch import nn
 
 from ptq.calibration.samples import Samples
 from ptq.config.options import MOST_SEED, option
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
@@ -20,6 +21,7 @@ from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.network.norms import gain_offset, is_centring
 from ptq.network.outside import set_weight, untie
+from ptq.steps._solving import input_specs
 from ptq.steps._step import (
     INPUT,
     KEY,
@@ -104,6 +106,16 @@ class Step(Transform):
         acts |= {QUERY, KEY} if "heads" in options.online else set()
         # Of this step and not of all: what its options leave out asks for nothing.
         self.acts = frozenset(acts)  # type: ignore[misc]
+
+    def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
+        """Says so of a rotation of the whole stream where inputs are NVFP4: measured, docs/results.md ("NVFP4")."""
+        whole = self.options.residual and self.options.block is None
+        if not whole or all(spec.format != "nvfp4" for spec in input_specs(scheme)):
+            return None
+        return (
+            "rotate: a block of 16 keeps a large channel to itself, and a rotation of the whole stream gives every block its share of it: with "
+            "NVFP4 inputs it was found to hurt: ~steps.rotate leaves it out, method=best has what helps"
+        )
 
     def plan(self, context: Context) -> StepPlan:
         """Finds the rotation of the residual stream, and says what widths are made of."""

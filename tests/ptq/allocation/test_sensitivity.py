@@ -77,7 +77,9 @@ def test_the_prediction_ranks_linears_as_rounding_each_alone_does(tmp_path, tiny
 
 
 @pytest.mark.parametrize(("samples", "batch"), [(3, 1), (8, 2), (16, 4), (32, 4)])
-def test_samples_pass_back_in_batches_of_the_recipe_and_in_four_of_them_at_least(tmp_path, tiny_llama, session_of, samples, batch):
+def test_samples_pass_back_in_batches_of_the_recipe_and_in_four_of_them_at_least(
+    tmp_path, tiny_llama, session_of, samples, batch
+):
     _, forward = session_of(make(tmp_path, tiny_llama, samples=samples))
     assert forward.flow.batch_size == batch
 

@@ -181,6 +181,20 @@ def test_rounding_to_nearest_with_one_range_a_row_after_a_rotation_is_warned_of_
     assert ("use steps.gptq in place of steps.rtn" in capsys.readouterr().out) == warned
 
 
+@pytest.mark.parametrize(
+    ("form", "options", "warned"),
+    [("nvfp4", {}, True), ("nvfp4", {"block": 16}, False), ("nvfp4", {"residual": False}, False), ("mxfp4", {}, False)],
+)
+def test_a_rotation_of_the_whole_stream_before_nvfp4_inputs_is_warned_of(
+    tmp_path, tiny_llama, capsys, form, options, warned
+):
+    spec = {"format": form, "bits": 4, "granularity": "group", "group_size": 16 if form == "nvfp4" else 32}
+    dry_run(
+        make(tmp_path, tiny_llama, {"weight": spec, "input": {**spec, "dynamic": True}}, {"rotate": options, "rtn": {}})
+    )
+    assert ("with NVFP4 inputs it was found to hurt" in capsys.readouterr().out.replace("\n", " ")) == warned
+
+
 def test_smoothing_by_the_formula_after_a_rotation_is_warned_of(tmp_path, tiny_llama):
     log = (run(make(tmp_path, tiny_llama, W4A4, {"rotate": {}, "smooth": {}, "rtn": {}})) / "run.log").read_text()
     assert "smooth: its formula goes by" in log
