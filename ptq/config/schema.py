@@ -86,7 +86,8 @@ class CalibrationConfig:
         bos: what begins each window, in the place of text tokens: ``auto`` for what the model's own tokenizer puts before a
             text, true for its BOS, false for nothing.
         batch_size: windows that pass together; changes time and memory, and of the results those of steps that go by batches: smooth,
-            awq, clip and prefix search on the first one, autoround and omniquant learn from one a step.
+            awq, clip and prefix search on the first one, autoround and omniquant learn from one a step; `ptq sensitivity` sums
+            a batch's gradients before it squares them.
         statistics: a file written by gen_act_stat.py to read instead of calibrating again.
         experts: which tokens the experts of a mixture are calibrated on: ``routed``, those that the router sends them; ``all``
             of them; ``at-least-N``: where fewer than N over the samples are sent of one sample, those with the next scores too.
