@@ -13,7 +13,7 @@ from ptq.allocation.candidates import candidates, stored_bytes
 from ptq.allocation.outside_costs import OutsideFisher
 from ptq.allocation.quantized_weights import Quantize, chosen, solved_by, to_nearest
 from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, embedding_gradients, output_gradients
-from ptq.calibration.kept_outputs import KeptOutputs, free_memory
+from ptq.calibration.kept_outputs import KeptOutputs, room_on
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
@@ -156,7 +156,7 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
         # A batch's gradients are summed before they are squared: the random signs of its samples keep them apart.
         count = len(ids) - solved
         flow = stream.calibration(ids[:count], max(1, min(context.batch_size, count // DRAWS)))
-        outputs = KeptOutputs(0 if stream.hidden_states == "disk" else free_memory(stream.device))
+        outputs = KeptOutputs(0 if stream.hidden_states == "disk" else room_on(stream.device))
         inputs = block_inputs(stream, flow, context.shown, outputs=outputs)
         if solver is not None:
             others = stream.calibration(ids[count:], context.batch_size)

@@ -3,10 +3,10 @@
 from collections import deque
 from collections.abc import Mapping
 
-import psutil
 import torch
 from torch import nn
 
+from ptq.models.memory.memory_limits import free_memory
 from ptq.network.block_stream import Flow
 from ptq.network.network import weight_of
 
@@ -14,9 +14,9 @@ SHARE = 0.5
 """Of the memory that is free, how much may be kept."""
 
 
-def free_memory(device: torch.device) -> int:
+def room_on(device: torch.device) -> int:
     """Returns the bytes that may be kept on `device`; a GPU multiplies again sooner than it fetches."""
-    return int(SHARE * psutil.virtual_memory().available) if device.type == "cpu" else 0
+    return int(SHARE * free_memory(device)) if device.type == "cpu" else 0
 
 
 class KeptOutputs:

@@ -5,7 +5,7 @@ import os
 import pathlib
 from collections.abc import Iterator
 
-ROOT = pathlib.Path("/")
+from ptq.models.memory.control_groups import ROOT, group_folders, text_of
 
 
 def limit_threads() -> None:
@@ -28,37 +28,18 @@ def usable_cores(root: pathlib.Path = ROOT) -> int:
     allowed = os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else set(range(os.cpu_count() or 1))
     # CPUs that are threads of one core name the same siblings.
     cores = {
-        _text(root / f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or f"cpu {n}" for n in allowed
+        text_of(root / f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list") or f"cpu {n}" for n in allowed
     }
     return max(1, min([len(cores), *(math.floor(quota) for quota in _quotas(root))]))
 
 
 def _quotas(root: pathlib.Path) -> Iterator[float]:
     """Yields the CPUs that each control group above this process allows, of version 1 or 2."""
-    for line in _text(root / "proc/self/cgroup").splitlines():
-        _, _, rest = line.partition(":")
-        controllers, _, path = rest.partition(":")
-        if controllers and "cpu" not in controllers.split(","):
-            continue
-        mounts = (
-            ("sys/fs/cgroup", "sys/fs/cgroup/unified")
-            if not controllers
-            else (f"sys/fs/cgroup/{controllers}", "sys/fs/cgroup/cpu")
+    for folder, version in group_folders("cpu", root):
+        words = (
+            text_of(folder / "cpu.max").split()
+            if version == 2
+            else [text_of(folder / "cpu.cfs_quota_us"), text_of(folder / "cpu.cfs_period_us")]
         )
-        inner = pathlib.PurePosixPath(path.lstrip("/"))
-        # In a container the path may be one of the host's: its own group is then where the mount begins.
-        for folder in (root / mount / part for mount in mounts for part in (inner, *inner.parents)):
-            words = (
-                _text(folder / "cpu.max").split()
-                if not controllers
-                else [_text(folder / "cpu.cfs_quota_us"), _text(folder / "cpu.cfs_period_us")]
-            )
-            if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
-                yield int(words[0]) / int(words[1])
-
-
-def _text(path: pathlib.Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):
-        return ""
+        if len(words) == 2 and all(word.isdigit() for word in words) and int(words[1]):
+            yield int(words[0]) / int(words[1])

@@ -33,7 +33,7 @@ from ptq.integrations.replace import (
     scheme_of,
     tied_of,
 )
-from ptq.models.resident_memory import forget_pages, return_freed_memory
+from ptq.models.memory.resident_memory import forget_pages, return_freed_memory
 from quantize.kernels.choice import AUTO
 from quantize.kernels.stored import HOLD_BITS
 from quantize.modules.packed import PackedLinear

@@ -16,7 +16,7 @@ from ptq.errors import UserError
 from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
 from ptq.files.scratch import ScratchFolder
 from ptq.models.locations import ModelSource, quiet
-from ptq.models.resident_memory import return_freed_memory
+from ptq.models.memory.resident_memory import return_freed_memory
 from ptq.models.rounding import beyond, round_in_place
 from ptq.models.stored.mxfp4 import mxfp4_tensors, published_in_mxfp4
 from ptq.models.stored.stacked import only_stacks, stacked_tensors

@@ -21,7 +21,7 @@ from ptq.files.store import Store
 from ptq.files.versions import version_of
 from ptq.models.gguf_tokenizer import as_llama_cpp
 from ptq.models.locations import Location, ModelSource, locate, quiet, source_of
-from ptq.models.resident_memory import return_freed_memory
+from ptq.models.memory.resident_memory import return_freed_memory
 from ptq.models.stored.mxfp4 import published_in_mxfp4
 from ptq.models.weights import Weights, check_config, check_directory, shards_of
 from ptq.models.weights_digest import ModelDigest, digest_files

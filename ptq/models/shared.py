@@ -5,7 +5,6 @@ import dataclasses
 from collections.abc import Callable, Hashable
 from typing import Any
 
-import psutil
 import torch
 
 from ptq.config.schema import ExecutionConfig, ModelConfig
@@ -13,6 +12,7 @@ from ptq.data.kept_tokens import kept_tokens
 from ptq.data.sampling import Draw, Tokens
 from ptq.files.store import Store
 from ptq.models.loading import LoadedModel, fingerprint_of, load, load_tokenizer, tokenizer_fingerprint
+from ptq.models.memory.memory_limits import free_memory
 
 SPARE = 1.25
 """A model is kept for later runs where this many times its bytes are free beside it: for the copy that a run changes."""
@@ -87,7 +87,7 @@ class Shared:
 
     def _fits(self, size: int) -> bool:
         held = sum(tensor.nbytes for tensor in self._of_model.values())
-        return held + size <= self.room and int(psutil.virtual_memory().available) >= LEFT * size
+        return held + size <= self.room and free_memory(torch.device("cpu")) >= LEFT * size
 
     def once(self, key: Hashable, make: Callable[[], Any]) -> Any:
         """Returns what `make` made when it was first asked for under this key."""
@@ -98,6 +98,4 @@ class Shared:
 
 def _fits_twice(model: torch.nn.Module) -> bool:
     held = sum(p.nbytes for p in model.parameters())
-    device = next(model.parameters()).device
-    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else psutil.virtual_memory().available
-    return int(free) > SPARE * held
+    return free_memory(next(model.parameters()).device) > SPARE * held

@@ -11,8 +11,8 @@ from torch import nn
 from ptq.errors import UserError
 from ptq.files.bounded import parse_json
 from ptq.files.safetensors_file import StoredTensor, TensorDigests, read_header
+from ptq.models.memory.resident_memory import map_large_tensors, return_freed_memory
 from ptq.models.read_ahead import ReadAhead, waiting_type, widened
-from ptq.models.resident_memory import map_large_tensors, return_freed_memory
 from ptq.models.stored.mxfp4 import Mxfp4Matrix
 from ptq.models.stored.stacked import JoinedTensor, StackedTensor
 from quantize.checks import all_finite

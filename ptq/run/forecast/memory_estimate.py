@@ -1,16 +1,15 @@
 """How much memory a run takes at its peak, estimated from shapes before the work, beside what the machine has."""
 
 import math
-import pathlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 
-import psutil
 import torch
 
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
+from ptq.models.memory.memory_limits import memory_limit
 from ptq.network.experts.abreast import most_bytes
 from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import sums_held
@@ -20,7 +19,6 @@ from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tun
 
 PROCESS = 700 << 20
 """What Python, torch and transformers hold before any model."""
-_CGROUPS = ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory/memory.limit_in_bytes")
 
 
 @dataclass(frozen=True)
@@ -155,18 +153,12 @@ def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], to
 
 
 def memory_of(recipe: Recipe) -> int:
-    """Returns the bytes of memory that the run may use: of its CUDA device, else of the machine or of this process's cgroup."""
+    """Returns the bytes of memory that the run may use: of its CUDA device, else `memory_limit`."""
     name = recipe.execution.device
     cuda = name.startswith("cuda") or (name == "auto" and torch.cuda.is_available())
     if cuda and torch.cuda.is_available():
         return int(torch.cuda.get_device_properties(torch.device("cuda" if name == "auto" else name)).total_memory)
-    limits = [int(psutil.virtual_memory().total)]
-    for path in map(pathlib.Path, _CGROUPS):
-        try:
-            limits.append(int(path.read_text(encoding="ascii")))
-        except (OSError, ValueError):
-            continue
-    return min(limits)
+    return memory_limit()
 
 
 def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes) -> int:

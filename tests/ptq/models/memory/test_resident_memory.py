@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ptq.models.resident_memory import forget_pages, return_freed_memory
+from ptq.models.memory.resident_memory import forget_pages, return_freed_memory
 
 MEBI = 1 << 20
 
@@ -77,7 +77,7 @@ def test_holes_of_the_heap_go_back_to_the_system() -> None:
 
 _HOLES = """
 import torch
-from ptq.models.resident_memory import map_large_tensors
+from ptq.models.memory.resident_memory import map_large_tensors
 
 def resident():
     [line] = [s for s in open("/proc/self/status") if s.startswith("RssAnon")]
