@@ -41,6 +41,12 @@ def with_weights(scheme: SchemeConfig, change: Callable[[QuantSpec | None], Quan
     )
 
 
+def tensor_specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:
+    """Returns every format that the scheme has for one kind of tensor, such as ``weight``: its own and those of overrides."""
+    found = [getattr(scheme, tensor), *(o.tensors.get(tensor) for o in scheme.overrides)]
+    return [spec for spec in found if spec is not None]
+
+
 def linear_specs(scheme: SchemeConfig, name: str) -> LinearSpecs:
     """Returns the specs of the Linear `name`. Of the overrides the last match wins."""
     if not scheme.exclude and not scheme.overrides:
@@ -67,7 +73,7 @@ def attention_specs(scheme: SchemeConfig, name: str) -> dict[str, QuantSpec]:
 
 def attention_tensors(scheme: SchemeConfig) -> set[str]:
     """Returns which of query, key, value and attention_probs the scheme quantizes somewhere."""
-    return {t for t in ATTENTION_TENSORS if getattr(scheme, t) or any(o.tensors.get(t) for o in scheme.overrides)}
+    return {tensor for tensor in ATTENTION_TENSORS if tensor_specs(scheme, tensor)}
 
 
 def check_scheme(scheme: SchemeConfig, linears: Mapping[str, tuple[int, int]], head_dim: int) -> None:

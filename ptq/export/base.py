@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 
 from ptq.config.schema import SchemeConfig
-from ptq.config.scheme import LinearSpecs, attention_tensors, linear_specs
+from ptq.config.scheme import LinearSpecs, attention_tensors, linear_specs, tensor_specs
 from ptq.errors import UserError
 from ptq.export.quantized_tensors import QuantizedTensors
 from ptq.network.network import Block, Network
@@ -160,13 +160,12 @@ def advice(overrides: str, weight: str, inputs: str | None) -> str:
 
 def most_weight_bits(scheme: SchemeConfig) -> int:
     """Returns the bits of the widest weight in the scheme, its overrides included; 8 where no weight is quantized."""
-    specs = (scheme.weight, *(o.tensors.get("weight") for o in scheme.overrides))
-    return max((spec.bits for spec in specs if spec is not None), default=8)
+    return max((spec.bits for spec in tensor_specs(scheme, "weight")), default=8)
 
 
 def quantizes_inputs(scheme: SchemeConfig) -> bool:
     """Whether the scheme quantizes the input of some Linear."""
-    return any(spec is not None for spec in (scheme.input, *(o.tensors.get("input") for o in scheme.overrides)))
+    return bool(tensor_specs(scheme, "input"))
 
 
 def refuse_existing(path: pathlib.Path, force: bool) -> None:

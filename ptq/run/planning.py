@@ -13,7 +13,7 @@ from ptq.calibration.samples import Remembered, Samples
 from ptq.calibration.statistics import Statistics
 from ptq.calibration.statistics_visitor import StatisticsVisitor
 from ptq.config.schema import SchemeConfig
-from ptq.config.scheme import attention_tensors, check_attention
+from ptq.config.scheme import attention_tensors, check_attention, tensor_specs
 from ptq.errors import UserError
 from ptq.files.source_digest import module_digest
 from ptq.network.attention import attentions_of, use_simulated_attention
@@ -245,9 +245,8 @@ def check_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> None:
     captures_of_steps(scheme, steps)
     if any(step.kind == TRANSFORM for step in steps.values()):
         return
-    tensors = {t: [getattr(scheme, t), *(o.tensors.get(t) for o in scheme.overrides)] for t in TENSORS}
-    for tensor, specs in tensors.items():
-        if any(spec is not None and spec.granularity == "cluster" for spec in specs):
+    for tensor in TENSORS:
+        if any(spec.granularity == "cluster" for spec in tensor_specs(scheme, tensor)):
             raise UserError(
                 f"scheme.{tensor}.granularity: 'cluster', but no step clusters channels: add +steps.cluster={{}} before "
                 f"the solver (method=smooth_cluster_gptq has it), or use granularity tensor"

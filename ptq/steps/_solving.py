@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from ptq.config.schema import SchemeConfig
-from ptq.config.scheme import LinearSpecs, linear_specs
+from ptq.config.scheme import LinearSpecs, linear_specs, tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.steps._step import SAMPLES, STATISTICS, Context
@@ -178,25 +178,15 @@ def captures_of(scheme: SchemeConfig) -> frozenset[str]:
     """Returns what static ranges need: statistics for inputs by minmax; the samples for other estimators, and for query,
     key and value, which no Linear reads.
     """
-    ranges = {spec.range for spec in input_specs(scheme) if not spec.dynamic}
+    ranges = {spec.range for spec in tensor_specs(scheme, "input") if not spec.dynamic}
     wanted = {STATISTICS} if "minmax" in ranges else set()
-    watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in _specs(scheme, tensor))
+    watched = any(not spec.dynamic for tensor in ("query", "key", "value") for spec in tensor_specs(scheme, tensor))
     return frozenset(wanted | ({SAMPLES} if watched or ranges - {"minmax"} else set()))
-
-
-def weight_specs(scheme: SchemeConfig) -> list[QuantSpec]:
-    """Returns every spec that the scheme has for weights."""
-    return _specs(scheme, "weight")
-
-
-def input_specs(scheme: SchemeConfig) -> list[QuantSpec]:
-    """Returns every spec that the scheme has for inputs."""
-    return _specs(scheme, "input")
 
 
 def refuse_without_levels(scheme: SchemeConfig, option: str, tiles: bool = False) -> None:
     """Raises `UserError` when a weight's format is rounded by a rule of its own, and the step's `option` needs levels, or `tiles`."""
-    for spec in weight_specs(scheme):
+    for spec in tensor_specs(scheme, "weight"):
         if spec.format in WITHOUT_LEVELS or (has_tiles(spec) and not tiles):
             raise UserError(
                 f"scheme.weight.format: {spec.format!r} has no levels and scales alone for steps.{option} to choose among: "
@@ -206,13 +196,8 @@ def refuse_without_levels(scheme: SchemeConfig, option: str, tiles: bool = False
 
 def require_integers(scheme: SchemeConfig, step: str) -> None:
     """Raises `UserError` when a weight is of another format than int, whose ranges are what `step` finds."""
-    for spec in weight_specs(scheme):
+    for spec in tensor_specs(scheme, "weight"):
         if not spec.affine:
             raise UserError(
                 f"scheme.weight.format: {spec.format!r} has no ranges for steps.{step} to find: use int, or steps.gptq={{}}"
             )
-
-
-def _specs(scheme: SchemeConfig, tensor: str) -> list[QuantSpec]:
-    found = [getattr(scheme, tensor), *(o.tensors.get(tensor) for o in scheme.overrides)]
-    return [spec for spec in found if spec is not None]

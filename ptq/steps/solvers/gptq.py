@@ -9,20 +9,13 @@ import torch
 from ptq.calibration.samples import Samples, SumOf, Watcher
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.ranks.reduction import by_cost, done_by, in_order
 from ptq.ranks.world import Message
 from ptq.steps._solved import heard, told
-from ptq.steps._solving import (
-    BlockInputs,
-    Solved,
-    captures_of,
-    quantize_linear,
-    refuse_without_levels,
-    specs_of,
-    weight_specs,
-)
+from ptq.steps._solving import BlockInputs, Solved, captures_of, quantize_linear, refuse_without_levels, specs_of
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.solvers._tall_weight import TallWeight, joined, pieces_of
 from ptq.steps.solvers._target_moments import Moments, Part
@@ -122,7 +115,7 @@ class Step(Solver):
             UserError: for formats without levels, and options that need levels for a format of tiles.
         """
         refuse_without_levels(scheme, "gptq", tiles=True)
-        for spec in weight_specs(scheme):
+        for spec in tensor_specs(scheme, "weight"):
             if has_tiles(spec):
                 try:
                     self.solving.check_tiles(spec)

@@ -10,6 +10,7 @@ import torch
 
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.steps._moments import stage_hessians
@@ -21,7 +22,6 @@ from ptq.steps._solving import (
     quantize_linear,
     refuse_without_levels,
     specs_of,
-    weight_specs,
 )
 from ptq.steps._step import CORRECTION, SAMPLES, Context, Solver, StepPlan
 from quantize.codecs.base import checked
@@ -64,7 +64,7 @@ class Step(Solver):
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the samples, and what static input ranges need. `UserError` for weights without levels, or none at all."""
         refuse_without_levels(scheme, "lowrank", tiles=True)
-        if not weight_specs(scheme):
+        if not tensor_specs(scheme, "weight"):
             raise UserError("scheme.weight: null, so steps.lowrank has nothing to correct: use steps.rtn={}")
         return captures_of(scheme) | {SAMPLES}
 

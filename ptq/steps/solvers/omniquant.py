@@ -9,11 +9,12 @@ from torch import nn
 
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
 from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
-from ptq.steps._solving import BlockInputs, captures_of, input_specs, labels_of, require_integers, specs_of
+from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.transforms.smooth import key_of, rescale
 from quantize.solvers.rounding import LearnedClipping, LearnedWeight
@@ -54,7 +55,7 @@ class Step(Solver):
                 ranges are not those that were measured.
         """
         require_integers(scheme, "omniquant")
-        if self.options.scale_rate and any(not spec.dynamic for spec in input_specs(scheme)):
+        if self.options.scale_rate and any(not spec.dynamic for spec in tensor_specs(scheme, "input")):
             raise UserError(
                 "scheme.input.dynamic: false, but steps.omniquant learns scales that change the ranges of inputs: "
                 "use steps.omniquant.scale_rate=0, or dynamic inputs"

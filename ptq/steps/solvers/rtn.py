@@ -8,6 +8,7 @@ import torch
 
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.network.network import Block
 from ptq.steps._moments import stage_hessians
 from ptq.steps._solving import (
@@ -19,7 +20,6 @@ from ptq.steps._solving import (
     refuse_without_levels,
     specs_of,
     values_of,
-    weight_specs,
 )
 from ptq.steps._step import RESIDUAL, SAMPLES, Context, Solver, StepPlan
 from quantize.solvers.clip import nearest_clipped
@@ -64,7 +64,10 @@ class Step(Solver):
         A rotation evens out what columns weigh, of which rounding to nearest makes nothing, and leaves to each row the range of a normal
         distribution; GPTQ gains by it. What inputs gain is more than what such weights lose.
         """
-        wide = any(s.affine and s.bits <= FEW and s.granularity in ("tensor", "channel") for s in weight_specs(scheme))
+        wide = any(
+            s.affine and s.bits <= FEW and s.granularity in ("tensor", "channel")
+            for s in tensor_specs(scheme, "weight")
+        )
         if not wide or self.options.scales != "range" or RESIDUAL not in acted:
             return None
         return (

@@ -10,11 +10,12 @@ import torch
 
 from ptq.calibration.samples import Samples
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
 from ptq.ranks.sample_sum import by_sample
-from ptq.steps._solving import Rows, input_specs, specs_of
+from ptq.steps._solving import Rows, specs_of
 from ptq.steps._step import INPUT, WEIGHT_INPUT, Context, StepPlan, Transform
 from quantize.modules.online import OnlineShared, attach_input, online_input
 from quantize.modules.online_maps import OnlineBlocks, OnlineKronecker
@@ -60,7 +61,7 @@ class InputMaps(Transform):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing that is not planned with. `UserError` where the scheme leaves all inputs alone."""
-        if not input_specs(scheme):
+        if not tensor_specs(scheme, "input"):
             raise UserError(
                 f"steps.{self.title}: scheme.input is null, and a map of inputs serves their rounding: ~steps.{self.title}"
             )

@@ -11,11 +11,12 @@ import torch
 from ptq.calibration.statistics import ChannelStatistics
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.links import Link
 from ptq.network.network import Block
-from ptq.steps._solving import specs_of, weight_specs
+from ptq.steps._solving import specs_of
 from ptq.steps._step import STATISTICS, WEIGHT_INPUT, WEIGHT_OUTPUT, Context, StepPlan, Transform
 from ptq.steps.transforms.smooth import KINDS, Planning, planned, rescale, search, searched
 from quantize.codecs.registry import codec_of
@@ -51,7 +52,7 @@ class Step(Transform):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the statistics, which it rewrites. `UserError` where no weight is quantized: there is no error to go by."""
-        if not weight_specs(scheme):
+        if not tensor_specs(scheme, "weight"):
             raise UserError("scheme.weight: null, but steps.awq goes by what rounding does to weights: ~steps.awq")
         return frozenset({STATISTICS})
 

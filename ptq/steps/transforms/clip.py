@@ -12,10 +12,11 @@ from ptq.calibration.samples import Samples
 from ptq.calibration.statistics import ChannelStatistics
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
-from ptq.steps._solving import Rows, captures_of, input_specs, labels_of, specs_of
+from ptq.steps._solving import Rows, captures_of, labels_of, specs_of
 from ptq.steps._step import INPUT, Context, StepPlan, Transform
 from quantize.modules.simulated import InputQuantizer, fake_quantize_dynamic
 from quantize.solvers.clip import INPUT_RATIOS, input_clip_ratio
@@ -58,7 +59,7 @@ class Step(Transform):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs what static ranges need. `UserError` where the scheme leaves inputs alone, or nothing is left to search."""
-        if not any(_searched(spec) for spec in input_specs(scheme)):
+        if not any(_searched(spec) for spec in tensor_specs(scheme, "input")):
             raise UserError(
                 "steps.clip: no input of the scheme is int with range minmax or ema, so there is nothing to clip: ~steps.clip"
             )

@@ -14,6 +14,7 @@ from torch import nn
 from ptq.calibration.samples import Samples
 from ptq.config.options import MOST_SEED, option
 from ptq.config.schema import SchemeConfig
+from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
@@ -21,7 +22,6 @@ from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.network.norms import gain_offset, is_centring
 from ptq.network.outside import set_weight, untie
-from ptq.steps._solving import input_specs
 from ptq.steps._step import (
     INPUT,
     KEY,
@@ -110,11 +110,11 @@ class Step(Transform):
     def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
         """Says so of a rotation of the whole stream where inputs are NVFP4: measured, docs/results.md ("NVFP4")."""
         whole = self.options.residual and self.options.block is None
-        if not whole or all(spec.format != "nvfp4" for spec in input_specs(scheme)):
+        if not whole or all(spec.format != "nvfp4" for spec in tensor_specs(scheme, "input")):
             return None
         return (
             "rotate: a block of 16 keeps a large channel to itself, and a rotation of the whole stream gives every block its share of it: with "
-            "NVFP4 inputs it was found to hurt: ~steps.rotate leaves it out, method=best has what helps"
+            "NVFP4 inputs it was found to hurt: ~steps.rotate leaves it out; scheme=nvfp4_w4a4 method=best has what helps"
         )
 
     def plan(self, context: Context) -> StepPlan:

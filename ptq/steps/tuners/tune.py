@@ -15,14 +15,13 @@ from torch.nn.utils import parametrize
 
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
-from ptq.config.scheme import attention_tensors
+from ptq.config.scheme import attention_tensors, tensor_specs
 from ptq.errors import UserError
 from ptq.network.block_stream import STEPS, BlockStream
 from ptq.network.network import Block, replace_module, replaced_forward
 from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
 from ptq.steps._learning import Learned
-from ptq.steps._solving import input_specs, weight_specs
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.codecs.registry import codec_of
 from quantize.error import kl_divergence
@@ -72,12 +71,12 @@ class Step(Tuner):
 
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs nothing on the way. `UserError` for what gradients do not pass, and weights that have no scales to tune."""
-        specs = weight_specs(scheme)
+        specs = tensor_specs(scheme, "weight")
         others = sorted({spec.format for spec in specs if not codec_of(spec).proportional})
         if others or not specs:
             found = f"format: {others[0]!r}" if others else "weight: null"
             raise UserError(f"scheme.{found} has no integer codes whose scales steps.tune could learn: ~steps.tune")
-        if self.options.input_rate and not any(map(_static, input_specs(scheme))):
+        if self.options.input_rate and not any(map(_static, tensor_specs(scheme, "input"))):
             raise UserError(
                 f"steps.tune.input_rate: {self.options.input_rate:g}, but the scheme has no static integer inputs: use 0, or "
                 "scheme.input.dynamic=false"

@@ -100,7 +100,7 @@ def test_the_gradients_of_a_batch_are_the_sum_of_its_samples(tmp_path, kind):
     random_tiny(kind).save_pretrained(tmp_path)
     byte_tokenizer().save_pretrained(tmp_path)
     ids = torch.randint(3, 60, (4, 12), generator=torch.Generator().manual_seed(1))
-    plain, together = ([], [])
+    plain, together = [], []
     _by_blocks(tmp_path, ids, "resident", each=plain)
     _by_blocks(tmp_path, ids, "resident", each=together, batch_size=4)
     assert len(together) * 4 == len(plain)

@@ -8,6 +8,7 @@ import torch
 
 from ptq.cli import threads
 from ptq.cli.threads import limit_threads, usable_cores
+from tests.tools.written_files import write_files
 
 
 def machine(root: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
@@ -15,11 +16,7 @@ def machine(root: pathlib.Path, files: dict[str, str]) -> pathlib.Path:
     siblings = {
         f"sys/devices/system/cpu/cpu{n}/topology/thread_siblings_list": f"{n % 4},{n % 4 + 4}\n" for n in range(8)
     }
-    for name, content in (siblings | files).items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
+    return write_files(root, siblings | files)
 
 
 @pytest.mark.parametrize(

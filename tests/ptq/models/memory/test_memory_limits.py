@@ -9,6 +9,7 @@ import torch
 from ptq.calibration.kept_outputs import room_on
 from ptq.models.memory import memory_limits
 from ptq.models.memory.memory_limits import free_memory, memory_limit
+from tests.tools.written_files import write_files
 
 CPU = torch.device("cpu")
 
@@ -17,14 +18,6 @@ CPU = torch.device("cpu")
 def machine(monkeypatch):
     """A machine of 1000 bytes, 600 of them available."""
     monkeypatch.setattr(psutil, "virtual_memory", lambda: types.SimpleNamespace(total=1000, available=600))
-
-
-def says(root, files):
-    for name, content in files.items():
-        path = root / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(content)
-    return root
 
 
 @pytest.mark.parametrize(
@@ -60,12 +53,12 @@ def says(root, files):
     ],
 )  # fmt: skip
 def test_the_least_of_the_machine_and_of_its_control_groups_counts(tmp_path, machine, files, limit, free):
-    root = says(tmp_path, files)
+    root = write_files(tmp_path, files)
     assert (memory_limit(root), free_memory(CPU, root)) == (limit, free)
 
 
 def test_what_is_kept_of_linears_fits_into_half_of_what_a_container_is_left(tmp_path, machine, monkeypatch):
     files = {"sys/fs/cgroup/memory.max": "400", "sys/fs/cgroup/memory.current": "100", "proc/self/cgroup": "0::/\n"}
-    root = says(tmp_path, files)
+    root = write_files(tmp_path, files)
     monkeypatch.setattr(memory_limits, "_groups", lambda _, plain=memory_limits._groups: plain(root))
     assert room_on(CPU) == 150 and room_on(torch.device("cuda")) == 0
