@@ -12,7 +12,14 @@ import torch
 from ptq.allocation.candidates import candidates, stored_bytes
 from ptq.allocation.outside_costs import OutsideFisher
 from ptq.allocation.quantized_weights import Quantize, chosen, solved_by, to_nearest
-from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, embedding_gradients, output_gradients
+from ptq.calibration.fisher import (
+    backward,
+    block_inputs,
+    cost_of_rows,
+    embedding_gradients,
+    gradients_dtype,
+    output_gradients,
+)
 from ptq.calibration.kept_outputs import KeptOutputs, room_on
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
@@ -156,7 +163,9 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
         # A batch's gradients are summed before they are squared: the random signs of its samples keep them apart.
         count = len(ids) - solved
         flow = stream.calibration(ids[:count], max(1, min(context.batch_size, count // DRAWS)))
-        outputs = KeptOutputs(0 if stream.hidden_states == "disk" else room_on(stream.device))
+        # What is multiplied in another type on the way back is not what the way forward gives.
+        kept = stream.hidden_states != "disk" and _gradients_dtype(session) is None
+        outputs = KeptOutputs(room_on(stream.device) if kept else 0)
         inputs = block_inputs(stream, flow, context.shown, outputs=outputs)
         if solver is not None:
             others = stream.calibration(ids[count:], context.batch_size)
@@ -201,6 +210,8 @@ def measured(
     session.journal.say(
         f"costs: of {'rounding to nearest' if solver is None else f'what steps.{solver[0]} makes of weights'}"
     )
+    if (dtype := _gradients_dtype(session)) is not None:
+        session.journal.say(f"gradients: multiplied in {str(dtype).removeprefix('torch.')}, faster on this device")
     key = _key(session, steps, found, seed, solved)
     with session.store.found_or_mine(KIND, key, lambda line: session.journal.say(f"sensitivity: {line}")) as entry:
         if entry is not None:
@@ -228,6 +239,7 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
     sums: dict[str, dict[str, torch.Tensor]] = {}
 
     quantize = forward.quantize(formats)
+    dtype = _gradients_dtype(session)
 
     def entered(block: Block) -> Callable[[Mapping[str, torch.Tensor]], None]:
         errors = quantize(block)
@@ -246,9 +258,10 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         return seen
 
     with session.journal.phase("head"):
-        gradients = output_gradients(stream, flow.hidden, session.recipe.evaluation.chunk, seed, outside.head)
+        chunk = session.recipe.evaluation.chunk
+        gradients = output_gradients(stream, flow.hidden, chunk, seed, outside.head, dtype)
     with session.journal.phase("backward"):
-        backward(stream, flow, forward.inputs, gradients, context.shown, entered, forward.outputs)
+        backward(stream, flow, forward.inputs, gradients, context.shown, entered, forward.outputs, dtype)
         if outside.embedding is not None:
             embedding_gradients(stream, flow, gradients, outside.embedding)
     costs = {name: {form: float(v) / (2 * positions) for form, v in known.items()} for name, known in sums.items()}
@@ -272,6 +285,10 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
         outside=outside.tensors,
         solver=None if forward.solving is None else forward.solving.name,
     )
+
+
+def _gradients_dtype(session: Session) -> torch.dtype | None:
+    return gradients_dtype(session.stream.device, session.loaded.model.dtype)
 
 
 def kept_together(context: Context, block: Block) -> list[tuple[str, ...]]:
@@ -303,6 +320,7 @@ def _key(
         "sources": sources_of(transforms | solver),
         "statistics": session.recipe.calibration.statistics,
         "batch_size": session.recipe.calibration.batch_size,
+        "gradients": str(_gradients_dtype(session)),
         "formats": {name: dataclasses.asdict(spec) for name, spec in formats.items()},
         "seed": seed,
     }

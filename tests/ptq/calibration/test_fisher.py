@@ -7,6 +7,7 @@ import pytest
 import torch
 from transformers.pytorch_utils import Conv1D
 
+from ptq.calibration import fisher
 from ptq.calibration.fisher import backward, block_inputs, cost_of_rows, fisher_root, output_gradients
 from ptq.calibration.kept_outputs import KeptOutputs
 from ptq.config.schema import ExecutionConfig, ModelConfig
@@ -47,6 +48,28 @@ def test_the_sums_are_the_squared_gradients_of_every_sample_by_plain_autograd(ki
     for name, value in expected.items():
         scale = float(value.abs().max())
         assert torch.allclose(found[name], value, rtol=2e-3, atol=1e-5 * scale), name
+
+
+@pytest.mark.parametrize("kind", ["opt", "llama", "gpt2", "gemma3", "mixtral"])
+def test_gradients_multiplied_in_bfloat16_are_those_of_plain_autograd_but_for_its_rounding(kind, tmp_path):
+    random_tiny(kind).save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    ids = torch.randint(3, 60, (3, 12), generator=torch.Generator().manual_seed(1))
+    found = _by_blocks(tmp_path, ids, "resident", dtype=torch.bfloat16)
+    expected = _by_autograd(tmp_path, ids)
+    assert found.keys() == expected.keys()
+    for name, value in expected.items():
+        assert 0 < float((found[name] - value).norm()) < 0.05 * float(value.norm()), name
+
+
+def test_gradients_are_of_bfloat16_where_a_float32_models_device_multiplies_it_faster(monkeypatch):
+    cpu = torch.device("cpu")
+    for faster in (True, False):
+        monkeypatch.setattr(fisher, "multiplies_bfloat16", lambda device: faster)  # noqa: B023
+        assert fisher.gradients_dtype(cpu, torch.float32) == (torch.bfloat16 if faster else None)
+        assert (
+            fisher.gradients_dtype(cpu, torch.float16) is None and fisher.gradients_dtype(cpu, torch.bfloat16) is None
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama", "gpt2", "mixtral"])
@@ -112,7 +135,7 @@ def test_the_gradients_of_a_batch_are_the_sum_of_its_samples(tmp_path, kind):
             assert torch.allclose(gradient, expected, rtol=2e-3, atol=1e-5 * scale), name
 
 
-def _by_blocks(folder, ids, weights, outputs=None, each=None, batch_size=1):
+def _by_blocks(folder, ids, weights, outputs=None, each=None, batch_size=1, dtype=None):
     stream = _network(folder, weights)
 
     @contextmanager
@@ -122,7 +145,7 @@ def _by_blocks(folder, ids, weights, outputs=None, each=None, batch_size=1):
 
     flow = stream.open(ids, batch_size)
     inputs = block_inputs(stream, flow, shown, outputs=outputs)
-    gradients = output_gradients(stream, flow.hidden, chunk=100, seed=5)
+    gradients = output_gradients(stream, flow.hidden, chunk=100, seed=5, dtype=dtype)
     found = {}
 
     def seen(sums):
@@ -131,7 +154,7 @@ def _by_blocks(folder, ids, weights, outputs=None, each=None, batch_size=1):
         for name, gradient in sums.items():
             found[name] = found.get(name, 0) + gradient.square()
 
-    backward(stream, flow, inputs, gradients, shown, lambda block: seen, outputs)
+    backward(stream, flow, inputs, gradients, shown, lambda block: seen, outputs, dtype)
     return found
 
 
