@@ -40,6 +40,7 @@ class Tasks:
         against: names of other runtimes.
         cache: what transformers generates with.
         head_bits: of embedding and head, rounded beside what the recipe's scheme says; None leaves that to the scheme.
+        compiled: whether decoding by kernels is measured compiled, too.
     """
 
     prefill: tuple[int, ...] = (128, 512, 2048)
@@ -50,6 +51,7 @@ class Tasks:
     against: tuple[str, ...] = field(default=())
     cache: str = DYNAMIC
     head_bits: int | None = None
+    compiled: bool = False
 
 
 def bench(
@@ -75,7 +77,7 @@ def bench(
         raise UserError("bench: --rounds, --prefill and --batches are at least 1, --decode at least 0")
     check_competitors(list(tasks.against))
     recipe = _with_head(recipe, tasks.head_bits)
-    made = list(sides_of(recipe, list(tasks.against), torch.get_num_threads(), tasks.cache, run))
+    made = list(sides_of(recipe, list(tasks.against), torch.get_num_threads(), tasks.cache, run, tasks.compiled))
     sides = [side for side, _ in made]
     longest = max([PROMPT + tasks.decode, *tasks.prefill])
     limit = getattr(made[0][1].config, "max_position_embeddings", longest)

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from transformers import CompileConfig
 
 from quantize.modules.packed import PackedLinear
 from quantize.modules.simulated import QuantLinear
@@ -38,12 +39,21 @@ class Side:
     note: str = ""
 
 
-def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC) -> Side:
-    """Returns the side of a transformers model; `cache`: a name of transformers for the cache that it generates with.
+def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC, compiler: CompileConfig | None = None) -> Side:
+    """Returns the side of a transformers model.
 
     Ids come on the model's device: to bring them there is no part of what is timed.
+
+    Args:
+        name: of the side.
+        model: of transformers.
+        note: what has to be said of it.
+        cache: a name of transformers for the cache that it generates with.
+        compiler: compiles the pass of one token of one sequence; None for none.
     """
-    chosen = {} if cache == DYNAMIC else {"cache_implementation": cache}
+    chosen: dict[str, Any] = {} if cache == DYNAMIC else {"cache_implementation": cache}
+    if compiler is not None:
+        chosen["compile_config"] = compiler
 
     @torch.no_grad()
     def prefill(ids: torch.Tensor) -> object:
@@ -60,7 +70,9 @@ def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC) -> Side
     stored = sum(_stored_bytes(m) for m in linears)
     head = model.get_output_embeddings()
     own = _stored_bytes(head) if isinstance(head, PackedLinear | QuantLinear | torch.nn.Linear) else None
-    return Side(name, prefill, decode, True, stored, own, lambda: sum(_read_bytes(m) for m in linears), note)
+    return Side(
+        name, prefill, decode, compiler is None, stored, own, lambda: sum(_read_bytes(m) for m in linears), note
+    )
 
 
 def _linears(model: Any) -> Any:

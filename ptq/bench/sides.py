@@ -17,6 +17,7 @@ import ptq.bench.against
 from ptq.bench.side import DYNAMIC, Side, side_of
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.errors import UserError, nearest
+from ptq.integrations.compiled import STATIC, decode_compiler
 from ptq.integrations.kernels import use_kernels_
 from ptq.integrations.outside import choose_outside, quantize_outside_
 from ptq.integrations.replace import pack_, remember, tied_of
@@ -35,6 +36,8 @@ from quantize.modules.simulated import QuantLinear
 CALIBRATION = (4, 128)
 """Samples and tokens for what needs ranges: the speed of a product does not depend on its values."""
 FLOAT32, BFLOAT16, SIMULATED, KERNELS = "fp32", "bf16", "simulated", "kernels"
+COMPILED = "kernels, compiled"
+"""The same model; a static cache, and the pass of one token of one sequence by `torch.compile`."""
 HALF_KERNELS = "kernels bf16"
 """On CUDA alone, whose kernels are made for models in 16 bits."""
 
@@ -57,7 +60,12 @@ def check_competitors(names: list[str]) -> None:
 
 
 def sides_of(
-    recipe: Recipe, against: list[str], threads: int, cache: str = DYNAMIC, run: pathlib.Path | None = None
+    recipe: Recipe,
+    against: list[str],
+    threads: int,
+    cache: str = DYNAMIC,
+    run: pathlib.Path | None = None,
+    compiled: bool = False,
 ) -> Iterator[tuple[Side, Any]]:
     """Yields each side and its transformers model, None for another runtime's.
 
@@ -67,9 +75,10 @@ def sides_of(
         threads: of torch.
         cache: what transformers generates with, ``dynamic`` or ``static``.
         run: a finished run of the recipe whose codes are taken; None rounds to nearest.
+        compiled: whether the kernels' model is a side once more, its pass of one token compiled.
 
     Raises:
-        UserError: for what a run would refuse, and for a runtime that computes on CPUs beside a model on another device.
+        UserError: for what a run would refuse, for a compiler that is not there, and for a runtime that computes on CPUs beside a model on another device.
     """
     torch.set_num_threads(threads)
     device = device_of(recipe)
@@ -77,6 +86,7 @@ def sides_of(
         raise UserError(
             f"--against: other runtimes are measured on CPUs, and this is {device}: add execution.device=cpu"
         )
+    compiler = decode_compiler(device) if compiled else None
     loaded = load(recipe.model, recipe.execution)
     model = loaded.model.float().eval().requires_grad_(False).to(device)
     model.config.use_cache = True
@@ -87,6 +97,9 @@ def sides_of(
     made = copy.deepcopy(simulated)
     note = by_kernels(made, recipe.scheme)
     yield side_of(KERNELS, made, note, cache), made
+    if compiler is not None:
+        note = "static cache; the pass of one token of one sequence by torch.compile, prompts by kernels"
+        yield side_of(COMPILED, made, note, STATIC, compiler), made
     if device.type == "cuda":
         made = _simulated(copy.deepcopy(half), recipe, run)
         note = by_kernels(made, recipe.scheme)

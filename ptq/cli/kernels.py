@@ -69,6 +69,11 @@ def bench_command(arguments: list[str], program: str) -> int:
     parser.add_argument(
         "--cache", choices=["dynamic", "static"], default="dynamic", help="what transformers generates with (dynamic)"
     )
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="decoding by kernels once more, compiled by torch.compile (a minute or more)",
+    )
     parser.add_argument("--head", type=int, metavar="BITS", help="embedding and head in so many bits too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that count (5)")
     parser.add_argument("--no-loading", action="store_true", help="leave out time to load and peak memory")
@@ -91,6 +96,7 @@ def bench_command(arguments: list[str], program: str) -> int:
         tuple(given.against),
         given.cache,
         given.head,
+        given.compile,
     )
     output = pathlib.Path(given.output).expanduser() if given.output else None
     run = None if given.run is None else pathlib.Path(given.run).expanduser()

@@ -162,12 +162,18 @@ class PtqQuantizer(HfQuantizer):
 
     def __init__(self, quantization_config: PtqConfig, **kwargs: Any):
         super().__init__(quantization_config, **kwargs)
+        self.compiles = False
         self.transposed: set[str] = set()
         """Names of the Linears whose checkpoint holds the weight as (in, out)."""
         self.experts = TakenApart()
         """Which fused experts are Linears while the model is loaded, and from then on."""
         self.refused: list[str] = []
         """Weights that could not be encoded, and why."""
+
+    @property
+    def is_compileable(self) -> bool:
+        """Whether `generate` may compile: where `ptq.integrations.compiled.compile_decode_` has asked for it."""
+        return self.compiles
 
     def _process_model_before_weight_loading(self, model: Any, **kwargs: Any) -> None:
         if getattr(model.config, "distributed_config", None) is not None:

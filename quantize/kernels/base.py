@@ -152,7 +152,7 @@ def integer_rows(x: torch.Tensor, spec: QuantSpec, grid: Grid | None) -> Integer
         grid: the static grid; None where ranges are dynamic.
     """
     rows = x.reshape(-1, x.shape[-1])
-    if grid is None and _is_absmax(spec):
+    if grid is None and is_absmax(spec):
         return _absmax_rows(rows, spec.bits)
     found = dynamic_grid(rows, spec) if grid is None else grid
     codes, scale = quantize(rows, found), found.scale.reshape(-1, 1)
@@ -166,7 +166,8 @@ def integer_rows(x: torch.Tensor, spec: QuantSpec, grid: Grid | None) -> Integer
     return IntegerRows(_shifted(codes), scale, zero)
 
 
-def _is_absmax(spec: QuantSpec) -> bool:
+def is_absmax(spec: QuantSpec) -> bool:
+    """Returns whether a dynamic grid of integers is that of the greatest magnitude, as it is."""
     return spec.symmetric and not spec.full_range and spec.clip == 1 and spec.range == "minmax"
 
 

@@ -16,6 +16,7 @@ from quantize.kernels.base import SHIFT, IntegerRows, IntegerWeight, finish
 from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.floating import StoredWeight
 from quantize.kernels.stored import Products, products
+from quantize.kernels.traced import RowProduct
 from quantize.modules.frozen import DecodedWeight, FrozenProduct
 from quantize.modules.fused import Place, group_bits, stack, take_apart
 from quantize.modules.shared_input import SharedInput
@@ -70,6 +71,7 @@ class PackedLinear(nn.Linear):
         self._shared = SharedInput()
         self._kernel: Multiplier | Products | None = None
         self._taken: tuple[Any] | None = None
+        self._row: RowProduct | None = None
         self.place: Place | None = None
         self.apart = False
         layout = packed_layout(out_features, in_features, weight_spec, input_spec)
@@ -182,6 +184,8 @@ class PackedLinear(nn.Linear):
             shared: what Linears that read the same tensor share; None for one of its own.
         """
         self._choice, self._shared = choice, SharedInput() if shared is None else shared
+        shape = self.out_features, self.in_features
+        self._row = None if choice is None else RowProduct.of(self.weight_spec, self.input_spec, shape)
         self._forget_kernel()
 
     @property
@@ -252,7 +256,7 @@ class PackedLinear(nn.Linear):
         if self._choice is None or type(x) is not torch.Tensor or x.dtype is not self.dtype:
             return None
         if torch.compiler.is_compiling():
-            return None  # A tracer sees the definition, and no timing.
+            return None  # A tracer sees the definition, or the product of one row, and no timing.
         codes = self._parameters["codes"]
         if self._taken is None or self._taken[0] is not codes:
             self._take(codes)
@@ -296,6 +300,9 @@ class PackedLinear(nn.Linear):
             return kernel(rows, bias, x.dtype).view(*lead, self.out_features)
         if isinstance(kernel, Products):
             return kernel(x, bias)
+        if self._row is not None and x.numel() == self.in_features and _is_compiled():
+            stored = self.stored
+            return finish(self._row(x, stored["codes"], stored["scale"], stored.get("zero_point")), None, bias, x.dtype)
         if self.input_spec is not None:
             x = fake_quantize_dynamic(x, self.input_spec)
         return functional.linear(x, self.dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
@@ -388,6 +395,11 @@ def _integers(held: StoredWeight) -> IntegerWeight:
     if zero is None:
         return IntegerWeight(codes, held.scales().contiguous(), None)
     return IntegerWeight((codes ^ SHIFT).view(torch.int8), held.scales().contiguous(), zero.to(torch.int32) - SHIFT)
+
+
+def _is_compiled() -> bool:
+    """Returns whether what runs is traced to be compiled here; an exported program keeps the definition."""
+    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
 
 
 def keeping_types(

@@ -10,7 +10,7 @@ import torch
 
 from quantize.kernels.base import SHIFT
 from quantize.kernels.floating import Product, StoredWeight, register_floating
-from quantize.kernels.onednn_int8 import refusal_here
+from quantize.kernels.integers.onednn_int8 import refusal_here
 from quantize.spec.quant_spec import QuantSpec
 
 BASE = 256

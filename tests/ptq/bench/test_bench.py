@@ -134,6 +134,28 @@ def test_head_and_embedding_are_packed_where_asked_for_and_the_step_is_divided(t
         bench(recipe, dataclasses.replace(tasks, head_bits=17), tmp_path)
 
 
+def test_a_compiled_side_generates_one_sequence_with_a_static_cache_and_the_kernels_model(tiny_llama, monkeypatch):
+    monkeypatch.setattr("ptq.integrations.compiled.missing", lambda: None)
+    recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": TOKEN})
+    made = list(sides_of(recipe, [], 1, compiled=True))
+    assert [side.name for side, _ in made] == ["fp32", "bf16", "simulated", "kernels", "kernels, compiled"]
+    (kernels, model), (compiled, same) = made[-2:]
+    assert same is model and kernels.batches and not compiled.batches
+    given = []
+    monkeypatch.setattr(model, "generate", lambda ids, **options: given.append(options))
+    kernels.decode(torch.ones(1, 4, dtype=torch.int64), 3)
+    compiled.decode(torch.ones(1, 4, dtype=torch.int64), 3)
+    assert "compile_config" not in given[0] and given[1]["compile_config"]._compile_all_devices
+    assert given[1]["cache_implementation"] == "static" and given[1]["max_new_tokens"] == 3
+
+
+def test_without_a_compiler_it_is_said_before_a_model_is_loaded(tiny_llama, monkeypatch, capsys):
+    monkeypatch.setattr("ptq.integrations.compiled.missing", lambda: "no C++ compiler is there: install g++")
+    monkeypatch.setattr("ptq.bench.sides.load", None)
+    assert main(["bench", "--config", "smollm2-135m_w8a8", "--compile", "--no-loading"]) == 2
+    assert "compile: no C++ compiler is there: install g++" in capsys.readouterr().err
+
+
 def test_sides_take_turns_and_ratios_are_over_the_first():
     now = [0.0]
     order = []

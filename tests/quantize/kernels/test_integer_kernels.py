@@ -194,7 +194,7 @@ def test_what_fbgemm_does_not_multiply_is_refused(weight, inputs, shape, why):
 
 
 def test_fbgemm_is_refused_where_torch_quantizes_by_another_engine(monkeypatch):
-    monkeypatch.setattr("quantize.kernels.fbgemm.ENGINES", ())
+    monkeypatch.setattr("quantize.kernels.integers.fbgemm.ENGINES", ())
     found = registered()["fbgemm"].refusal(QuantSpec(bits=8), TOKEN, (8, 16), CPU)
     assert found == "torch's quantized Linear is not FBGEMM's here"
 

@@ -13,7 +13,7 @@ import torch
 from torch.nn import functional
 
 from quantize.kernels.base import IntegerRows, IntegerWeight, Multiply, register
-from quantize.kernels.onednn_int8 import OVERFLOW
+from quantize.kernels.integers.onednn_int8 import OVERFLOW
 from quantize.spec.quant_spec import QuantSpec
 
 ENGINES = ("x86", "fbgemm")

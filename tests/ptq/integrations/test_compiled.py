@@ -1,0 +1,52 @@
+"""Decoding that is compiled says what kernels say; what it needs is said before."""
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+from transformers import AutoModelForCausalLM
+
+from ptq.errors import UserError
+from ptq.integrations.compiled import compile_decode_, missing
+from ptq.integrations.transformers import PtqConfig
+from ptq.testing import random_tiny
+
+IDS = torch.arange(1, 17)[None] % 60
+COMPILER = pytest.mark.skipif(missing() is not None, reason=f"torch.compile: {missing()}")
+
+
+def load(path, scheme):
+    return AutoModelForCausalLM.from_pretrained(path, quantization_config=PtqConfig(scheme=scheme))
+
+
+@COMPILER
+@torch.no_grad()
+def test_compiled_decoding_gives_the_tokens_of_kernels_by_one_graph(tmp_path):
+    whole = random_tiny("llama")
+    whole.model.layers = whole.model.layers[:1]
+    whole.config.num_hidden_layers = 1
+    whole.save_pretrained(tmp_path)
+    model = load(tmp_path, "w8a8")
+    expected = model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    compile_decode_(model)
+    torch._dynamo.reset()
+    counters.clear()
+    found = model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
+    assert torch.equal(found, expected)
+    assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+
+
+def test_without_a_compiler_or_generate_the_reason_is_said(tiny_llama, monkeypatch):
+    with pytest.raises(UserError, match="compile: Linear has no generate"):
+        compile_decode_(torch.nn.Linear(2, 2))
+    model = load(tiny_llama, "w8a8")
+    monkeypatch.setenv("PATH", "")
+    monkeypatch.delenv("CXX", raising=False)
+    with pytest.raises(UserError, match=r"compile: no C\+\+ compiler is there, looked for g\+\+, .*: install g\+\+"):
+        compile_decode_(model)
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    with pytest.raises(UserError, match="looked for no-such-compiler"):
+        compile_decode_(model)
+    monkeypatch.undo()
+    monkeypatch.setattr("sysconfig.get_path", lambda name: "/no/such/folder")
+    assert missing() is None or "Python.h is not there: install Python's headers" in missing()
+    assert model.generation_config.compile_config is None
