@@ -17,7 +17,7 @@ import ptq.bench.against
 from ptq.bench.side import DYNAMIC, Side, side_of
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.errors import UserError, nearest
-from ptq.integrations.compiled import STATIC, decode_compiler
+from ptq.integrations.compiled import STATIC, check_compiler, compiled_call_
 from ptq.integrations.kernels import use_kernels_
 from ptq.integrations.outside import choose_outside, quantize_outside_
 from ptq.integrations.replace import pack_, remember, tied_of
@@ -86,7 +86,8 @@ def sides_of(
         raise UserError(
             f"--against: other runtimes are measured on CPUs, and this is {device}: add execution.device=cpu"
         )
-    compiler = decode_compiler(device) if compiled else None
+    if compiled:
+        check_compiler(device)
     loaded = load(recipe.model, recipe.execution)
     model = loaded.model.float().eval().requires_grad_(False).to(device)
     model.config.use_cache = True
@@ -97,9 +98,9 @@ def sides_of(
     made = copy.deepcopy(simulated)
     note = by_kernels(made, recipe.scheme)
     yield side_of(KERNELS, made, note, cache), made
-    if compiler is not None:
+    if compiled:
         note = "static cache; the pass of one token of one sequence by torch.compile, prompts by kernels"
-        yield side_of(COMPILED, made, note, STATIC, compiler), made
+        yield side_of(COMPILED, made, note, STATIC, compiled_call_(made)), made
     if device.type == "cuda":
         made = _simulated(copy.deepcopy(half), recipe, run)
         note = by_kernels(made, recipe.scheme)

@@ -4,6 +4,7 @@ import os
 import pathlib
 import shutil
 import sysconfig
+import types
 from typing import Any
 
 import torch
@@ -23,7 +24,8 @@ def compile_decode_(model: Any) -> None:
 
     In packed Linears that have kernels (`ptq.integrations.kernels.use_kernels_`) integer weights of 2, 4 and 8 bits are decoded where they
     are read; weights of other formats are written out at each call, and kernels do it faster. Compiling takes a minute or more at the
-    first token, is kept by torch on disk, and comes again for a static cache of another length.
+    first token, is kept by torch on disk, and comes again for a static cache of another length. That modules are what they were is not
+    looked at again at each token, which would take a fifth of its time: call this once more where some were replaced.
 
     Args:
         model: of transformers. Its generation config is changed: a static cache, and what to compile with.
@@ -31,29 +33,59 @@ def compile_decode_(model: Any) -> None:
     Raises:
         UserError: for a model that cannot generate, and where no compiler is there.
     """
-    config = getattr(model, "generation_config", None)
-    if config is None:
+    if getattr(model, "generation_config", None) is None:
         raise UserError(
             f"compile: {type(model).__name__} has no generate: expected a causal language model of transformers"
         )
-    config.compile_config = decode_compiler(next(model.parameters()).device)
-    config.cache_implementation = STATIC
-    if isinstance(quantizer := getattr(model, "hf_quantizer", None), PtqQuantizer):
-        quantizer.compiles = True
+    model.generation_config.compile_config = compiled_call_(model)
+    model.generation_config.cache_implementation = STATIC
 
 
-def decode_compiler(device: torch.device) -> CompileConfig:
-    """Returns what ``generate(compile_config=..., cache_implementation="static")`` is told on a device.
+def compiled_call_(model: Any) -> CompileConfig:
+    """Gives a model of transformers what ``generate(compile_config=..., cache_implementation="static")`` calls for one token, and returns
+    the ``compile_config`` that chooses it; other calls stay as they are.
 
     Raises:
-        UserError: for a CPU where there is no C++ compiler, or no header of Python: torch writes C++ that Python calls.
+        UserError: where no compiler is there.
     """
-    if device.type == "cpu" and (lack := missing()) is not None:
-        raise UserError(f"compile: {lack}")
+    check_compiler(next(model.parameters()).device)
     config = CompileConfig(mode="default")
     # On GPUs transformers compiles by itself; on CPUs it has to be told to.
     config._compile_all_devices = True  # type: ignore[assignment]
+    model._compiled_call, model._last_compile_config = CompiledCall(model), config
+    if isinstance(quantizer := getattr(model, "hf_quantizer", None), PtqQuantizer):
+        quantizer.compiles = True
     return config
+
+
+class CompiledCall:
+    """Calls a model compiled; a copy of the model has a call of its own."""
+
+    def __init__(self, model: Any):
+        self._model = model
+        # What is compiled is kept by code object, and modules are not compared: each model has one of its own.
+        code = _call.__code__.replace(co_name=f"call_{id(self)}")
+        own = types.FunctionType(code, _call.__globals__, code.co_name)
+        skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+        self._compiled = torch.compile(own, options=None if skip is None else {"guard_filter_fn": skip})
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Returns what the model does."""
+        return self._compiled(self._model, *args, **options)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "CompiledCall":
+        """Returns the call of the copy that is being made."""
+        return CompiledCall(memo.get(id(self._model), self._model))
+
+
+def _call(model: Any, *args: Any, **options: Any) -> Any:
+    return model(*args, **options)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raises `UserError` for a CPU where there is no C++ compiler, or no header of Python: torch writes C++ that Python calls."""
+    if device.type == "cpu" and (lack := missing()) is not None:
+        raise UserError(f"compile: {lack}")
 
 
 def missing() -> str | None:

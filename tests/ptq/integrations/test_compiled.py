@@ -1,5 +1,7 @@
 """Decoding that is compiled says what kernels say; what it needs is said before."""
 
+import copy
+
 import pytest
 import torch
 from torch._dynamo.utils import counters
@@ -7,8 +9,10 @@ from transformers import AutoModelForCausalLM
 
 from ptq.errors import UserError
 from ptq.integrations.compiled import compile_decode_, missing
+from ptq.integrations.kernels import use_kernels_
 from ptq.integrations.transformers import PtqConfig
 from ptq.testing import random_tiny
+from quantize.modules.packed import PackedLinear
 
 IDS = torch.arange(1, 17)[None] % 60
 COMPILER = pytest.mark.skipif(missing() is not None, reason=f"torch.compile: {missing()}")
@@ -33,6 +37,19 @@ def test_compiled_decoding_gives_the_tokens_of_kernels_by_one_graph(tmp_path):
     found = model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     assert torch.equal(found, expected)
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
+    # A model of the same class and other codes has a graph of its own, and so has a copy.
+    other = copy.deepcopy(model)
+    for module in other.modules():
+        if isinstance(module, PackedLinear):
+            module.store(-2 * module.dequantized())
+    use_kernels_(other, "simulated")
+    plain = other.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False, disable_compile=True)
+    assert not torch.equal(plain, expected)
+    assert torch.equal(other.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False), plain)
+    assert torch.equal(model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False), expected)
+    model.save_pretrained(tmp_path / "saved")
+    again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved")
+    assert torch.equal(again.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False), expected)
 
 
 def test_without_a_compiler_or_generate_the_reason_is_said(tiny_llama, monkeypatch):
