@@ -23,6 +23,8 @@ from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
+_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
+"""Of a torch that does not tell whether a program is exported nothing is taken for compiled."""
 INTEGER_PART = QuantSpec(bits=8, granularity="token", dynamic=True)
 """What of LLM.int8()'s input meets the int8 weight: all but the outlier columns."""
 
@@ -399,7 +401,7 @@ def _integers(held: StoredWeight) -> IntegerWeight:
 
 def _is_compiled() -> bool:
     """Returns whether what runs is traced to be compiled here; an exported program keeps the definition."""
-    return torch.compiler.is_compiling() and not torch.compiler.is_exporting()
+    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def keeping_types(
