@@ -92,7 +92,7 @@ class RowProduct:
         return total if zeros is None else total - (steps * zeros * _made(grouped.sum((1, 2)))).sum(1)
 
     def _values(self, packed: torch.Tensor, lane: int) -> torch.Tensor:
-        """Returns every so-manieth code of bytes (rows, groups, bytes), float32; signed ones below 8 bits from 0 up."""
+        """Returns the codes that lie at one place of each byte (rows, groups, bytes), float32; signed ones below 8 bits from 0 up."""
         if self.bits == 8:
             return (packed.view(torch.int8) if self.symmetric else packed).float()
         codes = (packed >> (lane * self.bits)) & (2**self.bits - 1)
