@@ -47,7 +47,8 @@ def test_the_residual_target_works_on_rounded_inputs_and_refuses_to_solve_all_li
 
 
 def test_held_out_samples_keep_the_residual_target_from_doing_harm_where_tokens_are_few(tmp_path, tiny_llama):
-    few = {"samples": 8, "length": 32}
+    # What 256 tokens make of it goes up and down with the tokens: four draws.
+    draws = [{"samples": 8, "length": 32, "sampling": "random", "seed": seed} for seed in range(4)]
     scheme = {"weight": {"bits": 2, "granularity": "group", "group_size": 32, "symmetric": False}}
     found = {}
     for name, options in {
@@ -56,9 +57,9 @@ def test_held_out_samples_keep_the_residual_target_from_doing_harm_where_tokens_
         "held out": {"target": "residual", "held_out": 4},
         "damped": {"held_out": 4, "search_damping": True},
     }.items():
-        found[name], log = figures(tmp_path, tiny_llama, scheme, {"gptq": options}, calibration=few)
-        found[name] = found[name]["kl_mean"]
-        assert name != "damped" or "by held out samples" in log
+        ran = [figures(tmp_path, tiny_llama, scheme, {"gptq": options}, calibration=few) for few in draws]
+        found[name] = sum(metrics["kl_mean"] for metrics, _ in ran)
+        assert name != "damped" or all("by held out samples" in log for _, log in ran)
     assert found["held out"] < min(found["residual"], found["present"]), found
     assert found["damped"] < found["present"], found
 

@@ -25,11 +25,11 @@ from tests.tools.same_bits import results, same
 
 GROUPS = {"weight": {"bits": 2, "granularity": "group", "group_size": 32, "symmetric": False}}
 GPTQ = {"gptq": {"target": "residual"}}
-TUNE = {"steps": 64, "rate": 3e-3}
+TUNE = {"steps": 128, "rate": 3e-3}
 """So small a network takes large steps."""
 LESS = 0.8
-"""Share of the held-out divergence that tuning leaves at most: up to 0.76 on a Zen 3, below 0.75 on a Zen 4. Each processor trains the tiny
-model a little otherwise."""
+"""Share of the held-out divergence that tuning leaves at most: 0.74 on a Zen 4 (after 64 steps 0.81, and up to 0.76 on a
+Zen 3). Each processor trains the tiny model a little otherwise, and each Python has other texts for it."""
 
 
 def make(tmp_path, model, steps, scheme=GROUPS, **changes):
@@ -63,7 +63,7 @@ def test_tuned_scales_lose_less_on_held_out_samples_and_on_what_is_evaluated_and
     (before, _, _), (after, _, _), log = plain
     assert after["kl_mean"] < 0.97 * before["kl_mean"]
     assert after["tuned"]["after"] < LESS * after["tuned"]["before"] and before["tuned"] is None
-    assert re.search(r"tune: 28 Linears, 0 norms: held out divergence \S+ -> \S+ \(step \d+ of 64\)", log)
+    assert re.search(r"tune: 28 Linears, 0 norms: held out divergence \S+ -> \S+ \(step \d+ of 128\)", log)
 
 
 def test_codes_zero_points_and_norms_stay_and_scales_move_a_little(plain):
