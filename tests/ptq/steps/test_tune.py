@@ -25,11 +25,13 @@ from tests.tools.same_bits import results, same
 
 GROUPS = {"weight": {"bits": 2, "granularity": "group", "group_size": 32, "symmetric": False}}
 GPTQ = {"gptq": {"target": "residual"}}
-TUNE = {"steps": 128, "rate": 3e-3}
+TUNE = {"steps": 64, "rate": 3e-3}
 """So small a network takes large steps."""
 LESS = 0.8
-"""Share of the held-out divergence that tuning leaves at most: 0.74 on a Zen 4 (after 64 steps 0.81, and up to 0.76 on a
-Zen 3). Each processor trains the tiny model a little otherwise, and each Python has other texts for it."""
+"""Share of the held-out divergence that tuning leaves at most: up to 0.76 on a Zen 3, 0.75 on a Zen 4. Each processor trains
+the tiny model a little otherwise, and each Python has other texts for it."""
+LONG = {**TUNE, "steps": 128}
+"""For what is learned slowest: 0.74, where 64 steps left 0.81 (Zen 4, Debian's Python)."""
 
 
 def make(tmp_path, model, steps, scheme=GROUPS, **changes):
@@ -59,8 +61,12 @@ def plain(tiny_llama, tmp_path_factory):
     return *(results(folder) for folder in found), (found[1] / "run.log").read_text()
 
 
-def test_tuned_scales_lose_less_on_held_out_samples_and_on_what_is_evaluated_and_the_result_says_so(plain):
-    (before, _, _), (after, _, _), log = plain
+def test_tuned_scales_lose_less_on_held_out_samples_and_on_what_is_evaluated_and_the_result_says_so(
+    tmp_path, tiny_llama, plain
+):
+    (before, _, _), _, _ = plain
+    folder = run(make(tmp_path, tiny_llama, GPTQ | {"tune": LONG}))
+    after, log = metrics_of(folder), (folder / "run.log").read_text()
     assert after["kl_mean"] < 0.97 * before["kl_mean"]
     assert after["tuned"]["after"] < LESS * after["tuned"]["before"] and before["tuned"] is None
     assert re.search(r"tune: 28 Linears, 0 norms: held out divergence \S+ -> \S+ \(step \d+ of 128\)", log)
