@@ -32,6 +32,7 @@ from ptq.run.experiment import sources_of
 from ptq.run.planning import open_context, plan_steps
 from ptq.run.session import Session
 from ptq.steps._step import TRANSFORM, Context, Solver, Step
+from quantize.kernels.matmul import multiplies_bfloat16
 from quantize.spec.quant_spec import QuantSpec
 
 KIND = "sensitivity"
@@ -122,6 +123,7 @@ class Forward:
         inputs: what reaches each block.
         solving: how weights are quantized; None where they are rounded to nearest.
         outputs: what the Linears gave, where there was memory for it.
+        dtype: in which gradients are multiplied; None: as the model is.
     """
 
     context: Context
@@ -129,6 +131,7 @@ class Forward:
     inputs: list[torch.Tensor]
     solving: Solving | None = None
     outputs: KeptOutputs | None = None
+    dtype: torch.dtype | None = None
 
     def quantize(self, formats: Mapping[str, QuantSpec]) -> Quantize:
         """Returns what quantizes the weights of a block to `formats`."""
@@ -164,7 +167,8 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
         count = len(ids) - solved
         flow = stream.calibration(ids[:count], max(1, min(context.batch_size, count // DRAWS)))
         # What is multiplied in another type on the way back is not what the way forward gives.
-        kept = stream.hidden_states != "disk" and _gradients_dtype(session) is None
+        dtype = _gradients_dtype(session)
+        kept = stream.hidden_states != "disk" and dtype is None
         outputs = KeptOutputs(room_on(stream.device) if kept else 0)
         inputs = block_inputs(stream, flow, context.shown, outputs=outputs)
         if solver is not None:
@@ -172,7 +176,7 @@ def open_forward(session: Session, steps: Mapping[str, Step], solved: int = 0) -
             solving = Solving(*solver, others, block_inputs(stream, others, context.shown, "forward, for Hessians"))
     if (place := flow.first_nonfinite()) is not None:
         raise UserError(f"NaN or inf in the unquantized model from {place} on: try model.dtype=float32")
-    return Forward(context, flow, inputs, solving, outputs)
+    return Forward(context, flow, inputs, solving, outputs, dtype)
 
 
 def weighing_solver(steps: Mapping[str, Step]) -> tuple[str, Solver] | None:
@@ -239,7 +243,6 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
     sums: dict[str, dict[str, torch.Tensor]] = {}
 
     quantize = forward.quantize(formats)
-    dtype = _gradients_dtype(session)
 
     def entered(block: Block) -> Callable[[Mapping[str, torch.Tensor]], None]:
         errors = quantize(block)
@@ -259,9 +262,9 @@ def measure(session: Session, forward: Forward, formats: Mapping[str, QuantSpec]
 
     with session.journal.phase("head"):
         chunk = session.recipe.evaluation.chunk
-        gradients = output_gradients(stream, flow.hidden, chunk, seed, outside.head, dtype)
+        gradients = output_gradients(stream, flow.hidden, chunk, seed, outside.head, forward.dtype)
     with session.journal.phase("backward"):
-        backward(stream, flow, forward.inputs, gradients, context.shown, entered, forward.outputs, dtype)
+        backward(stream, flow, forward.inputs, gradients, context.shown, entered, forward.outputs, forward.dtype)
         if outside.embedding is not None:
             embedding_gradients(stream, flow, gradients, outside.embedding)
     costs = {name: {form: float(v) / (2 * positions) for form, v in known.items()} for name, known in sums.items()}
@@ -320,7 +323,8 @@ def _key(
         "sources": sources_of(transforms | solver),
         "statistics": session.recipe.calibration.statistics,
         "batch_size": session.recipe.calibration.batch_size,
-        "gradients": str(_gradients_dtype(session)),
+        # Of two CPUs of one capability one may have such products, and round otherwise.
+        "multiplies_bfloat16": multiplies_bfloat16(session.stream.device),
         "formats": {name: dataclasses.asdict(spec) for name, spec in formats.items()},
         "seed": seed,
     }

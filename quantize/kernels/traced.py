@@ -63,6 +63,7 @@ class RowProduct:
         row = x.reshape(1, -1).float()
         if self.input_bits is None:
             return self._dot(row, codes, scale, zero_point).view(*x.shape[:-1], -1)
+        # What `integer_rows` gives: its cached tensor, which saves time call by call, would have torch warn where it is traced.
         step = row.abs().amax(1, keepdim=True) / float(2 ** (self.input_bits - 1) - 1)
         step = torch.where(step < torch.finfo(torch.float32).tiny, 1.0, step)
         return (self._dot((row / step).round(), codes, scale, zero_point) * step).view(*x.shape[:-1], -1)
