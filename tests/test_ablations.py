@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import yaml
 
 from experiments.ablations import main, with_section
@@ -17,6 +18,7 @@ def test_a_section_is_written_anew_and_the_others_stay():
     assert again.startswith("# What the shipped ablations found\n") and again.endswith("second\n")
 
 
+@pytest.mark.usefixtures("drawn")
 def test_an_ablation_is_run_and_its_finding_written(tmp_path, tiny_llama, capsys):
     text = tmp_path / "text.txt"
     text.write_text(read_text(TextConfig(split="test"), "text").joined[:8000])

@@ -13,6 +13,7 @@ from experiments.method_pictures.canvas import save
 from experiments.method_pictures.material import Read
 from ptq.cli.app import main as ptq_main
 
+pytestmark = pytest.mark.usefixtures("drawn")
 DOCS = pathlib.Path(__file__).parents[1] / "docs"
 PAGE = (DOCS / "methods.md").read_text(encoding="utf-8")
 KEEP_PICTURE_BYTES = 60_000

@@ -5,6 +5,8 @@ import pytest
 from experiments.sweep_picture import draw, lines_of, spans_decades
 from ptq.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("drawn")
+
 
 def row(number, alpha, bits, difference, status="done"):
     return {

@@ -147,13 +147,13 @@ def export_session(
         return None
     exporter = build_exporter(recipe.export)
     path = _default_path(folder, recipe.export, exporter)
-    if finish is not None:
-        with session.journal.phase("export"):
-            return _said(finish(path), session.journal)
     narrow = stored_type(loaded, steps)
     if narrow is not None and narrow != torch.float32:
         words = f"export: embedding and head, which steps.{turns_stream(steps)} has turned, are stored in {loaded.baseline_dtype}"
         session.journal.say(f"{words}; the run had them in {loaded.arithmetic_dtype}")
+    if finish is not None:
+        with session.journal.phase("export"):
+            return _said(finish(path), session.journal)
     source: QuantizedTensors = ResidentSource(
         session.network, loaded.tokenizer, recipe.scheme, origin_of(session), narrow
     )

@@ -158,7 +158,7 @@ def plan_all(steps: Mapping[str, Step], context: Context, plan_of: Callable[[Ste
         plan = step.plan(context) if plan_of is None else plan_of(step)
         # What is stale already stays so when a second step makes it so again.
         stale = context.statistics if plan.stale and context.statistics is not None else stale
-        _add(context, name, step, plan)
+        add_plan(context, name, step, plan)
     if rounded := RoundedOutside(context.scheme, context.network):
         context.stream.outside.append(rounded)
 
@@ -220,7 +220,8 @@ def _plain(options: Any) -> Any:
     )
 
 
-def _add(context: Context, name: str, step: Step, plan: StepPlan) -> None:
+def add_plan(context: Context, name: str, step: Step, plan: StepPlan) -> None:
+    """Lets the steps that plan after this one, and what lies outside the blocks, know of its plan."""
     context.plans[name] = plan
     if step.kind == TRANSFORM:
         context.steps[name] = step

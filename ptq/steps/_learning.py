@@ -16,6 +16,8 @@ from quantize.modules.learned import LearnedLinear
 from quantize.modules.online import carry_online
 from quantize.solvers.rounding import LearnedWeight
 
+PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+"""Types of products in which a step may learn, by the name that its options have for them."""
 LEAST_PAIRS = 2
 """Batches without which nothing can be both learned and held out."""
 
@@ -45,6 +47,7 @@ def trainable(
     made: Callable[[str, torch.Tensor], LearnedWeight],
     inputs: BlockInputs,
     log_scales: Mapping[str, nn.Parameter],
+    precision: str = "float32",
 ) -> tuple[dict[str, nn.Module], dict[str, LearnedLinear]]:
     """Puts `LearnedLinear`s in the places of the block's Linears whose weights are quantized.
 
@@ -54,6 +57,7 @@ def trainable(
         made: gives what is learned of a weight (out, in), by full name of its Linear.
         inputs: gives the quantizers of the inputs.
         log_scales: of what readers' inputs are divided by, by name; those not named are divided by nothing.
+        precision: type of the products while they learn, of `PRECISIONS`; float32 leaves the model's own.
 
     Returns:
         The Linears that stood there, and those that stand there now, by name.
@@ -63,6 +67,7 @@ def trainable(
     """
     originals: dict[str, nn.Module] = {}
     learned: dict[str, LearnedLinear] = {}
+    dtype = None if precision == "float32" else PRECISIONS[precision]
     for name in (name for stage in context.stages(block) for name in stage):
         specs = specs_of(context, name)
         if specs.weight is None:
@@ -73,7 +78,7 @@ def trainable(
         except ValueError as error:
             raise UserError(f"{name}: {error}") from None
         bias = module.bias if isinstance(module.bias, torch.Tensor) else None
-        linear = LearnedLinear(weight, bias, inputs.of(name, specs), log_scales.get(name))
+        linear = LearnedLinear(weight, bias, inputs.of(name, specs), log_scales.get(name), dtype)
         carry_online(module, linear)
         replace_module(context.network.model, name, linear)
         originals[name], learned[name] = module, linear

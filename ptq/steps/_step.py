@@ -131,6 +131,7 @@ class Context:
         attentions: full names of the modules that call transformers' attention interface, by block.
         steps: the steps so far, by name, in order.
         plans: what they have decided.
+        outside: for `Step.plan_block`, what the same step's `plan_outside` has said.
         note: writes a line into the run's log.
         keep: makes what a pass of this name keeps of its finished blocks, or None where nothing is kept.
         rescaled: called with (full name, scale (in,)) when a solver has divided what the Linear reads by a scale.
@@ -149,6 +150,7 @@ class Context:
     rotary: Mapping[str, str] = field(default_factory=dict)
     steps: "dict[str, Step]" = field(default_factory=dict)
     plans: dict[str, StepPlan] = field(default_factory=dict)
+    outside: StepPlan = field(default_factory=StepPlan)
     note: Callable[[str], None] = lambda line: None
     keep: Callable[[str, list[Flow], Any], Kept | None] = lambda what, flows, visitor: None
     rescaled: Callable[[str, torch.Tensor], None] = lambda name, scale: None
@@ -286,8 +288,8 @@ class Step:
     """Whether a transform changes blocks and leaves what they compute as it is: one that computes something else on purpose is not proved,
     nor one that leaves the blocks alone."""
     by_block: ClassVar[bool] = False
-    """Whether a block's part of the plan depends on nothing beyond what the block reads: then `plan_block` makes it, and a run whose
-    weights are on disk need not see the network before its first block. What such a step does lies inside the blocks."""
+    """Whether a block's part of the plan depends on nothing beyond what the block reads, and `plan_outside` knows what it does outside
+    of them: then `plan_block` makes it, and a run whose weights are on disk need not see the network before its first block."""
     outdates: ClassVar[bool] = False
     """Of a step that plans `by_block`, whether its plans are `StepPlan.stale`: a step behind it that needs statistics needs a pass of its own."""
     last: ClassVar[bool] = False
@@ -313,12 +315,21 @@ class Step:
         """Sees everything once, before the first block. `Context.shown` and `Context.show` apply the steps before it."""
         return StepPlan()
 
+    def plan_outside(self, context: Context) -> StepPlan:
+        """Returns what `plan` would have beyond the blocks: its `basis`, and what `outside` goes by; where a step plans `by_block`.
+
+        Called before the first block is seen, whose links are not known yet; what lies outside the blocks is in memory as it was.
+        """
+        return StepPlan()
+
     def looks_at(self, context: Context) -> Flow | None:
         """Returns the samples that `plan_block` wants to see, before the first block, or None; where a step plans `by_block`."""
         return None
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Returns what `plan` would have for one block, whose weights are in memory as the steps before this one leave them.
+
+        What `plan_outside` said, `Context.outside`, is not said again.
 
         Args:
             block: the block; its statistics are `Context.statistics`, which has no other's.

@@ -26,6 +26,7 @@ class LearnedLinear(nn.Module):
         inputs: quantizer of the input, or None.
         log_scale: logarithm of what the input is divided by, (in,), a parameter that readers of one tensor share; the weight
             that `learned` gives is one for the input so divided. None divides by nothing.
+        dtype: type of the products, forward and backward; None for the input's.
     """
 
     bias: torch.Tensor | None
@@ -36,9 +37,10 @@ class LearnedLinear(nn.Module):
         bias: torch.Tensor | None,
         inputs: InputQuantizer | None = None,
         log_scale: nn.Parameter | None = None,
+        dtype: torch.dtype | None = None,
     ):
         super().__init__()
-        self.learned, self.inputs, self.log_scale = learned, inputs, log_scale
+        self.learned, self.inputs, self.log_scale, self.dtype = learned, inputs, log_scale, dtype
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -47,7 +49,7 @@ class LearnedLinear(nn.Module):
             x = x * torch.exp(-self.log_scale).to(x.dtype)
         if self.inputs is not None:
             x = valued(x, self.inputs(x.detach()))
-        return product_in(x.dtype, x, self.learned(), self.bias)
+        return product_in(self.dtype or x.dtype, x, self.learned(), self.bias)
 
 
 class TunedInput(nn.Module):

@@ -15,12 +15,14 @@ from tests.tools.virtual_cuda import CUDA
 
 TWO = ["cpu", str(CUDA)]
 OFFLOADED = {"weights": "offloaded", "prefetch": False, "save": True}
-NAMES = ("nf4", "gptq, original target")
+TURNED = {"rotate": {}, "rtn": {}}
+NAMES = ("nf4", "gptq, original target", "nf4, turned")
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_blocks_on_two_devices_in_turn_have_the_bits_of_one(cuda, tmp_path, tiny_llama, monkeypatch, name):  # noqa: F811
-    scheme, steps = CASES[name]
+    scheme, steps = CASES[name.removesuffix(", turned")]
+    steps = TURNED if name.endswith("turned") else steps
     seen, call = set(), BlockStream.call
     # Calibration multiplies by oneDNN on a CPU and by torch elsewhere: rounding that would hide what is looked for here.
     monkeypatch.setattr("quantize.kernels.matmul.by_onednn", lambda *tensors: False)
@@ -56,7 +58,7 @@ def test_the_next_block_is_read_into_its_own_device_while_this_one_computes(tmp_
 
 
 @pytest.mark.parametrize(("name", "before", "words"), [
-    ("nf4", {"rotate": {}}, "steps.rotate plans for the whole network first"),
+    ("nf4", {"rotate": {"seeds": 2}}, "steps.rotate plans for the whole network first"),
     ("attention", {}, "attentions are looked at"),
 ])  # fmt: skip
 def test_what_sees_the_whole_network_first_is_refused_on_several_devices(tmp_path, tiny_llama, name, before, words):

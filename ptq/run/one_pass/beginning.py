@@ -2,14 +2,14 @@
 
 import json
 import pathlib
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
-from typing import Self
+from typing import Any, Self
 
 from ptq.files.atomic import write_text
 from ptq.files.bounded import parse_json
 from ptq.models.weights_digest import ModelDigest
-from ptq.run.one_pass.visitor import BlockFiles, digests_of
+from ptq.run.one_pass.visitor import digests_of
 
 NAME = "one-pass.json"
 
@@ -32,7 +32,11 @@ class Beginning:
 
     @classmethod
     def read(
-        cls, folder: pathlib.Path, digest: ModelDigest, kept: Iterable[pathlib.Path], files: BlockFiles
+        cls,
+        folder: pathlib.Path,
+        digest: ModelDigest,
+        kept: Iterable[pathlib.Path],
+        figures: Callable[[pathlib.Path], dict[str, Any]],
     ) -> Self | None:
         """Returns what an interrupted pass began with, None where none did, or where what it has read is not there any more.
 
@@ -43,7 +47,7 @@ class Beginning:
             folder: where `write` wrote.
             digest: of the model.
             kept: files of the finished blocks.
-            files: how these are read.
+            figures: reads the figures of one.
         """
         try:
             found = cls(**parse_json((folder / NAME).read_text(encoding="utf-8")))
@@ -52,7 +56,7 @@ class Beginning:
         if found.state == digest.state:
             return found
         try:
-            read = {place: each for path in kept for place, each in digests_of(files.read(path)).items()}
+            read = {place: each for path in kept for place, each in digests_of(figures(path)).items()}
         except (OSError, ValueError, KeyError, TypeError):
             return None
         return found if read and digest.agrees(read) else None

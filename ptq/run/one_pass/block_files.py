@@ -2,7 +2,7 @@
 
 import json
 import pathlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from ptq.network.network import Block, Network
 from ptq.run.exports import corrects, origin_of
 from ptq.run.kept.block_file import read_figures, write_block
 from ptq.run.kept.kept_pass import sum_of_file
+from ptq.run.kept.outside_file import stored_type
 from ptq.run.session import Session
 from ptq.steps._step import Step
 from quantize.solvers.lowrank import Factors
@@ -34,6 +35,11 @@ class WholeBlocks:
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures."""
+        return self.figures(path)
+
+    @staticmethod
+    def figures(path: pathlib.Path) -> dict[str, Any]:
+        """Returns the figures, and takes nothing up."""
         return read_figures(path)
 
     def sum_of(self, path: pathlib.Path) -> int:
@@ -59,6 +65,11 @@ class Shards:
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures."""
+        return self.figures(path)
+
+    @staticmethod
+    def figures(path: pathlib.Path) -> dict[str, Any]:
+        """Returns the figures, and takes nothing up."""
         found: dict[str, Any] = parse_json(path.with_suffix(".json").read_text(encoding="utf-8"))
         return found
 
@@ -96,20 +107,22 @@ class Growing:
 
     def read(self, path: pathlib.Path) -> dict[str, Any]:
         """Returns the figures, and takes the block up."""
-        figures = self._figures(path)
+        figures = self.figures(path)
         self._export.take_up(figures["part"])
         return figures
 
     def sum_of(self, path: pathlib.Path) -> int:
         """Returns a sum of the block's bytes."""
-        part = self._figures(path)["part"]
+        part = self.figures(path)["part"]
         return sum_of_file(path) + sum_of_file(path.with_name(self.NAME), part["start"], part["end"])
 
     def finish(self, path: pathlib.Path, blocks: Sequence[pathlib.Path]) -> Exported:
         """Makes the export of the finished blocks' files."""
         return self._export.finish(path, blocks[0].with_name(self.NAME))
 
-    def _figures(self, path: pathlib.Path) -> dict[str, Any]:
+    @staticmethod
+    def figures(path: pathlib.Path) -> dict[str, Any]:
+        """Returns the figures, and takes nothing up."""
         try:
             return read_figures(path)
         except SafetensorError as error:
@@ -126,24 +139,43 @@ def keeps_export(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
     return isinstance(build_exporter(recipe.export), ShardedExporter | GrowingExporter)
 
 
+def figures_read(recipe: Recipe, steps: Mapping[str, Step]) -> Callable[[pathlib.Path], dict[str, Any]]:
+    """Returns what reads the figures of blocks that a run of these `steps` has finished."""
+    exporter = _kept_as(recipe, steps)
+    if isinstance(exporter, ShardedExporter):
+        return Shards.figures
+    return WholeBlocks.figures if exporter is None else Growing.figures
+
+
 def files_of(session: Session, steps: Mapping[str, Step]) -> WholeBlocks | Shards | Growing:
-    """Returns how the session's finished blocks, which `steps` make, are kept; what lies outside them is in memory."""
-    recipe, source = session.recipe, HeldSource(session)
-    exporter = build_exporter(recipe.export) if recipe.export is not None and keeps_export(recipe, steps) else None
+    """Returns how the session's finished blocks, which `steps` make, are kept; what lies outside them is in memory as these leave it."""
+    exporter, source = _kept_as(session.recipe, steps), HeldSource(session, stored_type(session.loaded, steps))
     if isinstance(exporter, ShardedExporter):
         return Shards(exporter.block_shards(source))
-    return Growing(exporter.growing_file(source)) if isinstance(exporter, GrowingExporter) else WholeBlocks()
+    return WholeBlocks() if exporter is None else Growing(exporter.growing_file(source))
+
+
+def _kept_as(recipe: Recipe, steps: Mapping[str, Step]) -> ShardedExporter | GrowingExporter | None:
+    """Returns the exporter whose format finished blocks are kept in; None where they are kept with their codes."""
+    exporter = build_exporter(recipe.export) if recipe.export is not None and keeps_export(recipe, steps) else None
+    return exporter if isinstance(exporter, ShardedExporter | GrowingExporter) else None
 
 
 class HeldSource:
-    """A quantized model of which a block at a time is in memory, and what lies outside the blocks when it is asked for."""
+    """A quantized model of which a block at a time is in memory, and what lies outside the blocks when it is asked for.
 
-    def __init__(self, session: Session):
+    Args:
+        session: the run's.
+        narrow: the type that matrices outside the blocks are rounded to; None for none.
+    """
+
+    def __init__(self, session: Session, narrow: torch.dtype | None):
         self.network: Network = session.network
         self.tokenizer: Any = session.loaded.tokenizer
         self.scheme: SchemeConfig = session.recipe.scheme
         self.origin = origin_of(session)
-        self._weights = session.loaded.weights
+        self._weights, self._narrow = session.loaded.weights, narrow
+        self._outside = frozenset(self.network.outside)
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`: the module's own, no copies."""
@@ -154,7 +186,8 @@ class HeldSource:
         owner, _, last = name.rpartition(".")
         with self._weights.hold([owner]):
             value: torch.Tensor = getattr(self.network.model.get_submodule(owner), last)
-            return value
+            narrowed = self._narrow is not None and value.dim() > 1 and owner in self._outside
+            return value.to(self._narrow) if narrowed else value
 
     def correction(self, name: str) -> Factors | None:
         """Returns None: a block that has one is not kept this way (`keeps_export`)."""

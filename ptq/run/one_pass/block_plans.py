@@ -1,5 +1,6 @@
 """Statistics of a block and the plans of steps for it, made while it is in memory."""
 
+import dataclasses
 import pathlib
 from collections.abc import Mapping
 
@@ -13,11 +14,15 @@ from ptq.files.atomic import write_atomic
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
 from ptq.run.kept.kept_pass import sum_of_file
-from ptq.steps._step import TRANSFORM, Context, Step
+from ptq.run.planning import add_plan
+from ptq.steps._step import TRANSFORM, Context, Step, StepPlan
 
 
 class BlockPlans:
     """Takes the statistics of each block, where it is asked to, and lets the steps that plan block by block plan it, in order.
+
+    What they do outside the blocks is planned at once: samples that are opened from here on enter the first block as all of them
+    leave it.
 
     Args:
         context: what the steps see; its statistics are the block's from here on.
@@ -31,7 +36,13 @@ class BlockPlans:
         self, context: Context, steps: Mapping[str, Step], known: Statistics | None = None, measured: Flow | None = None
     ):
         self._context, self._steps, self._known, self._measured = context, dict(steps), known, measured
-        self._searched = {name: step.looks_at(context) for name, step in self._steps.items()}
+        self._searched: dict[str, Flow | None] = {}
+        self._outside: dict[str, StepPlan] = {}
+        for name, step in self._steps.items():
+            # What one searches on enters the first block as those before it leave it.
+            self._searched[name] = step.looks_at(context)
+            self._outside[name] = step.plan_outside(context)
+            add_plan(context, name, step, self._outside[name])
         self._visitor = StatisticsVisitor(context.stream.device)
         self._after: dict[str, Statistics] = {}
         self._lost = False
@@ -48,20 +59,22 @@ class BlockPlans:
             self._visitor.enter(block)
             stream.step(self._measured, block)
             self._visitor.leave(block)
-        context.statistics = self._of(block)
+        context.statistics = after = self._of(block)
         context.steps = {}
         for name, step in self._steps.items():
-            flow = self._searched[name]
+            flow, context.outside = self._searched[name], self._outside[name]
             with context.transformed(block):
                 plan = step.plan_block(block, context, flow)
                 if flow is not None:
                     stream.step(flow, block)
-            context.plans[name] = plan
+            context.plans[name] = dataclasses.replace(plan, basis=self._outside[name].basis)
             if step.kind == TRANSFORM:
                 context.steps[name] = step
-            context.statistics = plan.statistics or context.statistics
-        if context.statistics is not None:
-            self._after[block.name] = context.statistics
+            after = plan.statistics or after
+            # As in `add_plan`: what does not hold any more is nobody's.
+            context.statistics = None if plan.stale else plan.statistics or context.statistics
+        if after is not None:
+            self._after[block.name] = after
 
     def result(self, provenance: Provenance) -> tuple[Statistics, Statistics] | None:
         """Returns the statistics of the network, and what the plans make of them; None where some are not there."""

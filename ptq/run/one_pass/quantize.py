@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -18,14 +18,15 @@ from ptq.network.links import Trace, Tracer, describe
 from ptq.ranks.world import World
 from ptq.report.channel_ranges import save_transformed
 from ptq.run.baseline import Baseline, kept_baseline, known_baseline
-from ptq.run.exports import QUANTIZED, needs_saved_weights
+from ptq.run.exports import QUANTIZED, check_turned, needs_saved_weights
 from ptq.run.kept.identity import digest_of
 from ptq.run.kept.kept_pass import RESUME
+from ptq.run.kept.outside_file import stored_type, turns_stream, write_outside
 from ptq.run.kernel_choice import agreeing, choice_of, keep_timings
 from ptq.run.one_pass.beginning import Beginning
-from ptq.run.one_pass.block_files import WholeBlocks, files_of
+from ptq.run.one_pass.block_files import Growing, Shards, WholeBlocks, figures_read, files_of
 from ptq.run.one_pass.block_plans import BlockPlans
-from ptq.run.one_pass.visitor import BlockFiles, OnePass
+from ptq.run.one_pass.visitor import OnePass
 from ptq.run.planning import captures_of_steps, draw_samples, open_samples, plan_all, wants_sums
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
@@ -137,9 +138,8 @@ def quantize_in_one_pass(
     by_block = {name: step for name, step in steps.items() if step.by_block}
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
-            files = files_of(session, steps)
             now = Beginning(digest.state, found is None, baseline is None, measures and statistics is None)
-            begun = _beginning(session, files, now)
+            begun = _beginning(session, steps, now)
             tracer = Tracer(network, stream, sums) if begun.traced else None
             first = (
                 stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
@@ -156,7 +156,10 @@ def quantize_in_one_pass(
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
             context.samples = samples = open_samples(steps, context)
             visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
-        one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files)
+            with stream.hold_outside(turns_stream(steps) is not None):
+                files = files_of(session, steps)
+        check = partial(check_turned, recipe, steps, context)
+        one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files, check)
         flows = [flow] if samples is None else [flow, samples.flow]
         beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
         beside += plans.flows
@@ -175,7 +178,9 @@ def quantize_in_one_pass(
         if tracer is not None and found is None:
             session.keep_traces(tracer.traces, sums)
     if measures:
-        _keep_statistics(session, plans, begun.measured, folder)
+        # Of statistics that a step outdates nothing is known after it.
+        picture = None if any(step.outdates for step in by_block.values()) else folder / "channels.png"
+        _keep_statistics(session, plans, begun.measured, picture)
     if baseline is None:
         raise ValueError("a pass without a baseline has none to be compared with")
     keep_timings(session, visitor.kernels)
@@ -183,15 +188,28 @@ def quantize_in_one_pass(
     if kept is None:
         return Passed(visitor, flow, baseline)
     if not isinstance(files, WholeBlocks):
-        export = partial(files.finish, blocks=[kept.file_of(block) for block in network.blocks])
+        export = partial(_finished, session, steps, files, [kept.file_of(block) for block in network.blocks])
         return Passed(visitor, flow, baseline, export=export)
     if needs_saved_weights(recipe):
         kept.hand_over(network.blocks, folder / QUANTIZED)
+        write_outside(stream, stored_type(session.loaded, steps), folder / QUANTIZED)
     return Passed(visitor, flow, baseline)
 
 
-def _keep_statistics(session: Session, plans: BlockPlans, measured: bool, folder: pathlib.Path) -> None:
-    """Keeps the statistics for later runs where they were taken here, and draws what the plans have made of them."""
+def _finished(
+    session: Session,
+    steps: Mapping[str, Step],
+    files: Shards | Growing,
+    blocks: Sequence[pathlib.Path],
+    path: pathlib.Path,
+) -> Exported:
+    """Makes the export at `path` of the blocks' files and of what lies outside them, as the steps leave it."""
+    with session.stream.hold_outside(turns_stream(steps) is not None):
+        return files.finish(path, blocks)
+
+
+def _keep_statistics(session: Session, plans: BlockPlans, measured: bool, picture: pathlib.Path | None) -> None:
+    """Keeps the statistics for later runs where they were taken here, and draws into `picture` what the plans have made of them."""
     found = plans.result(provenance_of(session, session.calibration_tokens()))
     if found is None:
         return
@@ -199,16 +217,17 @@ def _keep_statistics(session: Session, plans: BlockPlans, measured: bool, folder
     if measured:
         say_unreached(session, before)
         keep_statistics(session, before)
-    save_transformed(before, after, {}, folder / "channels.png")
+    if picture is not None:
+        save_transformed(before, after, {}, picture)
 
 
-def _beginning(session: Session, files: BlockFiles, now: Beginning) -> Beginning:
+def _beginning(session: Session, steps: Mapping[str, Step], now: Beginning) -> Beginning:
     """Returns what the pass that is interrupted began with, where it can be gone on with, or what this one begins with."""
     if session.folder is None:
         return now
     folder = session.folder / RESUME
     kept = sorted((folder / PASS).glob("block-*.safetensors"))
-    begun = Beginning.read(folder, session.loaded.digest, kept, files)
+    begun = Beginning.read(folder, session.loaded.digest, kept, figures_read(session.recipe, steps))
     if begun is None or not begun.goes_on_with(now):
         now.write(folder)
         return now

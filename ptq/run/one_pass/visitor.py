@@ -2,7 +2,7 @@
 
 import dataclasses
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, Protocol
 
 from ptq.files.safetensors_file import TensorDigests
@@ -39,6 +39,7 @@ class OnePass:
         quantizer: does the rest.
         digests: of the weights that have been read; those of each block are kept with it.
         files: how finished blocks are kept.
+        check: raises `UserError` where a block, which has been planned, could not be exported.
     """
 
     def __init__(
@@ -51,16 +52,17 @@ class OnePass:
         quantizer: QuantizeVisitor,
         digests: TensorDigests,
         files: BlockFiles,
+        check: Callable[[], None],
     ):
         self.stream, self.traces, self.tracer, self.baseline = stream, traces, tracer, baseline
-        self.plans, self.quantizer, self.digests, self.files = plans, quantizer, digests, files
+        self.plans, self.quantizer, self.digests, self.files, self.check = plans, quantizer, digests, files, check
         self._noted = 0
 
     def enter(self, block: Block) -> None:
         """Lets pass what has to see the block as it was, then quantizes it.
 
         Raises:
-            UserError: where the unquantized block gives NaN or inf.
+            UserError: where the unquantized block gives NaN or inf, or what is planned for it could not be exported.
         """
         if self.tracer is not None:
             self.tracer.enter(block)
@@ -70,6 +72,7 @@ class OnePass:
             self.stream.step(self.baseline, block)
             check_unquantized(self.baseline)
         self.plans.plan(block)
+        self.check()
         self.quantizer.enter(block)
 
     def leave(self, block: Block) -> None:

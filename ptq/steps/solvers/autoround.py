@@ -7,7 +7,7 @@ import torch
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
 from ptq.network.network import Block
-from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.solvers.rounding import LearnedRounding, LearnedWeight, linear_decay, sign_step
@@ -25,6 +25,8 @@ class Options:
         target: ``present``: the block is to give what it gave for the input it gets now; ``original``: what the unquantized
             network's block gave, so that it makes up for the blocks before it.
         held_out: one batch in so many is only looked at; what is kept is the least error met on these.
+        precision: type of the products while it learns: ``float32``, which leaves the model's own, or ``bfloat16``, which some
+            processors multiply faster.
         seed: of the order of the batches.
     """
 
@@ -32,6 +34,7 @@ class Options:
     rate: float | None = option(None, least=1e-6)
     target: str = option("present", choices=TARGETS)
     held_out: int = option(8, least=2)
+    precision: str = option("float32", choices=tuple(PRECISIONS))
     seed: int = seed_option()
 
 
@@ -48,8 +51,9 @@ class Step(Solver):
         samples = context.samples_of("steps.autoround")
         check_pairs("autoround", len(samples.flow.ids), context.batch_size)
         pairs, inputs = samples.pairs(block), BlockInputs(context, block)
+        precision = self.options.precision
         originals, learned = trainable(
-            context, block, lambda name, weight: _rounding(context, name, weight), inputs, {}
+            context, block, lambda name, weight: _rounding(context, name, weight), inputs, {}, precision
         )
         weights = [linear.learned for linear in learned.values()]
         parameters = [p for weight in weights for p in weight.parameters()]

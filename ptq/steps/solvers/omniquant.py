@@ -13,7 +13,7 @@ from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
-from ptq.steps._learning import check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.transforms.smooth import key_of, rescale
@@ -33,6 +33,8 @@ class Options:
         target: ``present``: the block is to give what it gave for the input it gets now; ``original``: what the unquantized
             network's block gave, so that it makes up for the blocks before it.
         held_out: one batch in so many is only looked at; what is kept is the least error met on these.
+        precision: type of the products while it learns: ``float32``, which leaves the model's own, or ``bfloat16``, which some
+            processors multiply faster.
         seed: of the order of the batches.
     """
 
@@ -41,6 +43,7 @@ class Options:
     scale_rate: float = option(0.005, least=0)
     target: str = option("present", choices=TARGETS)
     held_out: int = option(8, least=2)
+    precision: str = option("float32", choices=tuple(PRECISIONS))
     seed: int = seed_option()
 
 
@@ -76,7 +79,7 @@ class Step(Solver):
                 raise ValueError("no format for its weight")
             return LearnedClipping(weight, spec, labels_of(context, name, spec, "weight"), log_scale=readers.get(name))
 
-        originals, learned = trainable(context, block, made, inputs, readers)
+        originals, learned = trainable(context, block, made, inputs, readers, self.options.precision)
         clips = [p for x in learned.values() for n, p in x.learned.named_parameters() if n.endswith("_logit")]
         logs = [scale for _, scale in scales.values()]
         groups = [{"params": clips, "lr": self.options.rate}, {"params": logs, "lr": self.options.scale_rate}]

@@ -4,7 +4,7 @@ The stream's rotation may be learned on calibration tokens, by SpinQuant's steps
 turned inside their blocks (MR-GPTQ, Egiazarian et al. 2025).
 """
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -18,6 +18,7 @@ from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError, nearest
 from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
+from ptq.network.block_stream import Flow
 from ptq.network.links import Link
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.network.norms import gain_offset, is_centring
@@ -97,6 +98,7 @@ class Step(Transform):
     """Turns the residual stream, values, and what `online` names."""
 
     acts: ClassVar[frozenset[str]] = frozenset({RESIDUAL})
+    outdates: ClassVar[bool] = True
 
     def __init__(self, options: Options):
         super().__init__(options)
@@ -106,6 +108,8 @@ class Step(Transform):
         acts |= {QUERY, KEY} if "heads" in options.online else set()
         # Of this step and not of all: what its options leave out asks for nothing.
         self.acts = frozenset(acts)  # type: ignore[misc]
+        # A matrix that a seed gives is there before any token is; whose query and key are turned is found in a pass of its own.
+        self.by_block = options.learn is None and options.seeds == 1 and "heads" not in options.online  # type: ignore[misc]
 
     def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
         """Says so of a rotation of the whole stream where inputs are NVFP4: measured, docs/results.md ("NVFP4")."""
@@ -119,13 +123,11 @@ class Step(Transform):
 
     def plan(self, context: Context) -> StepPlan:
         """Finds the rotation of the residual stream, and says what widths are made of."""
-        for words in dict.fromkeys(self._online_widths(context)):
+        for words in self._online_widths(context.network.blocks, context):
             context.note(f"rotate: online: {words}")
         if not self.options.residual:
             return StepPlan(stale=True)
-        width = int(context.network.model.config.get_text_config().hidden_size)
-        size = _size("the residual stream", width, self.options.block)
-        context.note(f"rotate: residual stream: {_blocks(width, size)}{factorise(size).describe()}")
+        width, size = self._described(context)
         centred = self._check(context, width)
         options, device = self.options, context.stream.device
         if (options.learn or options.seeds > 1) and any(context.norm_sums(b) for b in context.network.blocks):
@@ -150,14 +152,42 @@ class Step(Transform):
             matrix = self._learned(rows, matrix, size, context)
         return StepPlan(basis=Basis.rotation(matrix, centred), stale=True)
 
-    def _online_widths(self, context: Context) -> Iterator[str]:
-        """Yields what the widths that are turned online are made of."""
-        for block in context.network.blocks:
+    def plan_outside(self, context: Context) -> StepPlan:
+        """Makes the rotation of its seed; the final norm says whether norms take the mean out, and `plan_block` holds others to it."""
+        if not self.options.residual:
+            return StepPlan()
+        width, _ = self._described(context)
+        matrix = self._start(width, self.options.seed, context.stream.device)
+        return StepPlan(basis=Basis.rotation(matrix, is_centring(_final_norm(context, width)[1])))
+
+    def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
+        """Finds what the block turns, and says what widths are made of that no block before had."""
+        earlier = self._online_widths(context.network.blocks[: block.index], context)
+        for words in self._online_widths([block], context):
+            if words not in earlier:
+                context.note(f"rotate: online: {words}")
+        basis = context.outside.basis
+        if basis is not None:
+            _one_kind({basis.centred, *self._centring(block, context, len(basis.matrix))})
+        return StepPlan(stale=True)
+
+    def _described(self, context: Context) -> tuple[int, int]:
+        """Returns the residual stream's width, and how many of its channels are turned together; says what they are made of."""
+        width = _width(context)
+        size = _size("the residual stream", width, self.options.block)
+        context.note(f"rotate: residual stream: {_blocks(width, size)}{factorise(size).describe()}")
+        return width, size
+
+    def _online_widths(self, blocks: Sequence[Block], context: Context) -> list[str]:
+        """Returns what the widths that are turned online in some blocks are made of, each once."""
+        found: dict[str, None] = {}
+        for block in blocks:
             writers = self._writers(block, context)
             for name in (name for place in ("down", "out") if place in self.options.online for name in writers[place]):
                 width = weight_of(context.module(name)).shape[1]
                 size = _size(name, width, self.options.block)
-                yield f"{_blocks(width, size)}{factorise(size).describe()}"
+                found[f"{_blocks(width, size)}{factorise(size).describe()}"] = None
+        return list(found)
 
     def _start(self, width: int, seed: int, device: torch.device) -> torch.Tensor:
         """Returns the Hadamard matrix of a seed, float64 (width, width)."""
@@ -197,25 +227,30 @@ class Step(Transform):
 
     def _check(self, context: Context, width: int) -> bool:
         """Returns whether the norms take the mean out. Raises `UserError` where the stream's norms or readers are not found."""
-        centring = set()
+        with context.stream.hold_outside(changed=False):
+            centring = {is_centring(_final_norm(context, width)[1])}
         for block in context.network.blocks:
             with context.stream.at(block):
-                links = _stream_links(context, block, width)
-                if not links or not context.sums(block):
-                    raise UserError(
-                        f"steps.rotate.residual: true, but who reads and writes the residual stream of {block.name} is not found: "
-                        "use residual=false"
-                    )
-                for link in links:
-                    norm = context.module(link.producer)
-                    if gain_offset(norm) is None:
-                        raise UserError(
-                            f"steps.rotate.residual: {link.producer} multiplies by neither w nor 1 + w: use residual=false"
-                        )
-                    centring.add(is_centring(norm))
-        if len(centring) > 1:
-            raise UserError("steps.rotate.residual: some norms take the mean out and some do not: use residual=false")
-        return centring.pop()
+                centring |= self._centring(block, context, width)
+        return _one_kind(centring)
+
+    def _centring(self, block: Block, context: Context, width: int) -> set[bool]:
+        """Returns whether each of a block's norms of the stream takes the mean out. Raises `UserError` as `_check` does."""
+        links = _stream_links(context, block, width)
+        if not links or not context.sums(block):
+            raise UserError(
+                f"steps.rotate.residual: true, but who reads and writes the residual stream of {block.name} is not found: "
+                "use residual=false"
+            )
+        found = set()
+        for link in links:
+            norm = context.module(link.producer)
+            if gain_offset(norm) is None:
+                raise UserError(
+                    f"steps.rotate.residual: {link.producer} multiplies by neither w nor 1 + w: use residual=false"
+                )
+            found.add(is_centring(norm))
+        return found
 
     def outside(self, plan: StepPlan, context: Context) -> None:
         """Turns embeddings and head; the final norm's gain goes into the head, which is no longer tied."""
@@ -224,13 +259,7 @@ class Step(Transform):
         network, model = context.network, context.network.model
         modules = {name: model.get_submodule(name) for name in network.outside}
         head, width = model.get_output_embeddings(), len(plan.basis.matrix)
-        norms = [(n, m) for n, m in modules.items() if _is_norm(m, width)]
-        if len(norms) != 1 or head is None:
-            raise UserError(
-                f"steps.rotate.residual: {len(norms)} norms of the stream's width lie outside the blocks, and one was expected: "
-                "use residual=false"
-            )
-        name, norm = norms[0]
+        name, norm = _final_norm(context, width)
         weight, bias = fold_gain(
             head.weight, head.bias, norm.weight, gain_offset(norm) or 0.0, getattr(norm, "bias", None)
         )
@@ -290,7 +319,7 @@ class Step(Transform):
         for name in context.norm_sums(block):
             # Its gain comes after its own division, so what it gives can only be turned online.
             online = OnlineHadamard(width, self.options.seed, self.options.block)
-            attach_output(context.module(name), online.to(basis.matrix.device))
+            attach_output(context.module(name), online.to(context.stream.device))
         for name in _writers(block, context):
             writer = context.module(name)
             weight, bias = weight_of(writer), writer.bias
@@ -307,6 +336,31 @@ class Step(Transform):
         writers = sorted({**context.sums(block), **context.weighed_sums(block)}, key=order.index)
         first = min(1, len(writers) - 1)
         return {"down": writers[first:], "out": writers[:first]}
+
+
+def _width(context: Context) -> int:
+    """Returns the residual stream's channels."""
+    return int(context.network.model.config.get_text_config().hidden_size)
+
+
+def _final_norm(context: Context, width: int) -> tuple[str, Any]:
+    """Returns the norm before the head, and its full name. Raises `UserError` where not just one can be it, or no head is."""
+    model = context.network.model
+    modules = {name: model.get_submodule(name) for name in context.network.outside}
+    norms = [(name, module) for name, module in modules.items() if _is_norm(module, width)]
+    if len(norms) != 1 or model.get_output_embeddings() is None:
+        raise UserError(
+            f"steps.rotate.residual: {len(norms)} norms of the stream's width lie outside the blocks, and one was expected: "
+            "use residual=false"
+        )
+    return norms[0]
+
+
+def _one_kind(centring: set[bool]) -> bool:
+    """Returns whether the norms take the mean out. Raises `UserError` where some do and some do not."""
+    if len(centring) > 1:
+        raise UserError("steps.rotate.residual: some norms take the mean out and some do not: use residual=false")
+    return next(iter(centring))
 
 
 def _writers(block: Block, context: Context) -> list[str]:

@@ -21,7 +21,7 @@ from ptq.network.block_stream import STEPS, BlockStream
 from ptq.network.network import Block, replace_module, replaced_forward
 from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
-from ptq.steps._learning import Learned
+from ptq.steps._learning import PRECISIONS, Learned
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.codecs.registry import codec_of
 from quantize.error import kl_divergence
@@ -32,7 +32,6 @@ from quantize.modules.simulated import InputQuantizer, QuantLinear
 from quantize.solvers.rounding import warmed_cosine
 from quantize.spec.quant_spec import QuantSpec
 
-PRECISIONS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 CHUNK = 256
 """Tokens of a sample whose logits exist at once."""
 LOOKS = 8

@@ -254,6 +254,7 @@ def test_integer_formats_are_like_the_recipes():
     assert candidate("int4_g32", QuantSpec(format="nf4", bits=4, granularity="group", group_size=64)) == QuantSpec(bits=4, granularity="group", group_size=32)  # fmt: skip
 
 
+@pytest.mark.usefixtures("drawn")
 def test_the_command_leaves_tables_and_a_picture_and_the_second_time_reads_the_store(
     tmp_path, tiny_llama, capsys, monkeypatch
 ):

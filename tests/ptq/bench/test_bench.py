@@ -43,6 +43,7 @@ def recipe_of(path, scheme):
     return recipe_from({"name": "speed", "model": {"path": str(path)}, "scheme": scheme, "steps": {"rtn": {}}})
 
 
+@pytest.mark.usefixtures("drawn")
 def test_every_side_is_measured_in_every_task_and_the_files_say_so(tiny_llama, tmp_path):
     recipe = recipe_of(tiny_llama, {"weight": {"bits": 8}, "input": TOKEN})
     folder = bench(recipe, QUICK, tmp_path / "bench", say=lambda line: None)

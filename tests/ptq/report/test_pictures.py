@@ -14,6 +14,7 @@ from ptq.report.layer_errors import linear_kinds, save_errors
 from ptq.report.plain import plain_console, plain_text, printable
 from ptq.report.results import LayerResult
 
+pytestmark = pytest.mark.usefixtures("drawn")
 HOSTILE = "m$x_{$ [bold]a[/bold] \\frac \x1b[31m :smile:"
 
 

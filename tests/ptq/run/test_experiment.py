@@ -213,6 +213,7 @@ def test_the_key_value_cache_is_quantized_where_the_scheme_names_it(tmp_path, ti
     assert m["kl_mean"] > 0.01
 
 
+@pytest.mark.usefixtures("drawn")
 def test_statistics_are_written_with_their_provenance_and_a_picture(tmp_path, tiny_opt):
     recipe = make(tmp_path, tiny_opt)
     path = collect_statistics(recipe, tmp_path / "s.safetensors")

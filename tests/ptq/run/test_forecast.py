@@ -63,7 +63,7 @@ def test_what_is_read_and_computed_follows_the_recipe(mixture):
     resident, offloaded = work({"gptq": {}}), work({"gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
     assert resident["load"].read == size and resident["baseline"].read == 0
     assert offloaded["load"].read == offloaded["baseline"].read == 0 and offloaded["quantize"].read == size
-    planned = work({"rotate": {}, "gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
+    planned = work({"rotate": {"seeds": 2}, "gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
     assert all(planned[phase].read == size for phase in ("load", "links", "baseline", "quantize"))
     by_block = work({"smooth": {}, "gptq": {}}, execution={"device": "cpu", "weights": "offloaded"})
     assert by_block["calibration"].read == by_block["load"].read == 0 and by_block["quantize"].read == size

@@ -21,6 +21,11 @@ CASES = {
     "static ranges of a mixture": ("tiny_mixtral", STATIC, {"smooth": {}, "rtn": {}}, None),
     "maps": ("tiny_llama", TOKENS, {"wush": {}, "clip": {}, "gptq": {}}, None),
     "learned maps": ("tiny_llama", TOKENS, {"affine": {"steps": 2}, "rtn": {}}, None),
+    "a rotation": ("tiny_llama", TOKENS, {"rotate": {}, "clip": {}, "gptq": {}}, None),
+    "a rotation that is exported": ("tiny_llama", GROUPS, {"rotate": {"online": []}, "gptq": {"target": "original"}}, "gptq"),
+    "a rotation of a mixture": ("tiny_mixtral", GROUPS, {"rotate": {"online": []}, "rtn": {}}, "compressed-tensors"),
+    "a rotation of LayerNorms": ("tiny_opt", TOKENS, {"rotate": {"online": ["out"]}, "rtn": {}}, None),
+    "scales before a rotation": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "rotate": {"seed": 3}, "clip": {}, "gptq": {}}, None),
     "searches": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "clip": {}, "gptq": {}}, None),
 }  # fmt: skip
 
@@ -63,7 +68,7 @@ def test_what_is_planned_block_by_block_has_the_bits_of_plans_for_the_whole_netw
     assert pictures[0].is_file() == pictures[1].is_file()
     assert not pictures[0].is_file() or json.loads(pictures[0].read_text()) == json.loads(pictures[1].read_text())
     kept = taken(tmp_path / "one"), taken(tmp_path / "several")
-    assert len(kept[0]) == len(kept[1]) == ("maps" not in case), "maps go by moments of their own"
+    assert len(kept[0]) == len(kept[1]) == bool({"smooth", "awq"} & steps.keys()), "all else goes by moments of its own"
     assert all(alike(*pair) for pair in zip(*kept, strict=True))
 
 
@@ -108,7 +113,7 @@ def test_a_run_with_maps_that_is_killed_in_the_middle_ends_with_the_same_bits(
 def test_steps_that_see_the_whole_network_first_are_named_where_blocks_go_over_devices(tmp_path, tiny_llama):
     devices = {"devices": ["cpu", "cpu"]}
     with pytest.raises(UserError, match=r"execution\.devices: cpu, cpu, but steps\.rotate plans for the whole network"):
-        run(make(tmp_path, tiny_llama, {"rotate": {}, "gptq": {}}, None, **devices))
+        run(make(tmp_path, tiny_llama, {"rotate": {"seeds": 2}, "gptq": {}}, None, **devices))
     folder = run(make(tmp_path, tiny_llama, {"awq": {}, "rtn": {}}, "gptq", **devices))
     assert exported(folder, "gptq")[0]
 

@@ -17,8 +17,8 @@ def every_block(monkeypatch):
     monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
 
 
-def made(folder, model, **execution):
-    return make(folder, model, {"gptq": {}}, "gguf", **execution)
+def made(folder, model, steps=None, **execution):
+    return make(folder, model, steps or {"gptq": {}}, "gguf", **execution)
 
 
 def file_of(folder):
@@ -30,13 +30,16 @@ def part_of(folder):
     return part
 
 
-@pytest.mark.parametrize("model", ["tiny_llama", "tiny_mixtral"])
-def test_the_file_has_the_bytes_of_the_one_that_is_written_at_the_end(tmp_path, request, monkeypatch, model):
+TURNED = {"rotate": {"online": []}, "gptq": {}}
+
+
+@pytest.mark.parametrize(("model", "steps"), [("tiny_llama", None), ("tiny_mixtral", None), ("tiny_llama", TURNED)])
+def test_the_file_has_the_bytes_of_the_one_that_is_written_at_the_end(tmp_path, request, monkeypatch, model, steps):
     model = request.getfixturevalue(model)
-    one = run(made(tmp_path / "one", model))
-    codes = run(made(tmp_path / "codes", model, save=True))
+    one = run(made(tmp_path / "one", model, steps))
+    codes = run(made(tmp_path / "codes", model, steps, save=True))
     monkeypatch.setattr("ptq.run.experiment.goes_in_one_pass", lambda *args: False)
-    several = run(made(tmp_path / "several", model))
+    several = run(made(tmp_path / "several", model, steps))
     expected = file_of(several).read_bytes()
     assert file_of(one).read_bytes() == expected and file_of(codes).read_bytes() == expected
     assert not list(one.rglob("block-*")) and list(several.rglob("block-*")) and list(codes.rglob("block-*"))
@@ -45,8 +48,9 @@ def test_the_file_has_the_bytes_of_the_one_that_is_written_at_the_end(tmp_path, 
 
 @pytest.mark.parametrize("blocks", [1, 3])
 def test_a_run_killed_after_a_block_goes_on_in_the_same_file(tmp_path, tiny_mixtral, monkeypatch, capsys, blocks):
-    expected = file_of(run(made(tmp_path / "whole", tiny_mixtral))).read_bytes()
-    recipe = made(tmp_path / "killed", tiny_mixtral)
+    steps = TURNED if blocks == 1 else None
+    expected = file_of(run(made(tmp_path / "whole", tiny_mixtral, steps))).read_bytes()
+    recipe = made(tmp_path / "killed", tiny_mixtral, steps)
     interrupted(monkeypatch, recipe, blocks)
     part = part_of(tmp_path / "killed")
     before, held = part.stat(), sum(file.stat().st_size for file in part.parent.glob("block-*"))
