@@ -23,12 +23,15 @@ FEW = {"steps": 24}
 
 
 # Two bits leave clips little to learn.
-@pytest.mark.parametrize(("step", "most"), [("autoround", 0.6), ("omniquant", 0.97)])
+@pytest.mark.parametrize(("step", "most", "precision"), [
+    ("autoround", 0.6, "float32"), ("omniquant", 0.97, "float32"), ("autoround", 0.6, "bfloat16"), ("omniquant", 0.97, "bfloat16"),
+])  # fmt: skip
 def test_a_learned_solver_loses_less_than_rounding_and_the_log_says_how_the_held_out_error_fell(
-    tmp_path, tiny_llama, step, most
+    tmp_path, tiny_llama, step, most, precision
 ):
     plain, _ = figures(tmp_path, tiny_llama, SCHEME, {"rtn": {}})
-    learned, log = figures(tmp_path, tiny_llama, SCHEME, {step: FEW}, calibration=CALIBRATION)
+    options = {**FEW, "precision": precision}
+    learned, log = figures(tmp_path, tiny_llama, SCHEME, {step: options}, calibration=CALIBRATION)
     assert learned["kl_mean"] < most * plain["kl_mean"]
     errors = re.findall(rf"{step}: model.layers.\d+: held out error (\S+) -> (\S+) \(step \d+\)", log)
     assert errors and all(float(after) < float(before) for before, after in errors)

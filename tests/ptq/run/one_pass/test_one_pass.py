@@ -72,15 +72,16 @@ def read(monkeypatch):
     return found
 
 
-def test_each_tensor_of_the_checkpoint_is_read_once_and_written_once(tmp_path, tiny_mixtral, read):
-    folder = run(make(tmp_path, tiny_mixtral))
+@pytest.mark.parametrize("steps", [None, {"rotate": {"online": []}, "gptq": {}}], ids=["plain", "turned"])
+def test_each_tensor_of_the_checkpoint_is_read_once_and_written_once(tmp_path, tiny_mixtral, read, steps):
+    folder = run(make(tmp_path, tiny_mixtral, steps))
     blocks = {place: n for place, n in read.items() if "layers" in name_at(tiny_mixtral, place)}
     assert len(blocks) > 50 and set(blocks.values()) == {1}
     # Nothing is kept beside the export, and what is known of the weights says so to the next run.
     assert not list(folder.rglob("block-*")) and not (folder / RESUME).exists()
     assert (folder / "export" / "compressed-tensors" / "model.safetensors.index.json").is_file()
     before = sum(read.values())
-    again = recipe_from({**make(tmp_path, tiny_mixtral).as_dict(), "name": "again"})
+    again = recipe_from({**make(tmp_path, tiny_mixtral, steps).as_dict(), "name": "again"})
     metrics = json.loads((run(again) / "metrics.json").read_text())
     assert metrics["weight_fingerprint"] == json.loads((folder / "metrics.json").read_text())["weight_fingerprint"]
     assert sum(read.values()) - before <= len(blocks) + 20, "neither links nor baseline are computed again"
