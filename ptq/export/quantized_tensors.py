@@ -161,6 +161,11 @@ def _inside(owner: str, names: Sequence[str]) -> bool:
     return any(not name or owner == name or owner.startswith(f"{name}.") for name in names)
 
 
+def narrowed(value: torch.Tensor, dtype: torch.dtype | None) -> torch.Tensor:
+    """Returns a parameter outside the blocks as it is stored: a matrix rounded to `dtype`, where there is one; all else as it is."""
+    return value if dtype is None or value.dim() < 2 else value.to(dtype)
+
+
 class ResidentSource:
     """A quantized model that is in memory. Matrices outside its blocks are rounded to the type `narrow`, where there is one."""
 
@@ -187,8 +192,7 @@ class ResidentSource:
         value = getattr(self.network.model.get_submodule(owner), last)
         if not isinstance(value, torch.Tensor):
             raise TypeError(f"{name} is no tensor")
-        narrowed = self._narrow is not None and value.dim() > 1 and owner in self._outside
-        return value.to(self._narrow) if narrowed else value
+        return narrowed(value, self._narrow) if owner in self._outside else value
 
     def correction(self, name: str) -> Factors | None:
         """Returns the module's own factors, no copies, or None."""

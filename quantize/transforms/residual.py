@@ -13,6 +13,8 @@ from collections.abc import Callable
 
 import torch
 
+PIECE = 1 << 22
+"""Values of a weight that are in float64 at once: 32 MiB, more than a block's Linear of a small model has."""
 Rotation = torch.Tensor | Callable[[torch.Tensor], torch.Tensor]
 """Q, or the function that multiplies rows by it."""
 
@@ -24,7 +26,7 @@ def rotate_reader(weight: torch.Tensor, rotation: Rotation) -> torch.Tensor:
     Raises:
         ValueError: when the rotation's width does not divide the weight's.
     """
-    return _rows_times(weight, rotation).to(weight.dtype)
+    return _by_rows(weight, lambda rows: _rows_times(rows, rotation))
 
 
 def rotate_writer(
@@ -62,7 +64,8 @@ def fold_gain(
         ValueError: for shapes that do not match.
     """
     _width("gain", gain, weight.shape[-1])
-    folded = (weight.double() * (gain.double() + offset)).to(weight.dtype)
+    gains = gain.double() + offset
+    folded = _by_rows(weight, lambda rows: rows.double() * gains)
     if norm_bias is None:
         return folded, bias
     _width("norm_bias", norm_bias, weight.shape[-1])
@@ -84,8 +87,23 @@ def center_writer(weight: torch.Tensor, bias: torch.Tensor | None) -> tuple[torc
 
 def center_embedding(weight: torch.Tensor) -> torch.Tensor:
     """Returns an embedding (tokens, width), of tokens or positions, each row less its mean."""
-    wide = weight.double()
-    return (wide - wide.mean(-1, keepdim=True)).to(weight.dtype)
+
+    def centred(rows: torch.Tensor) -> torch.Tensor:
+        wide = rows.double()
+        return wide - wide.mean(-1, keepdim=True)
+
+    return _by_rows(weight, centred)
+
+
+def _by_rows(weight: torch.Tensor, change: Callable[[torch.Tensor], torch.Tensor]) -> torch.Tensor:
+    """Returns what `change` makes of the rows of a weight (rows, width), in the weight's type.
+
+    Some rows at a time: an embedding is most of what is in memory of a large model, and float64 would be twice or four times as much.
+    """
+    changed, count = torch.empty_like(weight), max(1, PIECE // max(1, weight.shape[-1]))
+    for part, rows in zip(changed.split(count), weight.split(count), strict=True):
+        part.copy_(change(rows))
+    return changed
 
 
 def _rows_times(x: torch.Tensor, rotation: Rotation) -> torch.Tensor:

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 
 import torch
 
+from ptq.export.quantized_tensors import narrowed
 from ptq.files.safetensors_file import StoredTensor, read_header, write_tensors
 from ptq.models.loading import NAMES, LoadedModel
 from ptq.network.block_stream import BlockStream
@@ -46,7 +47,7 @@ def write_outside(stream: BlockStream, dtype: torch.dtype | None, folder: pathli
             for name, module in modules
             for key, tensor in module.named_parameters(recurse=False)
         }
-        kept = {name: t.to(dtype) if t.dim() > 1 else t for name, t in state.items() if name not in tied}
+        kept = {name: narrowed(tensor, dtype) for name, tensor in state.items() if name not in tied}
         write_tensors(folder / FILE, kept)
 
 

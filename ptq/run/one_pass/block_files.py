@@ -12,7 +12,7 @@ from safetensors.torch import save_file
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.export.base import BlockShards, Exported, GrowingExporter, GrowingFile, ShardedExporter
 from ptq.export.packing.shards import write_block as write_shard
-from ptq.export.quantized_tensors import LinearTensors, refuse_foreign, tensors_of
+from ptq.export.quantized_tensors import LinearTensors, narrowed, refuse_foreign, tensors_of
 from ptq.export.registry import build_exporter
 from ptq.files.atomic import write_atomic, write_text, writing_failed
 from ptq.files.bounded import parse_json
@@ -186,8 +186,7 @@ class HeldSource:
         owner, _, last = name.rpartition(".")
         with self._weights.hold([owner]):
             value: torch.Tensor = getattr(self.network.model.get_submodule(owner), last)
-            narrowed = self._narrow is not None and value.dim() > 1 and owner in self._outside
-            return value.to(self._narrow) if narrowed else value
+            return narrowed(value, self._narrow) if owner in self._outside else value
 
     def correction(self, name: str) -> Factors | None:
         """Returns None: a block that has one is not kept this way (`keeps_export`)."""

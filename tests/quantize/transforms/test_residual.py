@@ -76,6 +76,18 @@ def test_weights_keep_their_type_and_are_rounded_once(dtype):
     assert turned.dtype == dtype and torch.equal(turned, (weight.double() @ q).to(dtype))
 
 
+def test_great_weights_are_turned_some_rows_at_a_time_and_end_as_in_one(monkeypatch):
+    weight, gain, q = normal(2 * WIDTH + 3, WIDTH), normal(WIDTH, seed=1), random_orthogonal(WIDTH, 0)
+    whole = rotate_reader(weight, q), fold_gain(weight, None, gain)[0], center_embedding(weight)
+    monkeypatch.setattr("quantize.transforms.residual.PIECE", 2 * WIDTH)
+    widened, double = [], torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda x: widened.append(x.numel()) or double(x))
+    parts = rotate_reader(weight, q), fold_gain(weight, None, gain)[0], center_embedding(weight)
+    assert max(widened) == 2 * WIDTH
+    for part, expected in zip(parts, whole, strict=True):
+        torch.testing.assert_close(part, expected)
+
+
 def test_shapes_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="rotation: shape .* whose width divides 12"):
         rotate_reader(normal(3, WIDTH), torch.eye(5))
