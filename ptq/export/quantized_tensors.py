@@ -100,6 +100,12 @@ class QuantizedTensors(Protocol):
         """Returns what is added to the weight of the Linear `name`, or None."""
 
 
+OWN = ("ptq.", "quantize.", "group_methods.")
+"""What the full names of classes begin with that steps put into a block."""
+HELD = (Linear, QuantLinear, InputQuantizer, Expert)
+"""Those that every format has a place for."""
+
+
 def refuse_foreign(block: Block, corrections: bool = False) -> None:
     """Raises `UserError` where a step has put something into the block that no format has a place for.
 
@@ -110,13 +116,15 @@ def refuse_foreign(block: Block, corrections: bool = False) -> None:
     for name, module in block.module.named_modules():
         if isinstance(module, QuantLinear) and module.corrected and not corrections:
             raise unheld_correction(f"{block.name}.{name}")
-        ours = type(module).__module__.partition(".")[0] in {"ptq", "quantize", "group_methods"}
+        ours = f"{type(module).__module__}.".startswith(OWN)
         cached = isinstance(module, AttentionQuantizers) and not module.transforms and module.cache is None
-        if ours and not cached and not isinstance(module, Linear | QuantLinear | InputQuantizer | Expert):
-            raise UserError(
-                f"export: a step has put {type(module).__name__} at {block.name}.{name}, "
-                "which no format can hold: leave the step out"
-            )
+        if ours and not cached and not isinstance(module, HELD):
+            raise foreign(type(module).__name__, f"{block.name}.{name}")
+
+
+def foreign(kind: str, name: str) -> UserError:
+    """Returns what is said where a step has put a module of the class `kind` at `name`, and no format has a place for it."""
+    return UserError(f"export: a step has put {kind} at {name}, which no format can hold: leave the step out")
 
 
 def unheld_correction(name: str) -> UserError:

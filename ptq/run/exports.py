@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import yaml
@@ -16,7 +16,14 @@ from ptq.config.schema import ExportConfig, Recipe, SchemeConfig
 from ptq.config.scheme import linear_specs
 from ptq.errors import UserError
 from ptq.export.base import CorrectedExporter, Exported, Exporter, refuse_existing
-from ptq.export.quantized_tensors import LinearTensors, QuantizedTensors, ResidentSource, tensors_of, unheld_correction
+from ptq.export.quantized_tensors import (
+    LinearTensors,
+    QuantizedTensors,
+    ResidentSource,
+    foreign,
+    tensors_of,
+    unheld_correction,
+)
 from ptq.export.registry import build_exporter, shipped
 from ptq.files.atomic import ensure_folder
 from ptq.files.bounded import load_yaml, parse_json
@@ -24,6 +31,7 @@ from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import check as check_model
 from ptq.network.attention import CHILD
 from ptq.network.network import Block, Network, is_conv1d
+from ptq.run.kept.block_file import foreign_in
 from ptq.run.kept.outside_file import FILE as OUTSIDE
 from ptq.run.kept.outside_file import read_outside, stored_type, turns_stream
 from ptq.run.record.journal import Journal
@@ -33,6 +41,7 @@ from ptq.steps._step import CORRECTION, RESIDUAL, WEIGHT_INPUT, WEIGHT_OUTPUT, C
 from quantize.codecs.registry import codec_of
 from quantize.solvers.lowrank import Factors
 
+T = TypeVar("T")
 QUANTIZED = "quantized"
 """The folder in a run's that holds its finished blocks."""
 
@@ -297,6 +306,8 @@ class SavedSource:
         for block in self.network.blocks:
             path = folder / f"block-{block.index:05d}.safetensors"
             saved = _readable(path, partial(read_header, path))
+            if (found := _readable(path, partial(foreign_in, path))) is not None:
+                raise foreign(*found)
             _refuse_unknown_tensors(block, saved)
             self._saved |= saved
         self._saved |= _readable(folder / OUTSIDE, partial(read_outside, self.network, folder))
@@ -343,7 +354,7 @@ class SavedSource:
         return None if stored is None else stored.read(stored.dtype, stored.dtype, torch.device("cpu"))
 
 
-def _readable(path: pathlib.Path, read: Callable[[], dict[str, StoredTensor]]) -> dict[str, StoredTensor]:
+def _readable(path: pathlib.Path, read: Callable[[], T]) -> T:
     """Returns what `read` gives. Raises `UserError`, naming the file, where it is missing or damaged."""
     try:
         return read()

@@ -7,10 +7,11 @@ from collections.abc import Mapping
 from typing import Any
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import nn
 
+from ptq.export.quantized_tensors import HELD, OWN
 from ptq.files.bounded import parse_json
 from ptq.network.attention import CHILD, PREFIX, AttentionQuantizers, CacheFormats, Prefix, attach_quantizers
 from ptq.network.network import Block, Network, replace_module
@@ -93,6 +94,33 @@ def read_figures(path: pathlib.Path) -> dict[str, Any]:
     with safe_open(path, framework="pt") as file:
         figures: dict[str, Any] = parse_json(file.metadata()["figures"])
     return figures
+
+
+def foreign_in(path: pathlib.Path) -> tuple[str, str] | None:
+    """Returns the class and the full name of a module that a step has put into a finished block and no export has a place for, or None.
+
+    What acts online holds no tensor that an export would miss.
+
+    Raises:
+        ValueError: for a file that `write_block` has not written.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            description: dict[str, Any] = parse_json((file.metadata() or {})["description"])
+        classes: dict[str, str] = description["classes"]
+        cached = {
+            f"{name}.{CHILD}" for name, a in description["attentions"].items() if not a["transforms"] and not a["cache"]
+        }
+        norms = next(iter(description["norms"]), None)
+    except (KeyError, TypeError, AttributeError, SafetensorError) as error:
+        raise ValueError(f"it has no description of a block: {error}") from None
+    if norms is not None:
+        return classes[norms].rpartition(".")[2], norms
+    held = {_full_name(kind) for kind in HELD}
+    for name, kind in classes.items():
+        if kind.startswith(OWN) and kind not in held and name not in cached:
+            return kind.rpartition(".")[2], name
+    return None
 
 
 @torch.no_grad()

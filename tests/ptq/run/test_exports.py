@@ -5,7 +5,6 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from safetensors.torch import save_file
 
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
@@ -17,6 +16,7 @@ from ptq.network.block_stream import BlockStream
 from ptq.network.network import build_network, weight_of
 from ptq.run.experiment import dry_run, run
 from ptq.run.exports import SavedSource, export_run
+from ptq.run.kept.block_file import write_block
 from ptq.testing import random_tiny
 
 GROUPS = {"bits": 8, "granularity": "group", "group_size": 64}
@@ -121,8 +121,7 @@ def test_a_conv1d_comes_back_from_saved_blocks_the_way_it_was_square_or_not(tmp_
     rows, columns = network.shapes[name]
     assert (rows == columns) is square
     for block in network.blocks:
-        tensors = {f"{block.name}.{key}": value.contiguous() for key, value in block.module.state_dict().items()}
-        save_file(tensors, tmp_path / f"block-{block.index:05d}.safetensors")
+        write_block(block, tmp_path / f"block-{block.index:05d}.safetensors", {})
     loaded = SimpleNamespace(tokenizer=None, weights=ResidentWeights(), location=SimpleNamespace(gguf=None, base=""))
     recipe = SimpleNamespace(scheme=SchemeConfig())
     source = SavedSource(SimpleNamespace(network=network, loaded=loaded, recipe=recipe), tmp_path)

@@ -14,6 +14,7 @@ from ptq.models.loading import load
 from ptq.run.experiment import dry_run, run, run_recipe
 from ptq.run.exports import export_run
 from ptq.testing import random_tiny
+from tests.tools.tiny_runs import saved
 
 IDS = (torch.arange(1, 97) * 7 % 250)[None]
 
@@ -67,6 +68,24 @@ def test_a_turned_model_comes_back_from_memory_from_disk_and_from_its_finished_r
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(again)), logits(loaded))
     offloaded = run(recipe(execution={"weights": "offloaded"})) / "export" / "compressed-tensors"
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(offloaded)), logits(loaded))
+
+
+def test_what_is_turned_online_is_refused_of_a_saved_run_too(recipe, tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model = random_tiny("gemma3")
+    model.resize_token_embeddings(258)
+    saved(model, tmp_path / "gemma3")
+    folder = run(
+        recipe(
+            model={"path": str(tmp_path / "gemma3")},
+            export=None,
+            execution={"save": True},
+            evaluation={"windows": 2, "length": 32},
+        )
+    )
+    with pytest.raises(UserError, match=r"OnlineHadamard at model.layers.0.post_\w+.\w+, which no format can hold"):
+        export_run(folder, ExportConfig("compressed-tensors"), None, False)
+    assert not list((folder / "export").rglob("*.*"))
 
 
 def test_a_gguf_file_of_a_turned_model_has_a_head_of_its_own(recipe):
