@@ -14,14 +14,16 @@ class Basis:
         matrix: float64 (channels, channels).
         inverse: its inverse; the transpose for a rotation.
         centred: whether the mean over the channels of each token is taken out first: LayerNorms do not see it.
+        first: full names of the norms before the first block, whose output is the stream: it is brought into the basis online.
     """
 
     matrix: torch.Tensor
     inverse: torch.Tensor
     centred: bool = False
+    first: tuple[str, ...] = ()
 
     @classmethod
-    def rotation(cls, matrix: torch.Tensor, centred: bool = False) -> Self:
+    def rotation(cls, matrix: torch.Tensor, centred: bool = False, first: tuple[str, ...] = ()) -> Self:
         """Returns the basis of an orthogonal `matrix`.
 
         Raises:
@@ -31,7 +33,7 @@ class Basis:
         error = float((wide @ wide.t() - torch.eye(len(wide), dtype=wide.dtype, device=wide.device)).abs().max())
         if not error <= 1e-6:
             raise ValueError(f"matrix: differs from an orthogonal one by {error:.1e}: expected at most 1e-6")
-        return cls(wide, wide.t(), centred)
+        return cls(wide, wide.t(), centred, first)
 
     def forward(self, hidden: torch.Tensor) -> torch.Tensor:
         """Returns hidden states (..., channels) of the old basis in the new one, in their own type."""

@@ -84,10 +84,10 @@ def check_turned(recipe: Recipe, steps: Mapping[str, Step], context: Context) ->
         return
     if any(plan.basis is not None and plan.basis.centred for plan in context.plans.values()):
         _refuse_turned(recipe.export, turned, "makes RMSNorms of norms that take the mean out")
-    block = next((block for block in context.network.blocks if context.norm_sums(block)), None)
-    if block is not None:
-        norm = sorted(context.norm_sums(block))[0]
-        _refuse_turned(recipe.export, turned, f"turns online what {norm} adds to the residual stream")
+    online = [name for plan in context.plans.values() if plan.basis is not None for name in plan.basis.first]
+    online += [name for block in context.network.blocks for name in sorted(context.norm_sums(block))]
+    if online:
+        _refuse_turned(recipe.export, turned, f"turns online what {online[0]} adds to the residual stream")
 
 
 def _refuse_turned(export: ExportConfig, step: str, why: str) -> None:
@@ -310,7 +310,11 @@ class SavedSource:
                 raise foreign(*found)
             _refuse_unknown_tensors(block, saved)
             self._saved |= saved
-        self._saved |= _readable(folder / OUTSIDE, partial(read_outside, self.network, folder))
+        outside = _readable(folder / OUTSIDE, partial(read_outside, self.network, folder))
+        # A module in another's place has parameters of other names.
+        if unknown := sorted(outside.keys() - dict(self.network.model.named_parameters(remove_duplicate=False)).keys()):
+            raise foreign("a module", unknown[0].rpartition(".")[0])
+        self._saved |= outside
 
     def linear(self, name: str) -> LinearTensors:
         """Returns the tensors of the Linear `name`, read from the run's folder."""

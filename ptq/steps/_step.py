@@ -79,7 +79,7 @@ class StepPlan:
         facts: dict[str, Any] = {name: getattr(self, name) for name in names}
         if self.basis is not None:
             tensors |= {"basis|matrix": self.basis.matrix, "basis|inverse": self.basis.inverse}
-            facts["centred"] = self.basis.centred
+            facts |= {"centred": self.basis.centred, "first": self.basis.first}
         if self.statistics is not None:
             tensors |= {f"statistics|{name}": tensor for name, tensor in self.statistics.to_tensors().items()}
             facts["provenance"] = dataclasses.asdict(self.statistics.provenance)
@@ -99,7 +99,8 @@ class StepPlan:
             parts[part][name] = tensor
         basis = statistics = None
         if parts["basis"]:
-            basis = Basis(parts["basis"]["matrix"], parts["basis"]["inverse"], facts["centred"])
+            held = parts["basis"]
+            basis = Basis(held["matrix"], held["inverse"], facts["centred"], tuple(facts["first"]))
         if "provenance" in facts:
             statistics = Statistics.from_tensors(parts["statistics"], Provenance(**facts["provenance"]))
         return cls(

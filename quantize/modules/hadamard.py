@@ -40,3 +40,23 @@ class OnlineHadamard(nn.Module):
     def extra_repr(self) -> str:
         """Names the width."""
         return f"width={self.width}, seed={self.seed}, block={self.block}"
+
+
+class TurnedNorm(nn.Module):
+    """Gives what a norm gives, turned online: its gain comes after its own division, so no weight can take the turn.
+
+    Args:
+        norm: the norm.
+        online: what acts on its output (..., width).
+        centred: whether the mean over the channels of each token is taken out first.
+    """
+
+    def __init__(self, norm: nn.Module, online: OnlineHadamard, centred: bool):
+        super().__init__()
+        self.norm, self.online, self.centred = norm, online, centred
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Returns the turned output for `x` (..., width), in its type."""
+        y: torch.Tensor = self.norm(x)
+        turned: torch.Tensor = self.online(y - y.mean(-1, keepdim=True) if self.centred else y)
+        return turned

@@ -6,10 +6,9 @@ turned inside their blocks (MR-GPTQ, Egiazarian et al. 2025).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
-from torch import nn
 
 from ptq.calibration.samples import Samples
 from ptq.config.options import MOST_SEED, option
@@ -20,9 +19,9 @@ from ptq.network.attention import CHILD, AttentionQuantizers
 from ptq.network.basis import Basis
 from ptq.network.block_stream import Flow
 from ptq.network.links import Link
-from ptq.network.network import Block, replace_module, weight_of
+from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset, is_centring
-from ptq.network.outside import set_weight, untie
+from ptq.network.outside import set_weight
 from ptq.steps._step import (
     INPUT,
     KEY,
@@ -34,6 +33,7 @@ from ptq.steps._step import (
     StepPlan,
     Transform,
 )
+from ptq.steps.transforms._stream_ends import first_norms, last_norm, neutral, turn_ends
 from ptq.steps.transforms._stream_rows import StreamRows
 from ptq.steps.transforms.smooth import kind_of
 from quantize.modules.hadamard import OnlineHadamard
@@ -41,7 +41,7 @@ from quantize.modules.online import OnlineShared, attach_input, attach_output
 from quantize.spec.quant_spec import QuantSpec
 from quantize.transforms.hadamard import factorise, hadamard_matrix, hadamard_transform, random_signs
 from quantize.transforms.learned_rotation import LOSSES, STEPS, learned_rotation, rotation_loss
-from quantize.transforms.residual import center_embedding, center_writer, fold_gain, rotate_reader, rotate_writer
+from quantize.transforms.residual import center_writer, fold_gain, rotate_reader, rotate_writer
 
 ONLINE = ("down", "out", "heads")
 
@@ -128,9 +128,10 @@ class Step(Transform):
         if not self.options.residual:
             return StepPlan(stale=True)
         width, size = self._described(context)
-        centred = self._check(context, width)
+        centred, first = self._check(context, width)
         options, device = self.options, context.stream.device
-        if (options.learn or options.seeds > 1) and any(context.norm_sums(b) for b in context.network.blocks):
+        written = bool(first) or any(context.norm_sums(b) for b in context.network.blocks)
+        if (options.learn or options.seeds > 1) and written:
             field = "learn" if options.learn else "seeds"
             raise UserError(
                 f"steps.rotate.{field}: {getattr(options, field)!r}, but norms write to this model's residual stream, and what they "
@@ -150,15 +151,16 @@ class Step(Transform):
             matrix = self._start(width, seed, device)
         if rows is not None and options.learn:
             matrix = self._learned(rows, matrix, size, context)
-        return StepPlan(basis=Basis.rotation(matrix, centred), stale=True)
+        return StepPlan(basis=Basis.rotation(matrix, centred, first), stale=True)
 
     def plan_outside(self, context: Context) -> StepPlan:
         """Makes the rotation of its seed; the final norm says whether norms take the mean out, and `plan_block` holds others to it."""
         if not self.options.residual:
             return StepPlan()
         width, _ = self._described(context)
+        first = first_norms(context, width)
         matrix = self._start(width, self.options.seed, context.stream.device)
-        return StepPlan(basis=Basis.rotation(matrix, is_centring(_final_norm(context, width)[1])))
+        return StepPlan(basis=Basis.rotation(matrix, is_centring(last_norm(context, width, first)[1]), first))
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Finds what the block turns, and says what widths are made of that no block before had."""
@@ -225,14 +227,19 @@ class Step(Transform):
         )
         return torch.block_diag(*parts)
 
-    def _check(self, context: Context, width: int) -> bool:
-        """Returns whether the norms take the mean out. Raises `UserError` where the stream's norms or readers are not found."""
+    def _check(self, context: Context, width: int) -> tuple[bool, tuple[str, ...]]:
+        """Returns whether the norms take the mean out, and `first_norms`.
+
+        Raises:
+            UserError: where the stream's norms or readers are not found.
+        """
         with context.stream.hold_outside(changed=False):
-            centring = {is_centring(_final_norm(context, width)[1])}
+            first = first_norms(context, width)
+            centring = {is_centring(last_norm(context, width, first)[1])}
         for block in context.network.blocks:
             with context.stream.at(block):
                 centring |= self._centring(block, context, width)
-        return _one_kind(centring)
+        return _one_kind(centring), first
 
     def _centring(self, block: Block, context: Context, width: int) -> set[bool]:
         """Returns whether each of a block's norms of the stream takes the mean out. Raises `UserError` as `_check` does."""
@@ -254,24 +261,14 @@ class Step(Transform):
 
     def outside(self, plan: StepPlan, context: Context) -> None:
         """Turns embeddings and head; the final norm's gain goes into the head, which is no longer tied."""
-        if plan.basis is None:
+        basis = plan.basis
+        if basis is None:
             return
-        network, model = context.network, context.network.model
-        modules = {name: model.get_submodule(name) for name in network.outside}
-        head, width = model.get_output_embeddings(), len(plan.basis.matrix)
-        name, norm = _final_norm(context, width)
-        weight, bias = fold_gain(
-            head.weight, head.bias, norm.weight, gain_offset(norm) or 0.0, getattr(norm, "bias", None)
-        )
-        set_weight(head, "weight", rotate_reader(weight, plan.basis.matrix))
-        if bias is not None:
-            set_weight(head, "bias", bias)
-        for module in modules.values():
-            if isinstance(module, nn.Embedding) and module.embedding_dim == width:
-                rows = center_embedding(module.weight) if plan.basis.centred else module.weight
-                set_weight(module, "weight", rotate_reader(rows, plan.basis.matrix))
-        _neutral(model, name, norm, plan.basis.centred)
-        untie(model)
+        turn_ends(context, basis, lambda: self._online(len(basis.matrix)))
+
+    def _online(self, width: int) -> OnlineHadamard:
+        """Returns what turns the stream where no weight can."""
+        return OnlineHadamard(width, self.options.seed, self.options.block)
 
     @torch.no_grad()
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
@@ -315,11 +312,10 @@ class Step(Transform):
                 weight_of(reader).copy_(rotate_reader(weight, basis.matrix))
                 if bias is not None:
                     set_weight(reader, "bias", bias)
-            _neutral(network.model, link.producer, norm, basis.centred)
+            neutral(network.model, link.producer, norm, basis.centred)
         for name in context.norm_sums(block):
             # Its gain comes after its own division, so what it gives can only be turned online.
-            online = OnlineHadamard(width, self.options.seed, self.options.block)
-            attach_output(context.module(name), online.to(context.stream.device))
+            attach_output(context.module(name), self._online(width).to(context.stream.device))
         for name in _writers(block, context):
             writer = context.module(name)
             weight, bias = weight_of(writer), writer.bias
@@ -341,19 +337,6 @@ class Step(Transform):
 def _width(context: Context) -> int:
     """Returns the residual stream's channels."""
     return int(context.network.model.config.get_text_config().hidden_size)
-
-
-def _final_norm(context: Context, width: int) -> tuple[str, Any]:
-    """Returns the norm before the head, and its full name. Raises `UserError` where not just one can be it, or no head is."""
-    model = context.network.model
-    modules = {name: model.get_submodule(name) for name in context.network.outside}
-    norms = [(name, module) for name, module in modules.items() if _is_norm(module, width)]
-    if len(norms) != 1 or model.get_output_embeddings() is None:
-        raise UserError(
-            f"steps.rotate.residual: {len(norms)} norms of the stream's width lie outside the blocks, and one was expected: "
-            "use residual=false"
-        )
-    return norms[0]
 
 
 def _one_kind(centring: set[bool]) -> bool:
@@ -407,21 +390,3 @@ def _turn_values(link: Link, context: Context, size: int) -> None:
     for name in link.readers:
         weight = weight_of(context.module(name))
         weight.copy_(rotate_reader(weight, lambda rows: hadamard_transform(rows, block=size)))
-
-
-def _is_norm(module: nn.Module, width: int) -> bool:
-    weight: Any = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.shape == (width,)
-
-
-def _neutral(model: nn.Module, name: str, norm: nn.Module, centred: bool) -> None:
-    """Leaves a norm without gain and bias; one that took the mean out, which the writers do now, becomes an RMSNorm."""
-    weight = norm.weight
-    if not isinstance(weight, torch.Tensor):
-        raise TypeError(f"{name} has no gain")
-    if centred:
-        eps = getattr(norm, "eps", None)
-        plain = nn.RMSNorm(len(weight), eps, elementwise_affine=False)
-        replace_module(model, name, plain)
-    else:
-        set_weight(norm, "weight", torch.full_like(weight, 1.0 - (gain_offset(norm) or 0.0)))

@@ -9,8 +9,10 @@ import pytest
 import torch
 import transformers
 
+from ptq.config.schema import ExportConfig
 from ptq.errors import UserError
 from ptq.run.experiment import dry_run, run
+from ptq.run.exports import export_run
 from ptq.steps._registry import build_steps
 from ptq.steps._step import STATISTICS
 from ptq.steps.transforms.rotate import Options, Step
@@ -19,9 +21,6 @@ from tests.tools.tiny_runs import metrics_of, saved, tiny_recipe
 
 TOKEN4 = {"bits": 4, "granularity": "token", "dynamic": True}
 W4A4 = {"weight": {"bits": 4}, "input": TOKEN4}
-# BLOOM's embedding is followed by a norm, whose output is the stream: refused.
-TURNED = sorted(set(ARCHITECTURES) - {"bloom"})
-
 
 make = functools.partial(tiny_recipe, windows=8, length=32)
 
@@ -33,7 +32,7 @@ def tiny(tmp_path, architecture):
     return saved(model, tmp_path / architecture)
 
 
-@pytest.mark.parametrize("architecture", TURNED)
+@pytest.mark.parametrize("architecture", sorted(ARCHITECTURES))
 @pytest.mark.parametrize("options", [{"online": []}, {"online": ["down", "out"], "block": 8}])
 def test_a_turned_network_computes_what_it_did_on_every_architecture(tmp_path, architecture, options):
     m = metrics_of(run(make(tmp_path, tiny(tmp_path, architecture), {}, {"rotate": options})))
@@ -110,9 +109,29 @@ def test_a_head_that_is_no_longer_the_embedding_counts_in_the_size_and_is_said(t
     assert "for a head that is no longer the embedding" in (found[1] / "run.log").read_text()
 
 
-def test_a_network_whose_norms_do_not_show_who_reads_the_stream_is_refused(tmp_path):
-    with pytest.raises(UserError, match=r"steps.rotate.residual: .*use residual=false"):
-        run(make(tmp_path, tiny(tmp_path, "bloom"), {}, {"rotate": {}}))
+@pytest.mark.parametrize("weights", ["resident", "offloaded"])
+def test_a_network_whose_norms_do_not_show_who_reads_the_stream_is_refused(tmp_path, tiny_llama, monkeypatch, weights):
+    monkeypatch.setattr("ptq.steps.transforms.rotate._stream_links", lambda *args: [])
+    with pytest.raises(UserError, match=r"steps.rotate.residual: .*model.layers.0 is not found: use residual=false"):
+        run(make(tmp_path, tiny_llama, {}, {"rotate": {}}, execution={"weights": weights}))
+
+
+def test_a_stream_that_begins_with_a_norm_is_turned_online_there_and_no_export_takes_it(tmp_path):
+    pytest.importorskip("compressed_tensors")
+    model, scheme = tiny(tmp_path, "bloom"), {"weight": {"bits": 8, "granularity": "group", "group_size": 16}}
+    steps = {"rotate": {"online": []}, "rtn": {}}
+    found = [
+        metrics_of(run(make(tmp_path, model, scheme, steps, execution={"weights": weights})))
+        for weights in ("resident", "offloaded")
+    ]
+    assert found[0]["kl_mean"] == found[1]["kl_mean"] < 1e-4
+    with pytest.raises(UserError, match="norms write to this model's residual stream"):
+        run(make(tmp_path, model, scheme, {"rotate": {"online": [], "seeds": 2}, "rtn": {}}))
+    with pytest.raises(UserError, match="export.format: compressed-tensors holds the modules of the model's own"):
+        run(make(tmp_path, model, scheme, steps, export={"format": "compressed-tensors"}))
+    folder = run(make(tmp_path, model, scheme, steps, execution={"save": True}))
+    with pytest.raises(UserError, match="export"):
+        export_run(folder, ExportConfig("compressed-tensors"), None, False)
 
 
 @pytest.mark.parametrize("options", [{"learn": "cayley"}, {"learn": "qr", "loss": "whip", "block": 32}, {"seeds": 3}])
