@@ -31,6 +31,8 @@ METHODS: dict[str, list[str]] = {
     "hqq": [*WEIGHTS, "method=hqq"],
     "autoround (learned)": [*WEIGHTS, "method=autoround"],
     "omniquant (learned)": [*WEIGHTS, "method=omniquant"],
+    "autoround, bfloat16 products": [*WEIGHTS, "method=autoround", "steps.autoround.precision=bfloat16"],
+    "omniquant, bfloat16 products": [*WEIGHTS, "method=omniquant", "steps.omniquant.precision=bfloat16"],
     "W4A4: gptq, target residual": [*INPUTS, "method=gptq", *RESIDUAL],
     "W4A4: wush, gptq": [*INPUTS, "method=wush_gptq"],
     "W4A4: affine (learned), clip, gptq": [*INPUTS, "method=affine_gptq"],
