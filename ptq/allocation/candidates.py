@@ -14,6 +14,7 @@ from ptq.models.locations import locate
 from ptq.network.network import Network
 from ptq.network.outside import check_outside
 from ptq.network.skeleton import skeleton
+from ptq.run.forecast.memory_estimate import check_sensitivity_memory
 from quantize.codecs.registry import codec_of
 from quantize.spec.formats import formats
 from quantize.spec.quant_spec import QuantSpec, SpecError, spec_of
@@ -110,12 +111,14 @@ def candidates_before(names: Sequence[str], recipe: Recipe, given: bool) -> tupl
     """Returns what `candidates` will find, and the model without its weights, before these are read; None for one on the hub.
 
     Raises:
-        UserError: as `candidates` does.
+        UserError: as `candidates` does, and where their costs cannot be measured in the memory that there is.
     """
     if locate(recipe.model).kind == "hub":
         return None
     network = skeleton(recipe.model, store_of(recipe))
-    return candidates(names, recipe.scheme, recipe.export, network, given)[0], network
+    found, _ = candidates(names, recipe.scheme, recipe.export, network, given)
+    check_sensitivity_memory(recipe, network, len(found))
+    return found, network
 
 
 def uniform(scheme: SchemeConfig, spec: QuantSpec) -> SchemeConfig:

@@ -306,7 +306,7 @@ class SavedSource:
         for block in self.network.blocks:
             path = folder / f"block-{block.index:05d}.safetensors"
             saved = _readable(path, partial(read_header, path))
-            if (found := _readable(path, partial(foreign_in, path))) is not None:
+            if (found := _readable(path, partial(foreign_in, path, self.network.model))) is not None:
                 raise foreign(*found)
             _refuse_unknown_tensors(block, saved)
             self._saved |= saved

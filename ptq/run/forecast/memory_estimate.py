@@ -84,11 +84,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     config = network.model.config.get_text_config()
     width, vocabulary = int(config.hidden_size), int(config.vocab_size)
     blocks = [value * block.parameters for block in sizes.blocks]
-    whole = sizes.parameters * value
-    outside = whole - sum(blocks)
-    resident = recipe.execution.weights == "resident"
-    ahead = 2 if recipe.execution.prefetch else 1
-    weights = whole if resident else max([outside, *(ahead * b for b in blocks)])
+    whole, weights = sizes.parameters * value, _weights(sizes, recipe, value)
     in_memory = recipe.execution.hidden_states == "memory"
     c, e = recipe.calibration, recipe.evaluation
     windows = e.windows if e.windows is not None else 256
@@ -113,7 +109,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
         tuned["tune"] = weights + flows + baseline + _tuning(sizes, recipe, tuner.batch_size, width, value)
     return MemoryEstimate(
         {
-            "load": int(1.25 * whole) if resident else weights,
+            "load": int(1.25 * whole) if recipe.execution.weights == "resident" else weights,
             "calibration": weights + hidden * calibration + _pass(sizes, c.batch_size * c.length, value),
             "baseline": weights + hidden * evaluation + max(logits, _pass(sizes, e.batch_size * e.length, value)),
             "quantize": quantize,
@@ -121,6 +117,40 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
             "evaluate": weights + flows + baseline + logits,
         }
     )
+
+
+def estimate_sensitivity(recipe: Recipe, network: Network, formats: int, sizes: Sizes | None = None) -> MemoryEstimate:
+    """Returns what measuring the sensitivity to so many `formats` holds at once: weights, what reaches each block, one block's errors
+    and gradients. What is kept beside that takes what is free.
+
+    Args:
+        recipe: its calibration samples are those that are used.
+        network: the model, which may be on the meta device.
+        formats: how many.
+        sizes: of the network under the recipe's scheme; None to look at it.
+    """
+    sizes = sizes or Sizes.of(network, recipe.scheme)
+    value, c = arithmetic_bytes(recipe), recipe.calibration
+    config = network.model.config.get_text_config()
+    width, batch = int(config.hidden_size), c.batch_size * c.length
+    # What reaches each block, what left the last one, and its gradients.
+    states = len(sizes.blocks) + 2 if recipe.execution.hidden_states == "memory" else 0
+    held = _weights(sizes, recipe, value) + states * value * width * c.samples * c.length
+    largest = max(sizes.blocks, key=lambda block: block.parameters)
+    graph = 2 * value * batch * largest.channels
+    return MemoryEstimate(
+        {
+            "forward": held + _pass(sizes, batch, value),
+            "head": held + 4 * 3 * recipe.evaluation.chunk * int(config.vocab_size),
+            "backward": held + 4 * (formats + 1) * largest.parameters + graph,
+        }
+    )
+
+
+def check_sensitivity_memory(recipe: Recipe, network: Network, formats: int, total: int | None = None) -> str:
+    """As `check_memory`, for `estimate_sensitivity`."""
+    sizes = Sizes.of(network, recipe.scheme)
+    return _checked(recipe, lambda r: estimate_sensitivity(r, network, formats, sizes), False, total)
 
 
 def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], total: int | None = None) -> str:
@@ -135,17 +165,21 @@ def check_memory(recipe: Recipe, network: Network, steps: Mapping[str, Step], to
     Raises:
         UserError: when the run cannot fit, with the setting that would make it fit.
     """
-    there = memory_of(recipe) if total is None else total
     sizes = Sizes.of(network, recipe.scheme)
-    phase, need = estimate(recipe, network, steps, sizes).worst
+    tuned = any(isinstance(step, Tuner) for step in steps.values())
+    return _checked(recipe, lambda r: estimate(r, network, steps, sizes), tuned, total)
+
+
+def _checked(recipe: Recipe, estimated: Callable[[Recipe], MemoryEstimate], tuned: bool, total: int | None) -> str:
+    """Returns what is `estimated` of the recipe beside what there is. Raises `UserError` as `check_memory` does."""
+    there = memory_of(recipe) if total is None else total
+    phase, need = estimated(recipe).worst
     need += PROCESS
     line = f"memory: some {_gib(need)} at its peak ({phase}), {_gib(there)} there"
     if need <= there:
         return line
-    tuned = any(isinstance(step, Tuner) for step in steps.values())
-    changed = next(
-        (words for words, other in _savings(recipe, tuned) if _needs(other, network, steps, sizes) <= there), None
-    )
+    savings = _savings(recipe, tuned)
+    changed = next((words for words, other in savings if estimated(other).worst[1] + PROCESS <= there), None)
     advice = (
         f"use {changed}" if changed else "no setting makes it fit: take a machine with more memory, or a smaller model"
     )
@@ -161,8 +195,13 @@ def memory_of(recipe: Recipe) -> int:
     return memory_limit()
 
 
-def _needs(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes: Sizes) -> int:
-    return estimate(recipe, network, steps, sizes).worst[1] + PROCESS
+def _weights(sizes: Sizes, recipe: Recipe, value: int) -> int:
+    """Returns what is held of the weights at once: all, or a block and the one that is read ahead."""
+    blocks = [value * block.parameters for block in sizes.blocks]
+    if recipe.execution.weights == "resident":
+        return sizes.parameters * value
+    ahead = 2 if recipe.execution.prefetch else 1
+    return max([sizes.parameters * value - sum(blocks), *(ahead * b for b in blocks)])
 
 
 def _savings(recipe: Recipe, resident: bool) -> list[tuple[str, Recipe]]:

@@ -96,10 +96,14 @@ def read_figures(path: pathlib.Path) -> dict[str, Any]:
     return figures
 
 
-def foreign_in(path: pathlib.Path) -> tuple[str, str] | None:
+def foreign_in(path: pathlib.Path, model: nn.Module) -> tuple[str, str] | None:
     """Returns the class and the full name of a module that a step has put into a finished block and no export has a place for, or None.
 
-    What acts online holds no tensor that an export would miss.
+    By the block's description: what acts online may hold no tensor that an export would miss.
+
+    Args:
+        path: the block's file.
+        model: as its architecture has it.
 
     Raises:
         ValueError: for a file that `write_block` has not written.
@@ -111,11 +115,11 @@ def foreign_in(path: pathlib.Path) -> tuple[str, str] | None:
         cached = {
             f"{name}.{CHILD}" for name, a in description["attentions"].items() if not a["transforms"] and not a["cache"]
         }
-        norms = next(iter(description["norms"]), None)
+        norms = [name for name in description["norms"] if type(model.get_submodule(name)) is not nn.RMSNorm]
     except (KeyError, TypeError, AttributeError, SafetensorError) as error:
         raise ValueError(f"it has no description of a block: {error}") from None
-    if norms is not None:
-        return classes[norms].rpartition(".")[2], norms
+    if norms:
+        return nn.RMSNorm.__name__, norms[0]
     held = {_full_name(kind) for kind in HELD}
     for name, kind in classes.items():
         if kind.startswith(OWN) and kind not in held and name not in cached:

@@ -7,7 +7,14 @@ from ptq.config.building import recipe_from
 from ptq.errors import UserError
 from ptq.network.network import build_network
 from ptq.network.skeleton import skeleton
-from ptq.run.forecast.memory_estimate import PROCESS, check_memory, estimate, memory_of
+from ptq.run.forecast.memory_estimate import (
+    PROCESS,
+    check_memory,
+    check_sensitivity_memory,
+    estimate,
+    estimate_sensitivity,
+    memory_of,
+)
 from ptq.steps._registry import build_steps
 
 
@@ -52,6 +59,21 @@ def test_tuning_holds_the_graph_of_a_batch_and_cannot_be_mended_by_offloaded_wei
     with pytest.raises(UserError, match=r"\(tune\)") as error:
         check_memory(recipe, network, built, PROCESS + found.worst[1] // 2)
     assert "offloaded" not in str(error.value)
+
+
+def test_a_sensitivity_holds_what_reaches_every_block_and_is_refused_with_what_would_make_it_fit(tmp_path):
+    recipe, network, _ = prepared(tmp_path, {"rtn": {}})
+    few, many = (estimate_sensitivity(recipe, network, formats) for formats in (2, 5))
+    tokens = recipe.calibration.samples * recipe.calibration.length
+    states = 4 * 1024 * (8 + 2) * tokens
+    assert 4 * network.parameters + states < many.worst[1] < 1.5 * (4 * network.parameters + states)
+    block = sum(p.numel() for p in network.blocks[0].module.parameters())
+    assert many.phases["backward"] - few.phases["backward"] == 4 * 3 * block
+    assert check_sensitivity_memory(recipe, network, 5, 64 << 30).startswith("memory: some")
+    with pytest.raises(UserError, match=r"\(backward\).*: use execution.hidden_states=disk"):
+        check_sensitivity_memory(recipe, network, 5, PROCESS + many.worst[1] - states // 2)
+    with pytest.raises(UserError, match="no setting makes it fit"):
+        check_sensitivity_memory(recipe, network, 5, PROCESS)
 
 
 def test_rounding_to_nearest_takes_less_than_solving_and_offloaded_less_than_resident(tmp_path):

@@ -81,6 +81,7 @@ def test_what_is_turned_online_is_refused_of_a_saved_run_too(recipe, tmp_path):
             export=None,
             execution={"save": True},
             evaluation={"windows": 2, "length": 32},
+            data={"allow_overlap": True},
         )
     )
     with pytest.raises(UserError, match=r"OnlineHadamard at model.layers.0.post_\w+.\w+, which no format can hold"):
