@@ -62,11 +62,11 @@ def test_tuning_holds_the_graph_of_a_batch_and_cannot_be_mended_by_offloaded_wei
 
 
 def test_a_sensitivity_holds_what_reaches_every_block_and_is_refused_with_what_would_make_it_fit(tmp_path):
-    recipe, network, _ = prepared(tmp_path, {"rtn": {}})
+    recipe, network, _ = prepared(tmp_path, {"rtn": {}}, calibration={"batch_size": 1})
     few, many = (estimate_sensitivity(recipe, network, formats) for formats in (2, 5))
     tokens = recipe.calibration.samples * recipe.calibration.length
     states = 4 * 1024 * (8 + 2) * tokens
-    assert 4 * network.parameters + states < many.worst[1] < 1.5 * (4 * network.parameters + states)
+    assert 4 * network.parameters + states < many.worst[1] < 2 * (4 * network.parameters + states)
     block = sum(p.numel() for p in network.blocks[0].module.parameters())
     assert many.phases["backward"] - few.phases["backward"] == 4 * 3 * block
     assert check_sensitivity_memory(recipe, network, 5, 64 << 30).startswith("memory: some")
