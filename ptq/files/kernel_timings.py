@@ -10,6 +10,7 @@ import torch
 
 from ptq.errors import UserError
 from ptq.files.atomic import write_text
+from ptq.files.source_digest import package_digest
 from ptq.files.store import Store
 from ptq.files.versions import version_of
 from quantize.kernels.fastest import EVICTED
@@ -24,6 +25,7 @@ def timings_key(device: torch.device) -> dict[str, object]:
     """Returns what the speed of kernels depends on."""
     key: dict[str, object] = {
         "timed": f"{EVICTED >> 20} MiB read between",
+        "kernels": package_digest("quantize.kernels"),
         "torch": torch.__version__,
         "onnxruntime": version_of("onnxruntime"),
         "device": device.type,
