@@ -74,16 +74,25 @@ class SampleSum(Generic[T]):
         leaf: samples of a leaf.
         empty: makes an accumulator of nothing.
         merge: adds the second accumulator to the first and returns it; may overwrite the first.
+        clear: makes what was merged into another an accumulator of nothing again, in its own memory; None where `empty` costs nothing.
     """
 
-    def __init__(self, leaf: int, empty: Callable[[], T], merge: Callable[[T, T], T]):
-        self._leaf, self._empty, self._merge = leaf, empty, merge
+    def __init__(
+        self,
+        leaf: int,
+        empty: Callable[[], T],
+        merge: Callable[[T, T], T],
+        clear: Callable[[T], object] | None = None,
+    ):
+        self._leaf, self._empty, self._merge, self._clear = leaf, empty, merge, clear
         self._open: tuple[int, T] | None = None
         self._done: list[tuple[int, int, T]] = []
+        # What has been merged: new memory of some MiB costs more than the sums that are written there.
+        self._spare: list[T] = []
 
     def like(self) -> "SampleSum[T]":
         """Returns a sum of the same kind, of nothing yet."""
-        return SampleSum(self._leaf, self._empty, self._merge)
+        return SampleSum(self._leaf, self._empty, self._merge, self._clear)
 
     def of(self, sample: int) -> T:
         """Returns the accumulator that the sample of this number is added to; samples come in ascending order.
@@ -97,23 +106,23 @@ class SampleSum(Generic[T]):
         self._close()
         if self._done and leaf < (self._done[-1][1] + 1) << self._done[-1][0]:
             raise ValueError(f"sample {sample} comes after those of later leaves")
-        self._open = leaf, self._empty()
+        self._open = leaf, self._cleared()
         return self._open[1]
 
     def nodes(self) -> list[Node[T]]:
         """Returns what has been merged so far."""
-        self._close()
+        self._let_go()
         return list(self._done)
 
     def add(self, nodes: Iterable[Node[T]]) -> None:
         """Adds the nodes of another rank, whose leaves come after these."""
-        self._close()
+        self._let_go()
         for node in nodes:
             self._append(node)
 
     def total(self) -> T | None:
         """Returns the sum of all; None where no sample gave anything. Nothing can be added to it afterwards."""
-        self._close()
+        self._let_go()
         level = 0
         while len(self._done) > 1:
             before, self._done = self._done, []
@@ -128,7 +137,23 @@ class SampleSum(Generic[T]):
             (leaf, value), self._open = self._open, None
             self._append((0, leaf, value))
 
+    def _let_go(self) -> None:
+        """Closes the leaf; who has seen all samples needs no memory for more."""
+        self._close()
+        self._clear = None
+        self._spare.clear()
+
+    def _cleared(self) -> T:
+        if self._clear is None or not self._spare:
+            return self._empty()
+        value = self._spare.pop()
+        self._clear(value)
+        return value
+
     def _append(self, node: Node[T]) -> None:
         while self._done and node[1] % 2 and self._done[-1][:2] == (node[0], node[1] - 1):
-            node = node[0] + 1, node[1] // 2, self._merge(self._done.pop()[2], node[2])
+            merged = self._merge(self._done.pop()[2], node[2])
+            if self._clear is not None:
+                self._spare.append(node[2])
+            node = node[0] + 1, node[1] // 2, merged
         self._done.append(node)

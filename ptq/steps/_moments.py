@@ -44,7 +44,7 @@ def block_hessians(
     for first, of in readers.items():
         weight = weight_of(context.module(first))
         empty[first] = partial(Hessian, weight.shape[1], weight.device)
-        found[first] = {quantizer: SampleSum(flow.leaf, empty[first], merged) for quantizer in of}
+        found[first] = {quantizer: SampleSum(flow.leaf, empty[first], merged, Hessian.clear) for quantizer in of}
     if found:
         watchers = {first: partial(_see, sums, flow.ids.shape[1]) for first, sums in found.items()}
         samples.feed(block, watchers, shared=True)

@@ -153,6 +153,20 @@ def add_gram(total: torch.Tensor, x: torch.Tensor) -> None:
             total[start : start + STRIP, start:] += product(rows[start : start + STRIP], rows[start:].t())
 
 
+def mirrored(total: torch.Tensor) -> torch.Tensor:
+    """Returns the symmetric matrix with the upper triangle of `total`, (channels, channels).
+
+    Strip by strip: of matrices that are larger than the caches each pass costs what half a multiplication of a sample does.
+    """
+    whole = total.triu()
+    for start in range(0, len(whole), STRIP):
+        end = start + STRIP
+        square = whole[start:end, start:end]
+        square += square.triu(1).t()
+        whole[end:, start:end] = whole[start:end, end:].t()
+    return whole
+
+
 def row_squares(x: torch.Tensor, symmetric: torch.Tensor) -> torch.Tensor:
     """Returns diag(X S X^T) of `x` (rows, channels) and a symmetric matrix (channels, channels): (rows,)."""
     total = x.new_zeros(len(x))

@@ -43,6 +43,11 @@ class ErrorMoment:
         self._sum += other._sum
         self.count += other.count
 
+    def clear(self) -> None:
+        """Forgets all tokens, and keeps the memory."""
+        self._sum.zero_()
+        self.count = 0
+
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what has been accumulated, by name: another process's `from_state` goes on with it."""
         return {"sum": self._sum, "count": torch.tensor(self.count)}

@@ -65,29 +65,35 @@ def factorise(hessian: torch.Tensor, damping: float, act_order: bool) -> Factor 
         if act_order
         else torch.arange(len(hessian), device=hessian.device)
     )
-    ordered, used = _ordered(hessian, order)
+    # The last column first: its lower Cholesky factor is R, seen from the other end.
+    matrix, used = _reversed(hessian, order)
     if not used.any():
         return Failure(damping, 0)
-    share = damping
+    share, diagonal = damping, matrix.diagonal().clone()
     for attempt in range(ESCALATIONS):
         share = damping * 10**attempt
-        damped = ordered.clone()
-        damped.diagonal().add_(share)
-        factor, failed = torch.linalg.cholesky_ex(damped.flip(0, 1))
+        matrix.diagonal().copy_(diagonal + share)
+        factor, failed = torch.linalg.cholesky_ex(matrix)
         if not failed and all_finite(factor):
             upper = factor.flip(0, 1)
-            triangle = _inverse(upper / upper.diagonal())
+            del factor
+            pivots = upper.diagonal().clone()
+            triangle = torch.zeros_like(upper)
+            _invert(upper.div_(pivots), triangle)
             if all_finite(triangle):
-                return Factor(order, triangle, upper.diagonal().square(), share, attempt)
+                return Factor(order, triangle, pivots.square_(), share, attempt)
     return Failure(share, ESCALATIONS)
 
 
-def _ordered(hessian: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Returns the Hessian in `order` with a mean of 1 on the diagonal of its used columns, and which columns are used."""
+def _reversed(hessian: torch.Tensor, order: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the Hessian from the last column of `order` to the first, with a mean of 1 on the diagonal of its used columns, and which
+    columns are used."""
+    order = order.flip(0)
     diagonal = hessian.diagonal()[order]
     used = diagonal > 0
-    mean = _mean(diagonal)
-    ordered = hessian[order][:, order].div_(mean)
+    # Summed in the order of rounding: columns that lie in another order have the same bits.
+    mean = _mean(diagonal.flip(0))
+    ordered = hessian.index_select(0, order).index_select(1, order).div_(mean)
     ordered.diagonal().copy_(torch.where(used, diagonal / mean, torch.ones_like(diagonal)))
     return ordered, used
 
@@ -98,8 +104,8 @@ def _mean(diagonal: torch.Tensor) -> torch.Tensor:
     return diagonal[used].mean() if used.any() else torch.ones((), device=diagonal.device)
 
 
-def _inverse(unit: torch.Tensor) -> torch.Tensor:
-    """Returns the inverse of a unit upper triangular matrix (n, n), zeros below the diagonal.
+def _invert(unit: torch.Tensor, inverse: torch.Tensor) -> None:
+    """Writes the inverse of a unit upper triangular matrix (n, n) into zeros.
 
     By halves: the inverse of [[A, B], [0, C]] is [[A^-1, -A^-1 B C^-1], [0, C^-1]], a third of the work of solving for n
     columns.
@@ -107,9 +113,10 @@ def _inverse(unit: torch.Tensor) -> torch.Tensor:
     size = len(unit)
     if size <= SMALL:
         one = torch.eye(size, device=unit.device, dtype=unit.dtype)
-        return torch.linalg.solve_triangular(unit, one, upper=True, unitriangular=True)
-    half, inverse = size // 2, torch.zeros_like(unit)
-    inverse[:half, :half] = _inverse(unit[:half, :half])
-    inverse[half:, half:] = _inverse(unit[half:, half:])
-    inverse[:half, half:] = -product(product(inverse[:half, :half], unit[:half, half:]), inverse[half:, half:])
-    return inverse
+        inverse.copy_(torch.linalg.solve_triangular(unit, one, upper=True, unitriangular=True))
+        return
+    half = size // 2
+    _invert(unit[:half, :half], inverse[:half, :half])
+    _invert(unit[half:, half:], inverse[half:, half:])
+    right = product(product(inverse[:half, :half], unit[:half, half:]), inverse[half:, half:])
+    torch.neg(right, out=inverse[:half, half:])

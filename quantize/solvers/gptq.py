@@ -16,7 +16,7 @@ from quantize.codecs.registry import codec_of
 from quantize.grid.affine import Grid, dequantize, grouped, quantize
 from quantize.grid.labelled_grid import LabelledGrid, column_labels, error_importance, fitted_grid, labelled
 from quantize.grid.ranges import weight_grid
-from quantize.kernels.matmul import add_gram, row_squares
+from quantize.kernels.matmul import add_gram, mirrored, row_squares
 from quantize.solvers.clip import clipped_grid, clipped_levels
 from quantize.solvers.descent import descend
 from quantize.solvers.factorisation import Factor, Failure, factorise
@@ -118,6 +118,11 @@ class Hessian:
         both._sum, both.count = self._sum + other._sum, self.count + other.count
         return both
 
+    def clear(self) -> None:
+        """Forgets all tokens, and keeps the memory."""
+        self._sum.zero_()
+        self.count = 0
+
     def state(self) -> dict[str, torch.Tensor]:
         """Returns what has been accumulated, by name: another process's `from_state` goes on with it."""
         return {"sum": self._sum, "count": torch.tensor(self.count)}
@@ -132,8 +137,7 @@ class Hessian:
     @property
     def matrix(self) -> torch.Tensor:
         """H, float32 (channels, channels); zeros before the first token."""
-        upper = self._sum.triu()
-        return (upper + upper.triu(1).t()).mul_(2 / max(self.count, 1))
+        return mirrored(self._sum).mul_(2 / max(self.count, 1))
 
 
 @dataclass(frozen=True)

@@ -35,6 +35,12 @@ class Part:
         if self.error is not None and other.error is not None:
             self.error.merge(other.error)
 
+    def clear(self) -> None:
+        """Forgets all tokens."""
+        self.hessian.clear()
+        if self.error is not None:
+            self.error.clear()
+
     def state(self) -> dict[str, torch.Tensor]:
         """Returns the moments by name, as another rank gets them."""
         error = {} if self.error is None else self.error.state()
@@ -81,7 +87,7 @@ class Moments:
     def __post_init__(self) -> None:
         self._latest: list[torch.Tensor] = []
         count = 1 if self.held is None else 2
-        self.sums: list[SampleSum[Part]] = [SampleSum(self.leaf, self.empty, merged) for _ in range(count)]
+        self.sums: list[SampleSum[Part]] = [SampleSum(self.leaf, self.empty, merged, Part.clear) for _ in range(count)]
 
     @property
     def cost(self) -> float:

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from ptq.ranks.sample_sum import LEAVES, SampleSum, by_sample, leaf_of, shares, units
+from ptq.ranks.sample_sum import LEAVES, SampleSum, by_sample, leaf_of, shares, sums_held, units
 
 settings = st.tuples(st.integers(1, 140), st.integers(1, 9), st.integers(1, 9))
 
@@ -71,3 +71,22 @@ def test_samples_come_in_order():
 )
 def test_rows_belong_to_samples_where_a_tensor_has_a_dimension_of_samples(shape, expected):
     assert by_sample(torch.empty(shape), slice(4, 6)) == expected
+
+
+@given(st.integers(1, 140))
+def test_what_was_merged_is_filled_again_with_the_same_sums_and_no_more_accumulators_than_are_held(samples):
+    made = []
+
+    def empty():
+        made.append(torch.zeros((), dtype=torch.float64))
+        return made[-1]
+
+    again = SampleSum(leaf_of(samples), empty, torch.Tensor.add_, torch.Tensor.zero_)
+    anew = SampleSum(leaf_of(samples), empty, torch.Tensor.add)
+    values = torch.randn(samples, dtype=torch.float64)
+    for sample, value in enumerate(values):
+        again.of(sample).add_(value)
+    assert len(made) <= sums_held(samples)
+    for sample, value in enumerate(values):
+        anew.of(sample).add_(value)
+    assert again.total() == anew.total() == pytest.approx(float(values.sum()))
