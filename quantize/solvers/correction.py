@@ -156,6 +156,24 @@ def corrected_weight(
 
 
 @torch.no_grad()
+def told_by_input(error: torch.Tensor, factor: DampedFactor) -> torch.Tensor:
+    """Returns D (H + d I)^-1, float32 (in, in): what the present input tells of the error of the input itself.
+
+    A weight W times that is the change of `corrected_weight` for M = W D, for weights with more rows than columns in a fraction of the work.
+
+    Args:
+        error: D, the `ErrorMoment` of X - Y, (in, in).
+        factor: of H + d I.
+
+    Raises:
+        ValueError: for NaN or inf.
+    """
+    if not all_finite(error):
+        raise ValueError("error: NaN or inf")
+    return factor.solve(error.double().t()).t().float()
+
+
+@torch.no_grad()
 def held_out_strength(
     fit: tuple[torch.Tensor, torch.Tensor],
     held: tuple[torch.Tensor, torch.Tensor],

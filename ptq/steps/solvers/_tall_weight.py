@@ -14,7 +14,8 @@ from ptq.steps.solvers._target_moments import Moments
 from quantize.codecs.base import Encoded, checked
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import dequantize, grouped
-from quantize.solvers.correction import corrected_weight, damped_factor, held_out_strength
+from quantize.kernels.matmul import product
+from quantize.solvers.correction import corrected_weight, damped_factor, held_out_strength, told_by_input
 from quantize.solvers.damping import held_out_damping
 from quantize.solvers.factorisation import factorise
 from quantize.solvers.gptq import FormatSolution, GptqOptions, Solution, solve, solve_format
@@ -126,6 +127,9 @@ class TallWeight:
         if strength is None:
             return weight.__getitem__
         factor = damped_factor(self._hessian, strength)
+        if factor is not None and whole.error is not None and not whole.of_sum and len(weight) > weight.shape[1]:
+            told = told_by_input(whole.error.matrix, factor)
+            return lambda rows: weight[rows] + product(weight[rows], told)
 
         def of(rows: slice) -> torch.Tensor:
             return corrected_weight(weight[rows], whole.of_outputs(weight, rows), self._hessian, strength, factor)

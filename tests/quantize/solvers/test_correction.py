@@ -4,7 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from quantize.solvers.correction import STRENGTHS, ErrorMoment, corrected_weight, damped_factor, held_out_strength
+from quantize.solvers.correction import (
+    STRENGTHS,
+    ErrorMoment,
+    corrected_weight,
+    damped_factor,
+    held_out_strength,
+    told_by_input,
+)
 from quantize.solvers.gptq import Hessian
 
 
@@ -40,6 +47,17 @@ def test_an_error_beside_the_layer_is_taken_back_as_far_as_the_input_tells_it():
     expected = np.linalg.lstsq(y.double().numpy(), (y @ weight.t() + rest).double().numpy(), rcond=None)[0].T
     np.testing.assert_allclose(found.numpy(), expected, rtol=1e-3, atol=1e-3)
     assert not torch.allclose(found, weight, atol=0.1)
+
+
+def test_what_the_input_tells_of_its_own_error_serves_every_weight_that_reads_it():
+    x, y, weight = _inputs()
+    moment, hessian = _moments(x - y, y, 100)
+    factor = damped_factor(hessian, 0.01)
+    expected = corrected_weight(weight, weight @ moment, hessian, 0.01, factor)
+    torch.testing.assert_close(weight + weight @ told_by_input(moment, factor), expected)
+    assert not torch.allclose(expected, weight, atol=0.1)
+    with pytest.raises(ValueError, match="error: NaN or inf"):
+        told_by_input(moment * torch.nan, factor)
 
 
 def test_no_error_leaves_the_weight_alone():
