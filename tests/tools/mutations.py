@@ -62,7 +62,7 @@ MUTATIONS = (
     Mutation("quantize/grid/ranges.py", "cut = int(size * (100 - percentile) / 200)", "cut = int(size * (100 - percentile) / 100)", _RANGES),
     Mutation("quantize/grid/ranges.py", "better = error < best", "better = error <= best", _RANGES),
     Mutation("quantize/grid/ranges.py", "MOMENTUM = 0.9\n", "MOMENTUM = 0.99\n", _RANGES),
-    Mutation("quantize/grid/ranges.py", "squares *= importance[:, i * CHUNK : (i + 1) * CHUNK]", "squares *= importance[:, :CHUNK][:, : squares.shape[1]]", _RANGES),
+    Mutation("quantize/grid/ranges.py", "squares *= importance[:, i * size : (i + 1) * size]", "squares *= importance[:, :size][:, : squares.shape[1]]", _RANGES),
     Mutation("quantize/grid/scales.py", "- int(grid.high - grid.low).bit_length()\n        scale = torch.ldexp", "\n        scale = torch.ldexp", ("quantize/grid/test_scales.py",)),
     Mutation("quantize/grid/storage.py", "zero_points=0 if spec.symmetric else scales", "zero_points=scales", ("quantize/grid/test_storage.py",)),
     Mutation("quantize/codecs/packing.py", "(2**bits - 1)) << (lane * bits)", "255) << (lane * bits)", ("quantize/codecs/test_packing.py",)),

@@ -65,7 +65,7 @@ def test_chunks_do_not_change_a_range(monkeypatch, estimator, symmetric, granula
     kept = {"percentile": 90.0} if estimator == "percentile" else {}
     spec = QuantSpec(bits=3, symmetric=symmetric, granularity=granularity, group_size=size, range=estimator, **kept)
     whole = weight_grid(_normal(), spec)
-    monkeypatch.setattr(quantize.grid.ranges, "CHUNK", 70)
+    monkeypatch.setattr(quantize.grid.ranges, "CPU_CHUNK", 70)
     parts = weight_grid(_normal(), spec)
     assert torch.equal(whole.scale, parts.scale)
     assert whole.scale.shape == ((1,) if granularity == "tensor" else (12, 1) if size is None else (12, 4, 1))
@@ -74,7 +74,7 @@ def test_chunks_do_not_change_a_range(monkeypatch, estimator, symmetric, granula
 def test_chunks_do_not_change_what_columns_weigh(monkeypatch):
     spec, importance = QuantSpec(bits=3, granularity="tensor", range="mse"), torch.linspace(0, 1, 32) ** 6
     whole = weight_grid(_normal(), spec, None, importance)
-    monkeypatch.setattr(quantize.grid.ranges, "CHUNK", 70)
+    monkeypatch.setattr(quantize.grid.ranges, "CPU_CHUNK", 70)
     assert torch.equal(whole.scale, weight_grid(_normal(), spec, None, importance).scale)
     assert not torch.equal(whole.scale, weight_grid(_normal(), spec).scale)
 
