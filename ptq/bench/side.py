@@ -49,7 +49,7 @@ def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC, compile
         model: of transformers.
         note: what has to be said of it.
         cache: a name of transformers for the cache that it generates with.
-        compiler: compiles the pass of one token of one sequence; None for none.
+        compiler: compiles the pass of one token of each sequence; None for none.
     """
     chosen: dict[str, Any] = {} if cache == DYNAMIC else {"cache_implementation": cache}
     if compiler is not None:
@@ -70,9 +70,7 @@ def side_of(name: str, model: Any, note: str = "", cache: str = DYNAMIC, compile
     stored = sum(_stored_bytes(m) for m in linears)
     head = model.get_output_embeddings()
     own = _stored_bytes(head) if isinstance(head, PackedLinear | QuantLinear | torch.nn.Linear) else None
-    return Side(
-        name, prefill, decode, compiler is None, stored, own, lambda: sum(_read_bytes(m) for m in linears), note
-    )
+    return Side(name, prefill, decode, True, stored, own, lambda: sum(_read_bytes(m) for m in linears), note)
 
 
 def _linears(model: Any) -> Any:

@@ -8,6 +8,7 @@ import pathlib
 import pkgutil
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ import ptq.bench.against
 from ptq.bench.side import DYNAMIC, Side, side_of
 from ptq.config.schema import Recipe, SchemeConfig
 from ptq.errors import UserError, nearest
-from ptq.integrations.compiled import STATIC, check_compiler, compiled_call_
+from ptq.integrations.compiled import STATIC, CompiledPrompts, check_compiler, compiled_call_
 from ptq.integrations.kernels import use_kernels_
 from ptq.integrations.outside import choose_outside, quantize_outside_
 from ptq.integrations.replace import pack_, remember, tied_of
@@ -37,7 +38,7 @@ CALIBRATION = (4, 128)
 """Samples and tokens for what needs ranges: the speed of a product does not depend on its values."""
 FLOAT32, BFLOAT16, SIMULATED, KERNELS = "fp32", "bf16", "simulated", "kernels"
 COMPILED = "kernels, compiled"
-"""The same model; a static cache, and the pass of one token of one sequence by `torch.compile`."""
+"""The same model; a static cache, and all passes by `torch.compile`."""
 HALF_KERNELS = "kernels bf16"
 """On CUDA alone, whose kernels are made for models in 16 bits."""
 
@@ -75,7 +76,7 @@ def sides_of(
         threads: of torch.
         cache: what transformers generates with, ``dynamic`` or ``static``.
         run: a finished run of the recipe whose codes are taken; None rounds to nearest.
-        compiled: whether the kernels' model is a side once more, its pass of one token compiled.
+        compiled: whether the kernels' model is a side once more, its passes compiled.
 
     Raises:
         UserError: for what a run would refuse, for a compiler that is not there, and for a runtime that computes on CPUs beside a model on another device.
@@ -99,14 +100,31 @@ def sides_of(
     note = by_kernels(made, recipe.scheme)
     yield side_of(KERNELS, made, note, cache), made
     if compiled:
-        note = "static cache; the pass of one token of one sequence by torch.compile, prompts by kernels"
-        yield side_of(COMPILED, made, note, STATIC, compiled_call_(made)), made
+        yield _compiled(made), made
     if device.type == "cuda":
         made = _simulated(copy.deepcopy(half), recipe, run)
         note = by_kernels(made, recipe.scheme)
         yield side_of(HALF_KERNELS, made, note, cache), made
     for name in against:
         yield _module(name).side(model, loaded.tokenizer), None
+
+
+def _compiled(model: Any) -> Side:
+    """Returns the side of a model with kernels whose passes are compiled; the model by itself stays as it is."""
+    note = (
+        "static cache; passes by torch.compile: loops for one token of one sequence, kernels between loops for others"
+    )
+    prompts, side = CompiledPrompts(model), side_of(COMPILED, model, note, STATIC, compiled_call_(model))
+
+    def prefill(ids: torch.Tensor) -> object:
+        with prompts.answering():
+            return side.prefill(ids)
+
+    def decode(ids: torch.Tensor, tokens: int) -> object:
+        with prompts.answering():
+            return side.decode(ids, tokens)
+
+    return replace(side, prefill=prefill, decode=decode)
 
 
 def _simulated(model: Any, recipe: Recipe, run: pathlib.Path | None) -> Any:

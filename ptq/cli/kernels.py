@@ -72,7 +72,7 @@ def bench_command(arguments: list[str], program: str) -> int:
     parser.add_argument(
         "--compile",
         action="store_true",
-        help="decoding by kernels once more, compiled by torch.compile (a minute or more)",
+        help="kernels once more, all around them compiled by torch.compile (minutes)",
     )
     parser.add_argument("--head", type=int, metavar="BITS", help="embedding and head in so many bits too")
     parser.add_argument("--rounds", type=int, default=5, metavar="N", help="turns that count (5)")

@@ -9,6 +9,7 @@ from torch import nn
 
 from ptq.network.attention import use_attention
 from quantize.kernels.attention_parts import attention_in_parts, wins_in_parts
+from quantize.kernels.opaque import causal_attention, is_compiled
 
 NAME, USUAL = "ptq_parts", "sdpa"
 
@@ -43,6 +44,8 @@ def _attention(
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     others = (kwargs.get(name) for name in ("softcap", "position_bias", "cache", "s_aux"))
     plain = attention_mask is None and causal and not dropout and all(other is None for other in others)
+    if plain and _traced(query, key):
+        return causal_attention(query, key, value, scaling), None
     if plain and wins_in_parts(query, key):
         return attention_in_parts(query, key, value, scaling).transpose(1, 2).contiguous(), None
     usual = transformers.AttentionInterface()[USUAL]
@@ -50,3 +53,8 @@ def _attention(
         module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, is_causal=is_causal, **kwargs
     )
     return result
+
+
+def _traced(query: torch.Tensor, key: torch.Tensor) -> bool:
+    """Returns whether a compiler traces the attention of whole windows on a CPU: a graph has one operation for all lengths."""
+    return is_compiled() and query.device.type == "cpu" and query.shape[2] == key.shape[2] and query.shape[2] > 1

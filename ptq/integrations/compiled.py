@@ -1,10 +1,12 @@
-"""The pass of one token, compiled: transformers' `generate` does it where it is told to, with a static cache."""
+"""Passes that are compiled: that of one token, by transformers' `generate` with a static cache, and those of prompts and batches."""
 
 import os
 import pathlib
 import shutil
 import sysconfig
 import types
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -33,10 +35,7 @@ def compile_decode_(model: Any) -> None:
     Raises:
         UserError: for a model that cannot generate, and where no compiler is there.
     """
-    if getattr(model, "generation_config", None) is None:
-        raise UserError(
-            f"compile: {type(model).__name__} has no generate: expected a causal language model of transformers"
-        )
+    _check_generates(model)
     model.generation_config.compile_config = compiled_call_(model)
     model.generation_config.cache_implementation = STATIC
 
@@ -58,16 +57,74 @@ def compiled_call_(model: Any) -> CompileConfig:
     return config
 
 
+def compile_prompts_(model: Any) -> None:
+    """Has calls of a model with ``input_ids`` of more than one token compiled by `torch.compile`, whatever their lengths, from now on; a call
+    with one token passes as before.
+
+    Kernels multiply as before (`ptq.integrations.kernels.use_kernels_`), and what is around the products is compiled: rounding inputs to a scale a token,
+    norms, rotary embeddings, activation functions. Packed Linears that have no kernel, and those with integer inputs on other grids, are compiled as
+    they are defined, which writes a dequantized weight at each call. The first call takes a minute or more, one sequence and several apart;
+    two short passes show first which Linears read the same. That modules are what they were is not looked at again at
+    each call: call this once more where some were replaced, moved or filled anew.
+
+    Args:
+        model: of transformers. Copies of it are not compiled.
+
+    Raises:
+        UserError: for a model that cannot generate, and where no compiler is there.
+    """
+    _check_generates(model)
+    model._compiled_call_impl = None
+    model._compiled_call_impl = CompiledPrompts(model)
+
+
+class CompiledPrompts:
+    """What a model's ``__call__`` gives its arguments to: compiled where there are several tokens.
+
+    Args:
+        model: of transformers, a causal language model.
+
+    Raises:
+        UserError: where no compiler is there.
+    """
+
+    @torch.no_grad()
+    def __init__(self, model: Any):
+        device = next(model.parameters()).device
+        check_compiler(device)
+        for _ in range(2):
+            model(torch.ones(1, 4, dtype=torch.int64, device=device), use_cache=False)
+        self._plain = model._call_impl
+        self._compiled = _own_code(_call_impl, model, dynamic=True)
+        self._model = model
+
+    def __call__(self, *args: Any, **options: Any) -> Any:
+        """Returns what the model does."""
+        if args:
+            args, options = args[1:], {"input_ids": args[0], **options}
+        ids = options.get("input_ids")
+        if ids is None or ids.numel() == 1 or torch.compiler.is_compiling():
+            return self._plain(*args, **options)
+        # A slice of other ids has strides of its own, which would be compiled anew.
+        options["input_ids"] = ids.clone(memory_format=torch.contiguous_format)
+        return self._compiled(self._model, *args, **options)
+
+    @contextmanager
+    def answering(self) -> Iterator[None]:
+        """Inside the context the model's calls come here."""
+        self._model._compiled_call_impl = self
+        try:
+            yield
+        finally:
+            self._model._compiled_call_impl = None
+
+
 class CompiledCall:
     """Calls a model compiled; a copy of the model has a call of its own."""
 
     def __init__(self, model: Any):
         self._model = model
-        # What is compiled is kept by code object, and modules are not compared: each model has one of its own.
-        code = _call.__code__.replace(co_name=f"call_{id(self)}")
-        own = types.FunctionType(code, _call.__globals__, code.co_name)
-        skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
-        self._compiled = torch.compile(own, options=None if skip is None else {"guard_filter_fn": skip})
+        self._compiled = _own_code(_call, model)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Returns what the model does."""
@@ -80,6 +137,26 @@ class CompiledCall:
 
 def _call(model: Any, *args: Any, **options: Any) -> Any:
     return model(*args, **options)
+
+
+def _call_impl(model: Any, *args: Any, **options: Any) -> Any:
+    return model._call_impl(*args, **options)
+
+
+def _own_code(function: Any, owner: object, dynamic: bool | None = None) -> Any:
+    """Returns `function`, compiled for `owner`: what is compiled is kept by code object, and modules are not compared, so that each model
+    has a code object of its own."""
+    code = function.__code__.replace(co_name=f"call_{id(owner)}")
+    own = types.FunctionType(code, function.__globals__, code.co_name)
+    skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
+    return torch.compile(own, dynamic=dynamic, options=None if skip is None else {"guard_filter_fn": skip})
+
+
+def _check_generates(model: Any) -> None:
+    if getattr(model, "generation_config", None) is None:
+        raise UserError(
+            f"compile: {type(model).__name__} has no generate: expected a causal language model of transformers"
+        )
 
 
 def check_compiler(device: torch.device) -> None:

@@ -79,6 +79,10 @@ class PtqConfig(QuantizationConfigMixin):
         unknown = sorted(set(others) - {"quant_method"})
         if unknown:
             raise UserError(f"PtqConfig: no option {unknown[0]!r}{nearest(unknown[0], _OPTIONS)}")
+        if scheme is not None and not isinstance(scheme, str | SchemeConfig):
+            raise UserError(
+                f"PtqConfig.scheme: a {type(scheme).__name__}, expected a name or a SchemeConfig: give a dict as specs"
+            )
         if specs is not None:
             found: SchemeConfig = build(SchemeConfig, specs, "quantization_config.specs")
         else:

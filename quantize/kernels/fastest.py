@@ -6,6 +6,8 @@ from typing import Generic, Protocol, TypeVar
 
 import torch
 
+from quantize.kernels.opaque import handle_of
+
 ROUNDS, MOST_ROUNDS, ENOUGH = 3, 20, 5.0
 """Calls of each kernel, in turn, whose least time counts, after one that warms it up: at least so many, more up to so many milliseconds."""
 ALIKE, PATIENCE = 1.25, 100.0
@@ -58,6 +60,9 @@ class Fastest(Generic[Given]):
         what: names formats, shape and device among `timings`.
         timings: what has been timed before, and is from now on.
         keeper: asked before something is timed, and told after it.
+
+    Attributes:
+        handle: what compiled code finds it by.
     """
 
     def __init__(
@@ -72,6 +77,7 @@ class Fastest(Generic[Given]):
         self._prepared: dict[str, Callable[[Given], torch.Tensor]] = {}
         # By the bits of the number of rows: what a call costs beside the product is one look into it.
         self._by_size: dict[int, Callable[[Given], torch.Tensor]] = {}
+        self.handle = handle_of(self)
 
     def _prepare(self, name: str) -> Callable[[Given], torch.Tensor]:
         """Returns the product by the kernel `name`."""
@@ -151,6 +157,10 @@ class Fastest(Generic[Given]):
     def __getstate__(self) -> dict[str, object]:
         """A copy packs for itself: what kernels pack cannot be copied."""
         return {**self.__dict__, "_prepared": {}, "_by_size": {}}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        """A copy is found by a handle of its own."""
+        self.__dict__.update(state, handle=handle_of(self))
 
 
 def _least_milliseconds(

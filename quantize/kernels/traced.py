@@ -1,4 +1,4 @@
-"""The product of one row as a compiler is given it: a sum that decodes each code where it is read, so that nothing is written in between.
+"""The product of one row, and the rounding of many, as a compiler is given it: a sum that decodes each code where it is read, so that nothing is written in between.
 
 `torch.compile` makes one loop over the weight of it. Kernels cannot be looked into by a compiler, and what it would be given otherwise,
 the definition, writes a dequantized weight at each call. Codes of the input meet the weight's codes: sums of up to 2^24 are the integer
@@ -63,10 +63,8 @@ class RowProduct:
         row = x.reshape(1, -1).float()
         if self.input_bits is None:
             return self._dot(row, codes, scale, zero_point).view(*x.shape[:-1], -1)
-        # What `integer_rows` gives: its cached tensor, which saves time call by call, would have torch warn where it is traced.
-        step = row.abs().amax(1, keepdim=True) / float(2 ** (self.input_bits - 1) - 1)
-        step = torch.where(step < torch.finfo(torch.float32).tiny, 1.0, step)
-        return (self._dot((row / step).round(), codes, scale, zero_point) * step).view(*x.shape[:-1], -1)
+        rounded, step = traced_rows(row, self.input_bits)
+        return (self._dot(rounded, codes, scale, zero_point) * step).view(*x.shape[:-1], -1)
 
     def _dot(
         self, row: torch.Tensor, codes: torch.Tensor, scale: torch.Tensor, zero_point: torch.Tensor | None
@@ -107,6 +105,16 @@ class RowProduct:
             zeros = torch.stack(lanes, -1).flatten()[:count].reshape(-1, self.groups)
             return _made(zeros.float()).expand(steps.shape)
         return None if self.bits == 8 else 2.0 ** (self.bits - 1)
+
+
+def traced_rows(rows: torch.Tensor, bits: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns codes (rows, in) and scales (rows, 1) of rows in floating point, both float32: what `integer_rows` gives, whose cached tensor,
+    which saves time call by call, would have torch warn where it is traced.
+    """
+    single = rows.float()
+    step = single.abs().amax(1, keepdim=True) / float(2 ** (bits - 1) - 1)
+    step = torch.where(step < torch.finfo(torch.float32).tiny, 1.0, step)
+    return (single / step).round(), step
 
 
 def _made(x: torch.Tensor) -> torch.Tensor:

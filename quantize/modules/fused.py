@@ -8,6 +8,8 @@ import torch
 
 from quantize.kernels.base import IntegerRows, IntegerWeight
 from quantize.kernels.choice import Multiplier
+from quantize.kernels.opaque import integer_sums
+from quantize.kernels.traced import traced_rows
 
 
 class Reader(Protocol):
@@ -43,6 +45,8 @@ class _Group:
         self.multiplier = multiplier
         # What was multiplied last, and what has not been fetched of it. One object: threads see both or neither.
         self.last: tuple[IntegerRows, dict[int, torch.Tensor]] | None = None
+        # The same while a compiler traces; None before and after, so that nothing of a graph stays.
+        self.traced: tuple[torch.Tensor, torch.Tensor] | None = None
 
     def fetch(self, index: int, rows: IntegerRows, lead: Sequence[int]) -> torch.Tensor | None:
         """Returns the part of the reader at `index`, (*lead, out); None where it is not called as it was seen to be."""
@@ -51,10 +55,23 @@ class _Group:
             return last[1].pop(index, None)
         if index or (last is not None and last[1]):
             return None
-        whole = self.multiplier.run(rows, rows.codes.shape[0]).mul_(rows.scale)
+        whole = self.multiplier.run(rows, len(rows)).mul_(rows.scale)
         own, *others = whole.view(*lead, self.total).split_with_sizes(self.sizes, -1)
         self.last = (rows, dict(enumerate(others, 1)))
         return own
+
+    def trace(self, index: int, x: torch.Tensor, bits: int) -> torch.Tensor | None:
+        """Returns the part of the reader at `index` of an activation x (..., in) that a compiler traces, float32 (rows, out); None where
+        the readers are not called as they were seen to be."""
+        if index == 0:
+            self.traced = x, traced_sums(self.multiplier, x, bits, self.total)
+        whole = self.traced
+        if index == len(self.sizes) - 1:
+            self.traced = None
+        if whole is None or whole[0] is not x:
+            return None
+        start = sum(self.sizes[:index])
+        return whole[1][:, start : start + self.sizes[index]]
 
 
 Place = tuple[_Group, int]
@@ -136,6 +153,12 @@ def take_apart(reader: Reader) -> None:
 def group_bits(reader: Reader) -> float:
     """Returns the bits a weight that the kernels of its group hold beside codes of one byte."""
     return 0.0 if reader.place is None else reader.place[0].multiplier.held_bits()
+
+
+def traced_sums(multiplier: Multiplier, x: torch.Tensor, bits: int, out: int) -> torch.Tensor:
+    """Returns sums times all scales, float32 (rows, out), of x (..., in) that a compiler traces; codes of so many bits, a scale a row."""
+    rounded, step = traced_rows(x.reshape(-1, x.shape[-1]), bits)
+    return integer_sums(rounded, step, multiplier.handle, out) * step
 
 
 def stack(weights: Sequence[IntegerWeight]) -> IntegerWeight:

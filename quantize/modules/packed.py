@@ -15,16 +15,15 @@ from quantize.grid.affine import Grid, grouped
 from quantize.kernels.base import SHIFT, IntegerRows, IntegerWeight, finish
 from quantize.kernels.choice import Choice, Multiplier
 from quantize.kernels.floating import StoredWeight
+from quantize.kernels.opaque import is_compiled, linear
 from quantize.kernels.stored import Products, products
 from quantize.kernels.traced import RowProduct
 from quantize.modules.frozen import DecodedWeight, FrozenProduct
-from quantize.modules.fused import Place, group_bits, stack, take_apart
+from quantize.modules.fused import Place, group_bits, stack, take_apart, traced_sums
 from quantize.modules.shared_input import SharedInput
 from quantize.modules.simulated import QuantLinear, fake_quantize_dynamic
 from quantize.spec.quant_spec import QuantSpec
 
-_is_exporting = getattr(torch.compiler, "is_exporting", torch.compiler.is_compiling)
-"""Of a torch that does not tell whether a program is exported nothing is taken for compiled."""
 INTEGER_PART = QuantSpec(bits=8, granularity="token", dynamic=True)
 """What of LLM.int8()'s input meets the int8 weight: all but the outlier columns."""
 
@@ -302,12 +301,29 @@ class PackedLinear(nn.Linear):
             return kernel(rows, bias, x.dtype).view(*lead, self.out_features)
         if isinstance(kernel, Products):
             return kernel(x, bias)
-        if self._row is not None and x.numel() == self.in_features and _is_compiled():
-            stored = self.stored
-            return finish(self._row(x, stored["codes"], stored["scale"], stored.get("zero_point")), None, bias, x.dtype)
+        if is_compiled() and (traced := self._traced(x)) is not None:
+            return finish(traced, None, bias, x.dtype)
         if self.input_spec is not None:
             x = fake_quantize_dynamic(x, self.input_spec)
         return functional.linear(x, self.dequantized(x.dtype), None if bias is None else bias.to(x.dtype))
+
+    def _traced(self, x: torch.Tensor) -> torch.Tensor | None:
+        """Returns x W^T (..., out) as a compiler is given it: loops for one row, for several who was found to multiply before; None where
+        that is only the definition."""
+        if self._row is not None and x.numel() == self.in_features:
+            stored = self.stored
+            return self._row(x, stored["codes"], stored["scale"], stored.get("zero_point"))
+        if self._choice is None or x.dtype is not self.dtype:
+            return None
+        if isinstance(self._kernel, Products):
+            return linear(x, self._kernel.handle, self.out_features)
+        bits = None if self._row is None else self._row.input_bits
+        if bits is None or not isinstance(self._kernel, Multiplier):
+            return None
+        sums = None if self.place is None else self.place[0].trace(self.place[1], x, bits)
+        if sums is None:
+            sums = traced_sums(self._kernel, x, bits, self.out_features)
+        return sums.view(*x.shape[:-1], self.out_features)
 
     def _apply(self, fn: Callable[[torch.Tensor], torch.Tensor], recurse: bool = True) -> Self:
         self._forget_kernel()
@@ -397,11 +413,6 @@ def _integers(held: StoredWeight) -> IntegerWeight:
     if zero is None:
         return IntegerWeight(codes, held.scales().contiguous(), None)
     return IntegerWeight((codes ^ SHIFT).view(torch.int8), held.scales().contiguous(), zero.to(torch.int32) - SHIFT)
-
-
-def _is_compiled() -> bool:
-    """Returns whether what runs is traced to be compiled here; an exported program keeps the definition."""
-    return torch.compiler.is_compiling() and not _is_exporting()
 
 
 def keeping_types(
