@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ptq.bench.llama_library import fetch, open_library
+from ptq.bench.processes.llama_library import fetch, open_library
 from ptq.errors import UserError
 
 

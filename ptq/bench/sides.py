@@ -188,9 +188,9 @@ def _module(name: str) -> Any:
 
 
 def _there(need: str) -> bool:
-    """Returns whether a module can be imported, or the folder is there that an environment variable, ``$NAME``, names."""
+    """Returns whether a module can be imported, or the folder or program is there that an environment variable, ``$NAME``, names."""
     if need.startswith("$"):
-        return pathlib.Path(os.environ.get(need[1:]) or " ").expanduser().is_dir()
+        return pathlib.Path(os.environ.get(need[1:]) or " ").expanduser().exists()
     try:
         return importlib.util.find_spec(need) is not None
     except ModuleNotFoundError:

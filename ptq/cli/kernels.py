@@ -57,7 +57,7 @@ def bench_command(arguments: list[str], program: str) -> int:
         nargs="+",
         default=[],
         metavar="NAME",
-        help="llama.cpp, torchao, bitsandbytes, bitsandbytes-int8, torch-qint8",
+        help="llama.cpp, onnxruntime-genai, vllm, torchao, bitsandbytes, bitsandbytes-int8, torch-qint8",
     )
     parser.add_argument(
         "--prefill", nargs="*", type=int, default=[128, 512, 2048], metavar="N", help="tokens (128 512 2048)"

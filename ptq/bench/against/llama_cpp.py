@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from ptq.bench.llama_process import LlamaProcess
+from ptq.bench.processes.llama_process import LlamaProcess
 from ptq.bench.side import Side
 from ptq.config.shipped import scheme_named
 from ptq.export.quantized_tensors import ResidentSource

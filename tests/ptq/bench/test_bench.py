@@ -200,7 +200,8 @@ def test_what_cannot_be_measured_is_one_line_before_the_work(capsys, monkeypatch
 
 
 def test_each_runtime_says_what_it_needs():
-    assert competitors() == ["bitsandbytes", "bitsandbytes-int8", "llama-cpp", "torch-qint8", "torchao"]
+    known = ["bitsandbytes", "bitsandbytes-int8", "llama-cpp", "onnxruntime-genai", "torch-qint8", "torchao", "vllm"]
+    assert competitors() == known
     assert torch_qint8.NEEDS and torch_qint8.INSTALL
 
 

@@ -1,6 +1,6 @@
 """llama.cpp in a process of its own, so that its threads and torch's are not in each other's way.
 
-    python -m ptq.bench.llama_process LIBRARIES MODEL THREADS CONTEXT
+    python -m ptq.bench.processes.llama_process LIBRARIES MODEL THREADS CONTEXT
 
 reads lines of JSON, ``{"ids": [...], "tokens": n}``, generates n tokens greedily after the prompt (0: the prompt's pass only), and
 answers each with a line: the generated ids.
@@ -9,11 +9,10 @@ answers each with a line: the generated ids.
 import json
 import os
 import pathlib
-import subprocess
 import sys
 from typing import Any
 
-from ptq.errors import UserError
+from ptq.bench.processes.line_process import LineProcess
 
 
 class LlamaProcess:
@@ -30,9 +29,13 @@ class LlamaProcess:
     """
 
     def __init__(self, libraries: pathlib.Path, model: pathlib.Path, threads: int, context: int):
-        command = [sys.executable, "-m", "ptq.bench.llama_process", *map(str, (libraries, model, threads, context))]
-        pipe = subprocess.PIPE
-        self._process = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
+        command = [
+            sys.executable,
+            "-m",
+            "ptq.bench.processes.llama_process",
+            *map(str, (libraries, model, threads, context)),
+        ]
+        self._process = LineProcess("llama.cpp", command)
         self.generate([1], 0)
 
     def generate(self, ids: list[int], tokens: int) -> list[int]:
@@ -41,29 +44,17 @@ class LlamaProcess:
         Raises:
             UserError: when llama.cpp has ended.
         """
-        sent, answered = self._process.stdin, self._process.stdout
-        if sent is None or answered is None:
-            raise UserError("--against: llama.cpp has no pipes to speak by")
-        try:
-            sent.write(json.dumps({"ids": ids, "tokens": tokens}) + "\n")
-            sent.flush()
-        except BrokenPipeError:
-            raise UserError("--against: llama.cpp has ended: it cannot read the model or its libraries") from None
-        for line in answered:
-            if line.startswith("["):
-                return list(json.loads(line))
-        raise UserError("--against: llama.cpp has ended: it cannot read the model or its libraries")
+        return self._process.ask({"ids": ids, "tokens": tokens})
 
     def close(self) -> None:
         """Ends the process."""
-        self._process.kill()
-        self._process.wait()
+        self._process.close()
 
 
 def _serve(libraries: str, model: str, threads: int, context: int) -> None:
     import numpy as np
 
-    from ptq.bench.llama_library import open_library
+    from ptq.bench.processes.llama_library import open_library
 
     llama: Any = open_library(pathlib.Path(libraries))
     loaded = llama.llama_model_load_from_file(model.encode(), llama.llama_model_default_params())
