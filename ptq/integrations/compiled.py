@@ -7,6 +7,7 @@ import sysconfig
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import count
 from typing import Any
 
 import torch
@@ -17,6 +18,7 @@ from ptq.integrations.transformers import PtqQuantizer
 
 STATIC = "static"
 """The cache that a compiled pass wants: its tensors have one shape for all tokens."""
+_CODES = count()
 COMPILERS = ("g++", "clang++", "c++")
 """Looked for in PATH where the environment variable CXX names none."""
 
@@ -95,7 +97,7 @@ class CompiledPrompts:
         for _ in range(2):
             model(torch.ones(1, 4, dtype=torch.int64, device=device), use_cache=False)
         self._plain = model._call_impl
-        self._compiled = _own_code(_call_impl, model, dynamic=True)
+        self._compiled = _own_code(_call_impl, dynamic=True)
         self._model = model
 
     def __call__(self, *args: Any, **options: Any) -> Any:
@@ -124,7 +126,7 @@ class CompiledCall:
 
     def __init__(self, model: Any):
         self._model = model
-        self._compiled = _own_code(_call, model)
+        self._compiled = _own_code(_call)
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Returns what the model does."""
@@ -143,10 +145,9 @@ def _call_impl(model: Any, *args: Any, **options: Any) -> Any:
     return model._call_impl(*args, **options)
 
 
-def _own_code(function: Any, owner: object, dynamic: bool | None = None) -> Any:
-    """Returns `function`, compiled for `owner`: what is compiled is kept by code object, and modules are not compared, so that each model
-    has a code object of its own."""
-    code = function.__code__.replace(co_name=f"call_{id(owner)}")
+def _own_code(function: Any, dynamic: bool | None = None) -> Any:
+    """Returns `function` compiled: what is compiled is kept by code object, and modules are not compared, so that each has one of its own."""
+    code = function.__code__.replace(co_name=f"call_{next(_CODES)}")
     own = types.FunctionType(code, function.__globals__, code.co_name)
     skip = getattr(torch.compiler, "skip_guard_on_all_nn_modules_unsafe", None)
     return torch.compile(own, dynamic=dynamic, options=None if skip is None else {"guard_filter_fn": skip})
