@@ -25,6 +25,8 @@ def main() -> None:
     request = json.load(sys.stdin)
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
+    # What lies beside this script is not what others import by such names, `kernels` for one.
+    sys.path[:] = [path for path in sys.path if path != os.path.dirname(os.path.abspath(__file__))]
     import vllm
 
     windows = request["windows"]

@@ -25,10 +25,21 @@ pytestmark = [
     ),
 ]
 TOKEN = {"bits": 8, "granularity": "token", "dynamic": True}
+GROUPS = {"bits": 4, "granularity": "group", "group_size": 64}
+FP8 = {"format": "fp8_e4m3"}
+CT = "compressed-tensors"
 CASES = {
-    # vLLM's int8 kernel computes in fp32 too, its 4-bit kernel in 16 bits only.
-    "W8A8": ({"weight": {"bits": 8}, "input": TOKEN}, "float32"),
-    "W4A16": ({"weight": {"bits": 4, "granularity": "group", "group_size": 64}}, "float16"),
+    # vLLM's int8 kernel computes in fp32 too, its 4-bit kernels in 16 bits only. Its CPU build has no kernel for NVFP4 and MXFP4.
+    "W8A8": ({"weight": {"bits": 8}, "input": TOKEN}, "float32", CT, 0.01),
+    "W4A16": ({"weight": GROUPS}, "float16", CT, 0.01),
+    "W4A16 asymmetric": ({"weight": {**GROUPS, "symmetric": False}}, "float16", CT, 0.01),
+    "W4A8": ({"weight": {"bits": 4}, "input": TOKEN}, "bfloat16", CT, 0.01),
+    "GPTQ": ({"weight": GROUPS}, "float16", "gptq", 0.01),
+    "AWQ": ({"weight": {**GROUPS, "symmetric": False}}, "float16", "awq", 0.01),
+    # Twice the bound: an activation in bfloat16 is rounded before it is quantized; rounding to static ranges doubles perplexity.
+    "W4A8 g32": ({"weight": {**GROUPS, "group_size": 32}, "input": TOKEN}, "bfloat16", CT, 0.02),
+    "FP8": ({"weight": FP8, "input": {**FP8, "granularity": "token", "dynamic": True}}, "bfloat16", CT, 0.02),
+    "W8A8 static": ({"weight": {"bits": 8}, "input": {"bits": 8, "granularity": "tensor"}}, "float32", CT, 0.02),
 }
 
 
@@ -43,19 +54,19 @@ def store(tmp_path_factory, cache):
 
 
 @pytest.mark.parametrize("case", CASES)
-def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case, capsys):
+def test_vllm_has_our_perplexity_within_a_percent_or_two(tmp_path, store, case, capsys):
     import transformers
 
-    scheme, dtype = CASES[case]
+    scheme, dtype, export, bound = CASES[case]
     recipe = recipe_from(
         {
             "name": "client", "model": {"path": MODEL}, "evaluation": {"windows": 4, "length": 256}, "scheme": scheme,
-            "steps": {"rtn": {}}, "export": {"format": "compressed-tensors"}, "outputs": str(tmp_path / "outputs"),
+            "steps": {"rtn": {}}, "export": {"format": export}, "outputs": str(tmp_path / "outputs"),
             "store": str(store),
         }
     )  # fmt: skip
     folder = run(recipe)
-    exported = folder / "export" / "compressed-tensors"
+    exported = folder / "export" / export
     tokenizer = transformers.AutoTokenizer.from_pretrained(exported)
     ids = Draw(TextConfig(split="test"), 4, 256).tokens(tokenizer).ids
     request = {"model": str(exported), "windows": ids.tolist(), "dtype": dtype}
@@ -70,6 +81,6 @@ def test_vllm_has_our_perplexity_within_one_percent(tmp_path, store, case, capsy
         print(
             f"\n{case}: perplexity {ours.mean().exp():.3f}, vLLM {answer['version']} {theirs.mean().exp():.3f}: {ratio - 1:+.2%}"
         )
-    assert abs(ratio - 1) < 0.01
+    assert abs(ratio - 1) < bound
     # The quantized model and not the original: nearer to ours than ours is to it.
     assert (theirs - ours).abs().mean() < (ours - before).abs().mean()
