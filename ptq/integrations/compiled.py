@@ -102,14 +102,14 @@ class CompiledPrompts:
 
     def __call__(self, *args: Any, **options: Any) -> Any:
         """Returns what the model does."""
-        if args:
-            args, options = args[1:], {"input_ids": args[0], **options}
-        ids = options.get("input_ids")
+        ids = args[0] if args else options.get("input_ids")
         if ids is None or ids.numel() == 1 or torch.compiler.is_compiling():
             return self._plain(*args, **options)
         # A slice of other ids has strides of its own, which would be compiled anew.
-        options["input_ids"] = ids.clone(memory_format=torch.contiguous_format)
-        return self._compiled(self._model, *args, **options)
+        whole = ids.clone(memory_format=torch.contiguous_format)
+        if args:
+            return self._compiled(self._model, whole, *args[1:], **options)
+        return self._compiled(self._model, **{**options, "input_ids": whole})
 
     @contextmanager
     def answering(self) -> Iterator[None]:

