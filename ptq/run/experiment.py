@@ -119,7 +119,7 @@ def blocks_of(recipe: Recipe) -> str | None:
         UserError: for values that no part of a recipe can use together.
     """
     recipe, steps = checked(recipe)
-    if sources_of(steps) or goes_in_one_pass(recipe, steps, ALONE):
+    if sources_of(steps) or goes_in_one_pass(recipe, steps):
         return None
     return recipe_of_blocks(recipe, steps).digest()
 
@@ -196,7 +196,7 @@ def _run(
             journal.say(line)
         tokens = session.evaluation_tokens()
         check_tokens(recipe, session.loaded.tokenizer, session.seen_tokens(), tokens, session.network.vocabulary)
-        if goes_in_one_pass(recipe, steps, world):
+        if goes_in_one_pass(recipe, steps):
             passed = quantize_in_one_pass(session, steps, sources_of(steps), tokens, folder)
         else:
             passed = _pass_by_pass(session, steps, tokens, folder, lent)

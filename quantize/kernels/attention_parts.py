@@ -37,10 +37,13 @@ def attention_in_parts(
     """
     tokens = query.shape[2]
     result = query.new_empty(*query.shape[:3], value.shape[3])
+    # Zeros, then a triangle of what is not seen: each part's mask is a stretch of it, in the type that torch would convert one to.
+    unseen = query.new_full((PART, PART), -torch.inf).triu(1)
+    masks = functional.pad(unseen, (tokens, 0))
     for start in range(0, tokens, PART):
         end = min(start + PART, tokens)
-        seen = torch.ones(end - start, end, dtype=torch.bool, device=query.device).tril(start)
+        mask = masks[: end - start, tokens - start : tokens - start + end]
         result[:, :, start:end] = functional.scaled_dot_product_attention(
-            query[:, :, start:end], key[:, :, :end], value[:, :, :end], seen, scale=scale, enable_gqa=True
+            query[:, :, start:end], key[:, :, :end], value[:, :, :end], mask, scale=scale, enable_gqa=True
         )
     return result

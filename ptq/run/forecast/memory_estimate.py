@@ -13,7 +13,6 @@ from ptq.models.memory.memory_limits import memory_limit
 from ptq.network.experts.abreast import most_bytes
 from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import sums_held
-from ptq.ranks.world import ALONE
 from ptq.run.one_pass.quantize import goes_in_one_pass
 from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
 
@@ -94,7 +93,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     transforms = any(step.kind == TRANSFORM for step in steps.values())
     carried = calibration if wanted & {SAMPLES, REFERENCE} else c.batch_size * c.length if transforms else 0
     flows = hidden * (evaluation + carried * (2 if REFERENCE in wanted else 1))
-    if goes_in_one_pass(recipe, steps, ALONE) and STATISTICS in wanted:
+    if goes_in_one_pass(recipe, steps) and STATISTICS in wanted:
         flows += hidden * calibration  # statistics are taken on the way
     logits = 4 * 3 * e.chunk * vocabulary
     baseline = 4 * width * evaluation

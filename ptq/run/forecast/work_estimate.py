@@ -11,7 +11,6 @@ from ptq.footprint.footprint import bytes_of, inventory
 from ptq.footprint.passes import block_flops
 from ptq.network.experts.routing import ALL, LEAST
 from ptq.network.network import Block, Network, weight_of
-from ptq.ranks.world import ALONE
 from ptq.run.forecast.machine_speed import MachineSpeed
 from ptq.run.one_pass.block_files import keeps_export
 from ptq.run.one_pass.quantize import goes_in_one_pass
@@ -70,7 +69,7 @@ def work_of(
     a_token, head_token = sum(passed.blocks.values()) / c.length, passed.head / c.length
     wanted = frozenset[str]().union(*(step.captures(recipe.scheme) for step in steps.values()))
     offloaded, on_disk = recipe.execution.weights == "offloaded", recipe.execution.hidden_states == "disk"
-    once = goes_in_one_pass(recipe, steps, ALONE)
+    once = goes_in_one_pass(recipe, steps)
     # Links, baseline and quantization read the blocks each, or together.
     a_pass, beside = checkpoint if offloaded else 0, checkpoint if offloaded and not once else 0
     width = int(network.model.config.get_text_config().hidden_size) * value * len(network.blocks)

@@ -28,8 +28,8 @@ class BlockPlans:
         context: what the steps see; its statistics are the block's from here on.
         steps: those of the run that plan block by block, by name.
         known: statistics of the whole network, where it is known; else None.
-        measured: the calibration samples in the unquantized network, of which statistics are taken; None where they are known or not
-            wanted.
+        measured: the calibration samples in the unquantized network, of which statistics are taken, shared among ranks; None where they
+            are known or not wanted.
     """
 
     def __init__(
@@ -44,6 +44,8 @@ class BlockPlans:
             self._outside[name] = step.plan_outside(context)
             add_plan(context, name, step, self._outside[name])
         self._visitor = StatisticsVisitor(context.stream.device)
+        if measured is not None:
+            measured.passed = lambda block: self._visitor.reduce(block, context.stream.world)
         self._after: dict[str, Statistics] = {}
         self._lost = False
 

@@ -15,7 +15,7 @@ from ptq.evaluation.tasks.harness import Sample
 from ptq.export.base import Exported
 from ptq.network.block_stream import Flow
 from ptq.network.links import Trace, Tracer, describe
-from ptq.ranks.world import World
+from ptq.ranks.world import World, led
 from ptq.report.channel_ranges import save_transformed
 from ptq.run.baseline import Baseline, kept_baseline, known_baseline
 from ptq.run.exports import QUANTIZED, check_turned, needs_saved_weights
@@ -58,11 +58,10 @@ class Passed:
     export: Callable[[pathlib.Path], Exported] | None = None
 
 
-def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step], world: World) -> bool:
+def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
     """Whether the run has to see each block once: its weights are on disk, and what its steps plan they plan block by block."""
     return (
         recipe.execution.weights == "offloaded"
-        and world.size == 1
         and bool(steps)
         and not any(_plans_before(step) for step in steps.values())
         and _outdated(recipe, steps) is None
@@ -94,12 +93,12 @@ def _reads_statistics(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
 def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> None:
     """Raises `UserError` where blocks are to be computed on several devices by a run that does not go block by block."""
     devices = ", ".join(recipe.execution.devices)
-    if not devices or goes_in_one_pass(recipe, steps, world):
-        return
-    if world.size > 1:
+    if devices and world.size > 1:
         raise UserError(
             f"execution.devices: {devices}, but {world.size} ranks have a device each: use execution.device"
         )
+    if not devices or goes_in_one_pass(recipe, steps):
+        return
     planning = (name for name, step in steps.items() if _plans_before(step))
     what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
     if not what and (name := _outdated(recipe, steps)) is not None:
@@ -117,6 +116,7 @@ def quantize_in_one_pass(
     """Finds links, evaluates the baseline, calibrates and quantizes block by block, from where an interrupted run has come to.
 
     The bits are those of one pass after another. What is known of these weights already (links, the baseline) is not done again.
+    Ranks share the samples of each block; what rank 0 knows, and what it goes on after, holds for all of them.
 
     Args:
         session: the run's, whose weights are on disk.
@@ -130,7 +130,7 @@ def quantize_in_one_pass(
     """
     recipe, stream, network = session.recipe, session.stream, session.network
     digest, sums = session.loaded.digest, wants_sums(recipe.scheme, steps)
-    known = digest.known() is not None
+    known = led(session.world, lambda: digest.known() is not None)
     found = session.known_traces(sums) if known else None
     baseline = known_baseline(session, tokens) if known else None
     measures = STATISTICS in captures_of_steps(recipe.scheme, steps)
@@ -139,7 +139,7 @@ def quantize_in_one_pass(
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
             now = Beginning(digest.state, found is None, baseline is None, measures and statistics is None)
-            begun = _beginning(session, steps, now)
+            begun = Beginning(**led(session.world, lambda: dataclasses.asdict(_beginning(session, steps, now))))
             tracer = Tracer(network, stream, sums) if begun.traced else None
             first = (
                 stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
@@ -150,7 +150,7 @@ def quantize_in_one_pass(
             context = Context(network, stream, recipe.scheme, traces, note=session.journal.note)
             draw_samples(session, steps, context)
             taken = session.calibration_tokens().ids if begun.measured else None
-            measured = None if taken is None else stream.calibration(taken, context.batch_size)
+            measured = None if taken is None else stream.calibration(taken, context.batch_size, shared=True)
             plans = BlockPlans(context, by_block, None if begun.measured else statistics, measured)
             plan_all({name: step for name, step in steps.items() if name not in by_block}, context)
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)

@@ -1,0 +1,118 @@
+"""Several ranks in one pass over a checkpoint: each rank reads a tensor once, and the export has the bytes that one rank writes."""
+
+import dataclasses
+import os
+import signal
+from collections import Counter
+
+import pytest
+import torch
+
+from ptq.cli.app import main
+from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.ranks.world import ALONE
+from ptq.run.experiment import run
+from ptq.run.kept.kept_pass import RESUME, KeptPass
+from tests.tools.one_pass import make
+from tests.tools.ranks import in_world, run_ranks
+from tests.tools.same_bits import results
+
+pytest.importorskip("compressed_tensors")
+
+CASES = {
+    "searched": ("tiny_llama", {"smooth": {}, "gptq": {"target": "residual", "held_out": 4}}, "compressed-tensors"),
+    "turned": ("tiny_llama", {"rotate": {"online": []}, "gptq": {}}, "gguf"),
+    "mixture": ("tiny_mixtral", {"awq": {}, "gptq": {}}, "gguf"),
+}
+
+
+@pytest.fixture(autouse=True)
+def as_torchrun_starts_ranks(monkeypatch):
+    """One thread each, which is part of an identity; and every block is kept, although a tiny one takes less time than its writing."""
+    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def recipe_of(folder, model, steps, export):
+    # Processes that are forked may not begin CUDA.
+    recipe = make(folder, model, steps, export, device="cpu")
+    # In batches of two: shares for three ranks.
+    return dataclasses.replace(recipe, calibration=dataclasses.replace(recipe.calibration, samples=6))
+
+
+def files_of(folder):
+    """Returns the bytes of every file of the export, and the figures and codes of the run's results."""
+    (found,) = (folder / "outputs").rglob("metrics.json")
+    export = found.parent / "export"
+    files = {str(path.relative_to(export)): path.read_bytes() for path in export.rglob("*") if path.is_file()}
+    return files, results(found.parent)
+
+
+def counting(work, found):
+    """Returns work that fails where this process reads a block's tensor more than once."""
+
+    def counted():
+        pieces = StoredTensor.pieces
+
+        def noted(self, *args):
+            found[self.file, self.start] += 1
+            return pieces(self, *args)
+
+        StoredTensor.pieces = noted
+        status = work()
+        names = {
+            (file, stored.start): name for file in {f for f, _ in found} for name, stored in read_header(file).items()
+        }
+        read = {place: count for place, count in found.items() if "layers" in names.get(place, "layers of an expert")}
+        assert len(read) > 20 and set(read.values()) == {1}, read
+        return status
+
+    return counted
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_ranks_read_each_tensor_once_and_write_the_export_of_one(tmp_path, request, case):
+    name, steps, export = CASES[case]
+    model = request.getfixturevalue(name)
+
+    def work_of(folder, world=ALONE):
+        return run(recipe_of(tmp_path / folder, model, steps, export), world=world) and None
+
+    work_of("1")
+    work = counting(in_world(lambda world: work_of("2", world)), Counter())
+    ended = run_ranks(2, work, tmp_path / "out")
+    assert [e.status for e in ended] == [0, 0], ended
+    assert files_of(tmp_path / "2") == files_of(tmp_path / "1")
+    assert not list((tmp_path / "2").rglob(RESUME)) and not list((tmp_path / "2" / "outputs").rglob("block-*"))
+
+
+@pytest.mark.parametrize("case", ["searched", "mixture"])
+def test_a_killed_rank_leaves_what_any_number_of_ranks_goes_on_with(tmp_path, request, case):
+    name, steps, export = CASES[case]
+    model = request.getfixturevalue(name)
+    run(recipe_of(tmp_path / "1", model, steps, export))
+    recipe = recipe_of(tmp_path / "2", model, steps, export)
+    keep = KeptPass.keep
+
+    def killed(self, block):
+        keep(self, block)
+        if os.environ.get("RANK") == "1" and block.index == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    def work():
+        KeptPass.keep = killed
+        import ptq.cli.app as app
+
+        app._dispatch = lambda arguments, program: in_world(lambda world: run(recipe, world=world) and None)() or 0
+        return main([])
+
+    ended = run_ranks(2, work, tmp_path / "killed")
+    assert [e.status for e in ended] == [2, -signal.SIGKILL], ended
+    assert ended[0].text.count("error: ") == 1 and "another rank has ended" in ended[0].text
+    ended = run_ranks(3, in_world(lambda world: run(recipe, world=world) and None), tmp_path / "again")
+    assert [e.status for e in ended] == [0] * 3, ended
+    assert "resumed after block" in ended[0].text
+    assert files_of(tmp_path / "2") == files_of(tmp_path / "1")
