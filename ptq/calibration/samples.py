@@ -4,7 +4,6 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
-from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -23,14 +22,6 @@ Remembered = Callable[[Block, Callable[[], torch.Tensor]], torch.Tensor]
 """Returns what a function gives for a block: called now, or remembered since it was called for this block before."""
 Watcher = Callable[[torch.Tensor, slice], None]
 """Called with the input of a module (..., channels), and which of all samples' tokens, one after another, these are."""
-
-
-@dataclass(frozen=True)
-class SumOf:
-    """The output of the Linear `linear` and the input of the module `rest`, by their full names, added up."""
-
-    linear: str
-    rest: str
 
 
 class _Seen(Exception):
@@ -58,45 +49,34 @@ class Samples:
         return self.flow.ids.numel()
 
     @torch.no_grad()
-    def feed(
-        self,
-        block: Block,
-        watchers: Mapping[str, Watcher],
-        shared: bool = False,
-        sums: Mapping[str, SumOf] = MappingProxyType({}),
-    ) -> None:
+    def feed(self, block: Block, watchers: Mapping[str, Watcher], shared: bool = False) -> None:
         """Lets every batch pass through the block as it is now; the samples themselves stay where they are.
 
-        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with, nor for the sum of what the
-        present Linear gives and what is remembered: that is computed.
+        Inside `stage_by_stage` nothing passes for what reads the tensor that the batches wait with, nor for what is remembered.
 
         Args:
             block: the present block, weights in memory.
             watchers: by full name of a module, what looks at its input; "" for the block's output. A batch stops at the
-                last of them.
+                last of them. They are called in the order of the modules, or in that of the mapping.
             shared: the watchers see this rank's batches only, and what they gather is added up (`ptq.calibration.sums`).
                 Otherwise they see all batches, in order, on every rank.
-            sums: by full name of a module among the watched ones, what its input is the sum of.
         """
         # What a step has freed since the last pass lies in holes that the next one's tensors fit only in part.
         self.stream.weights.tidy()
-        if self._paused is not None and watchers and self._is_there(self._paused, watchers, sums, shared):
+        if self._paused is not None and watchers and self._is_there(self._paused, watchers, shared):
             for rows, x in self._paused.inputs() if shared else self._paused.all_inputs():
                 tokens = _tokens(self.flow, rows)
                 for name, watcher in watchers.items():
-                    watcher(self._paused.sum_at(rows, sums[name].rest) if name in sums else x, tokens)
+                    watcher(x if name in self._paused.stage else self._paused.read(rows, name), tokens)
             return
         for i, rows in self.stream.own(self.flow) if shared else self.flow.slices():
             self._pass(self.flow, block, i, rows, watchers)
         self.stream.count_experts(self.flow)
 
-    def _is_there(
-        self, paused: StagedPass, watchers: Mapping[str, Watcher], sums: Mapping[str, SumOf], shared: bool
-    ) -> bool:
-        """Whether all that is watched is what the batches wait with, or can be computed of it."""
+    def _is_there(self, paused: StagedPass, watchers: Mapping[str, Watcher], shared: bool) -> bool:
+        """Whether all that is watched is what the batches wait with, or what is remembered of them."""
         alone = shared or self.flow.shared is None
-        computed = {name for name, s in sums.items() if alone and paused.has_sum(s.linear, s.rest)}
-        return set(watchers) <= {*paused.stage, *computed}
+        return all(name in paused.stage or (alone and paused.has_read(name)) for name in watchers)
 
     @torch.no_grad()
     def carry(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
@@ -119,7 +99,7 @@ class Samples:
         Args:
             block: the present block, weights in memory.
             stages: full names of the Linears that read one tensor, in the order of their calls.
-            remember: full names of modules that sums to be watched have a part from (`SumOf.rest`).
+            remember: full names of modules whose inputs may be watched when the batches have passed them.
         """
         if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
             yield iter(abreast(block, stages, sums_held(len(self.flow.hidden))))

@@ -295,12 +295,5 @@ def load_traces(path: pathlib.Path) -> dict[int, Trace]:
 def trace_of(facts: Mapping[str, Any]) -> Trace:
     """Returns the trace whose fields, as JSON holds them, these are."""
     links = [Link(**{**link, "readers": tuple(link["readers"])}) for link in facts["links"]]
-    return Trace(
-        links,
-        [tuple(stage) for stage in facts["stages"]],
-        facts["notes"],
-        facts["roles"],
-        facts["sums"],
-        facts["norm_sums"],
-        facts["weighed_sums"],
-    )
+    stages = [tuple(stage) for stage in facts["stages"]]
+    return Trace(**{**facts, "links": links, "stages": stages})

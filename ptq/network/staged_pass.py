@@ -111,25 +111,13 @@ class StagedPass:
                     if found:
                         yield rows, found["input"].to(self._stream.device)
 
-    def has_sum(self, linear: str, rest: str) -> bool:
-        """Returns whether `sum_at` can be asked: every batch of this rank that waits at `linear` has passed the module `rest`."""
-        module = self._stream.network.model.get_submodule(linear)
-        # What a hook makes of the output is not known here.
-        return (
-            self.stage[:1] == (linear,)
-            and self._modules[self._at] is module
-            and not module._forward_hooks
-            and all(rest in batch.read for batch in self._here())
-        )
+    def has_read(self, name: str) -> bool:
+        """Returns whether `read` can be asked: every batch of this rank that waits has passed the module `name`, which is remembered."""
+        return all(name in batch.read for batch in self._here())
 
-    @torch.no_grad()
-    def sum_at(self, rows: slice, rest: str) -> torch.Tensor:
-        """Returns what the present Linear's output, on the input that the batch of these rows waits with, and the input of the
-        module `rest` add up to, in the latter's shape: as when the batch passed on, to the last bit.
-        """
-        batch = next(batch for batch in self._here() if batch.rows == rows)
-        before = batch.read[rest]
-        return before + self._plain[self._at](batch.tensor).view(before.shape)
+    def read(self, rows: slice, name: str) -> torch.Tensor:
+        """Returns what the module of this name has read of the batch of these rows."""
+        return next(batch for batch in self._here() if batch.rows == rows).read[name]
 
     @torch.no_grad()
     def advance(self) -> None:

@@ -10,7 +10,7 @@ from ptq.errors import UserError
 from ptq.network.network import weight_of
 from ptq.steps._solving import Solved, labels_of, specs_of
 from ptq.steps._step import Context
-from ptq.steps.solvers._target_moments import Moments
+from ptq.steps.solvers._target_moments import INPUT, Moments
 from quantize.codecs.base import Encoded, checked
 from quantize.codecs.registry import codec_of
 from quantize.grid.affine import dequantize, grouped
@@ -127,7 +127,7 @@ class TallWeight:
         if strength is None:
             return weight.__getitem__
         factor = damped_factor(self._hessian, strength)
-        if factor is not None and whole.error is not None and not whole.of_sum and len(weight) > weight.shape[1]:
+        if factor is not None and whole.error is not None and whole.of == INPUT and len(weight) > weight.shape[1]:
             told = told_by_input(whole.error.matrix, factor)
             return lambda rows: weight[rows] + product(weight[rows], told)
 

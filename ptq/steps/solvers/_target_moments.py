@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 
@@ -13,21 +14,28 @@ from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment
 from quantize.solvers.gptq import Hessian
 
+INPUT, SUM, REST = ERRORS = "input", "sum", "rest"
+"""What an error is of: of the tensor that the Linear reads; of the sum that its output is a part of; or of the rest of that sum, from
+which the Linear's own output is still to be taken: its moment is W H, and no token need be multiplied for it."""
+
 
 @dataclass(frozen=True)
 class Part:
-    """Moments of some of the samples; the error is one of outputs already where it is `of_sum`."""
+    """Moments of some of the samples, and what the error is `of`, one of `ERRORS`."""
 
     hessian: Hessian
     error: ErrorMoment | None
-    of_sum: bool
+    of: str
 
     def of_outputs(self, weight: torch.Tensor, rows: slice = slice(None)) -> torch.Tensor:
         """Returns the moment of the error of the outputs, (out, in), of a Linear with this weight, or of some of its rows."""
         if self.error is None:
             return torch.zeros_like(weight[rows])
         moment = self.error.matrix
-        return moment[rows] if self.of_sum else weight[rows].double() @ moment.double()
+        if self.of == REST:
+            # Of sums in float32: what is left has their rounding, which the damped inverse does not make more of than they hold.
+            return moment[rows] - product(weight[rows], self.hessian.matrix)
+        return moment[rows] if self.of == SUM else weight[rows].double() @ moment.double()
 
     def merge(self, other: "Part") -> None:
         """Adds the other's tokens, in place."""
@@ -47,20 +55,28 @@ class Part:
         return {f"h.{key}": t for key, t in self.hessian.state().items()} | {f"e.{key}": t for key, t in error.items()}
 
     @classmethod
-    def from_state(cls, state: Mapping[str, torch.Tensor], of_sum: bool) -> "Part":
+    def from_state(cls, of: str, state: Mapping[str, torch.Tensor]) -> "Part":
         """Returns the part whose `state` this is."""
-        of = {kind: {k[2:]: t for k, t in state.items() if k.startswith(kind)} for kind in ("h.", "e.")}
-        error = ErrorMoment.from_state(of["e."]) if of["e."] else None
-        return cls(Hessian.from_state(of["h."]), error, of_sum)
+        own = {kind: {k[2:]: t for k, t in state.items() if k.startswith(kind)} for kind in ("h.", "e.")}
+        error = ErrorMoment.from_state(own["e."]) if own["e."] else None
+        return cls(Hessian.from_state(own["h."]), error, of)
+
+
+def error_of(place: str | None, rest: str | None) -> str:
+    """Returns which of `ERRORS` is that of a Linear whose output is part of the sum at `place`, of which `rest` reads the rest."""
+    if place is None:
+        return INPUT
+    return SUM if rest is None else REST
 
 
 @dataclass
 class Moments:
     """Second moments of the tensor that `first` reads, as the Linears `names` get it: rounded by `quantizer`.
 
-    Errors are of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` whose output
-    is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input. The samples
-    that are `held` out, by their number, go into the second of two `sums`. `relative`: tokens weigh by what they carry at `place`.
+    Errors are of that tensor against the `original` one (tokens, channels), or, for a Linear with this `weight` and `bias` whose
+    output is part of the sum at `place`, of that sum: what is missing there when the Linear multiplies the rounded input. Where a
+    module is known that reads the `rest` of the sum, the error is that of the rest (`REST`). The samples that are `held` out, by
+    their number, go into the second of two `sums`. `relative`: tokens weigh by what they carry at `place`.
 
     Attributes:
         length: tokens of a sample.
@@ -80,12 +96,15 @@ class Moments:
     device: torch.device
     place: str | None = None
     weight: torch.Tensor | None = None
+    bias: torch.Tensor | None = None
+    rest: str | None = None
     relative: bool = False
     names: list[str] = field(default_factory=list)
     parts: tuple[Part, ...] = ()
 
     def __post_init__(self) -> None:
         self._latest: list[torch.Tensor] = []
+        self._before: tuple[slice, torch.Tensor] | None = None
         count = 1 if self.held is None else 2
         self.sums: list[SampleSum[Part]] = [SampleSum(self.leaf, self.empty, merged, Part.clear) for _ in range(count)]
 
@@ -94,10 +113,14 @@ class Moments:
         """Of solving for these Linears, in no unit: a factorisation is cubic in the columns."""
         return float(self.columns) ** 3
 
+    @property
+    def of(self) -> str:
+        """What errors are of."""
+        return error_of(self.place, self.rest)
+
     def reduce(self, world: World, to: int | None) -> None:
         """Adds up what all ranks have seen, on rank `to`, or on all; the others have no parts then."""
-        of_sum = self.place is not None
-        totals = [total_of(world, s, lambda state: Part.from_state(state, of_sum), self.device, to) for s in self.sums]
+        totals = [total_of(world, s, partial(Part.from_state, self.of), self.device, to) for s in self.sums]
         self.sums = []
         if to is None or world.rank == to:
             self.parts = tuple(self.empty() if total is None else total for total in totals)
@@ -109,29 +132,46 @@ class Moments:
             return self.parts[0]
         one, two = self.parts
         error = None if one.error is None or two.error is None else one.error.with_tokens_of(two.error)
-        return Part(one.hessian.with_tokens_of(two.hessian), error, one.of_sum)
+        return Part(one.hessian.with_tokens_of(two.hessian), error, one.of)
 
     def see(self, x: torch.Tensor, tokens: slice) -> None:
         """Adds a batch of the tensor, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
         # Rounded before samples lie one after another: a range is a sample's own.
         y: torch.Tensor = x if self.quantizer is None else self.quantizer(x)
-        if self.place is not None:
+        if self.of == SUM:
             self._latest[:] = [x, y]
-            return
-        error = None
-        if self.original is not None:
-            error = self.original[tokens].to(y.device) - y.reshape(-1, y.shape[-1])
-        self._add(y, error, tokens)
+        elif self.of == REST:
+            self._add_missing(y, self._rest(tokens), tokens)
+        elif self.original is None:
+            self._add(y, None, tokens)
+        else:
+            self._add(y, self.original[tokens].to(y.device) - y.reshape(-1, y.shape[-1]), tokens)
+
+    def see_rest(self, rest: torch.Tensor, tokens: slice) -> None:
+        """Keeps the rest of a batch's sum until its tensor is seen; a `Watcher`. A module that is called again reads another one."""
+        if self._before is None or self._before[0] != tokens:
+            self._before = tokens, rest
+
+    def _rest(self, tokens: slice) -> torch.Tensor:
+        """Returns the sum of a batch without the output of the Linear's weight."""
+        if self._before is None or self._before[0] != tokens:
+            raise ValueError(f"{self.first}: its batch has not passed {self.rest}")
+        before = self._before[1]
+        return before if self.bias is None else before + self.bias
 
     def see_sum(self, total: torch.Tensor, tokens: slice) -> None:
         """Adds the same batch of the sum, of which the Linear's output on the input not rounded is a part; a `Watcher`."""
         x, y = self._latest
-        if self.original is None or self.weight is None:
-            return
+        if self.quantizer is not None and self.weight is not None:
+            total = total - product((x - y).reshape(-1, x.shape[-1]), self.weight.t()).view(total.shape)
+        self._add_missing(y, total, tokens)
+
+    def _add_missing(self, y: torch.Tensor, total: torch.Tensor, tokens: slice) -> None:
+        """Adds a batch of the rounded tensor, and what is missing from `total` to the original sum."""
+        if self.original is None:
+            raise ValueError(f"{self.first}: a sum without the original one")
         original = self.original[tokens].to(total.device)
         missing = original - total.reshape(-1, total.shape[-1])
-        if self.quantizer is not None:
-            missing = missing + product((x - y).reshape(-1, x.shape[-1]), self.weight.t())
         if self.relative:
             size = original.float().square().mean(-1, keepdim=True).clamp_min(torch.finfo(torch.float32).tiny).rsqrt()
             missing, y = missing * size, y * size.reshape(*y.shape[:-1], 1)

@@ -6,7 +6,7 @@ from functools import partial
 
 import torch
 
-from ptq.calibration.samples import Samples, SumOf, Watcher
+from ptq.calibration.samples import Samples, Watcher
 from ptq.config.options import option
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import tensor_specs
@@ -18,7 +18,7 @@ from ptq.steps._solved import heard, told
 from ptq.steps._solving import BlockInputs, Solved, captures_of, quantize_linear, refuse_without_levels, specs_of
 from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.solvers._tall_weight import TallWeight, joined, pieces_of
-from ptq.steps.solvers._target_moments import Moments, Part
+from ptq.steps.solvers._target_moments import INPUT, Moments, Part, error_of
 from quantize.modules.simulated import InputQuantizer
 from quantize.solvers.correction import ErrorMoment
 from quantize.solvers.gptq import (
@@ -205,21 +205,30 @@ class _Solving:
                 continue
             key = inputs.of(name, specs), name if name in sums else ""
             if key not in made:
-                weight = weight_of(self.context.network.model.get_submodule(name))
+                module = self.context.module(name)
+                weight, rest = weight_of(module), self._rest_of(name)
+                of = error_of(sums.get(name), rest)
                 made[key] = Moments(
-                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, name, weight, name in sums),
+                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, name, weight, of),
                     originals.get(sums.get(name, stage[0])), self._held if self.step.options.held_out else None, weight.device,
                 )  # fmt: skip
                 if name in sums:
-                    made[key] = replace(made[key], place=sums[name], weight=weight, relative=self.step.options.relative)
+                    relative, bias = self.step.options.relative, getattr(module, "bias", None)
+                    made[key] = replace(
+                        made[key], place=sums[name], weight=weight, bias=bias, rest=rest, relative=relative
+                    )
             made[key].names.append(name)
         return list(made.values())
 
-    def _part(self, name: str, weight: torch.Tensor, of_sum: bool) -> Part:
-        rows, columns = weight.shape if of_sum else (weight.shape[1], weight.shape[1])
+    def _rest_of(self, name: str) -> str | None:
+        """Returns the module that reads the sum of a Linear without its output, where that is known: a hook may change the output."""
+        return None if self.context.module(name)._forward_hooks else self.context.rests(self.block).get(name)
+
+    def _part(self, name: str, weight: torch.Tensor, of: str) -> Part:
+        rows, columns = (weight.shape[1], weight.shape[1]) if of == INPUT else weight.shape
         own = self.step.target == "present" or name in self.by_route
         error = None if own else ErrorMoment(rows, columns, weight.device)
-        return Part(Hessian(columns, weight.device), error, of_sum)
+        return Part(Hessian(columns, weight.device), error, of)
 
     def _held(self, sample: int) -> bool:
         """Whether the sample of that number is held out."""
@@ -229,16 +238,15 @@ class _Solving:
     def _feed(self, moments: list[Moments]) -> None:
         """Lets the samples pass, and every moment see what it needs."""
         watchers: dict[str, list[Watcher]] = {}
-        rests, sums = self.context.rests(self.block), dict[str, SumOf]()
+        for m in moments:
+            if m.rest is not None:
+                watchers.setdefault(m.rest, []).append(m.see_rest)
         for m in moments:
             watchers.setdefault(m.first, []).append(m.see)
-            if m.place is not None:
+            if m.place is not None and m.rest is None:
                 watchers.setdefault(m.place, []).append(m.see_sum)
-                if m.names[0] in rests:
-                    sums[m.place] = SumOf(m.names[0], rests[m.names[0]])
         if watchers:
-            all_of = {name: partial(_all, found) for name, found in watchers.items()}
-            self.samples.feed(self.block, all_of, shared=True, sums=sums)
+            self.samples.feed(self.block, {name: partial(_all, found) for name, found in watchers.items()}, shared=True)
 
     def _solved_by_all(self, moments: list[Moments]) -> dict[str, Solved]:
         """Returns what was chosen for all Linears of these moments, by name: each rank solves for some of them.

@@ -5,7 +5,7 @@ import torch
 
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream, Nothing
-from ptq.network.links import Link, describe, trace_links
+from ptq.network.links import Link, describe, load_traces, save_traces, trace_links
 from ptq.network.network import build_network
 from ptq.testing import random_tiny
 
@@ -154,6 +154,14 @@ RESTS = {
     "mixtral": {"self_attn.o_proj": ""},
 }
 """Of the others an attention and an MLP are added at once, or nothing is added."""
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mixtral"])
+def test_what_is_read_of_a_file_of_links_is_all_that_was_found(architecture, tmp_path):
+    network, stream = _stream(random_tiny(architecture))
+    traces = trace_links(network, stream, sums=True)
+    save_traces(traces, tmp_path / "links")
+    assert load_traces(tmp_path / "links") == traces
 
 
 @pytest.mark.parametrize("architecture", EXPECTED)
