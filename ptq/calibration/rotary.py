@@ -1,13 +1,12 @@
 """Which channels an attention's rotary embeddings turn together, told by what they do and not by the architecture."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import torch
 
 from ptq.errors import UserError
 from ptq.network.attention import CHILD, AttentionQuantizers, show_tables, use_simulated_attention
-from ptq.network.block_stream import BlockStream, Nothing
+from ptq.network.block_stream import BlockStream, Flow, Nothing
 from ptq.network.network import Block, Network
 from quantize.transforms.rotary import layout_of
 
@@ -39,29 +38,35 @@ def rotary_layouts(
     """
     before = network.model.config._attn_implementation
     use_simulated_attention(network)
-    finder = _Finder(network, stream, attentions, (field, instead))
     try:
-        ids = torch.arange(1, TOKENS + 1)[None] % network.model.get_input_embeddings().num_embeddings
-        finder.flow = stream.open(ids, 1)
+        finder = RotaryFinder(network, stream, attentions, (field, instead))
         stream.run([finder.flow], finder, "rotary embeddings")
     finally:
         network.model.set_attn_implementation(before)
     return finder.found
 
 
-class _Finder(Nothing):
-    """Looks at each block on entering it."""
+class RotaryFinder(Nothing):
+    """The visitor that looks at a block before its `flow` passes through it, while the model calls simulated attentions. Arguments:
+    `rotary_layouts`, whose messages have two `words`.
+    """
 
     def __init__(
-        self, network: Network, stream: BlockStream, attentions: Mapping[int, Sequence[str]], words: tuple[str, str]
+        self,
+        network: Network,
+        stream: BlockStream,
+        attentions: Mapping[int, Sequence[str]],
+        words: tuple[str, str] = ("scheme.cache.before_rope: true", "use false"),
     ):
         self._words = words
         self._network, self._stream, self._attentions = network, stream, attentions
-        self.flow: Any = None
+        ids = torch.arange(1, TOKENS + 1)[None] % network.model.get_input_embeddings().num_embeddings
+        self.flow: Flow = stream.open(ids, 1)
         self.found: dict[str, str] = {}
 
+    @torch.no_grad()
     def enter(self, block: Block) -> None:
-        """Finds the layouts of the block's attentions."""
+        """Finds the layouts of the block's attentions. Raises `UserError` as `rotary_layouts`."""
         seen: dict[str, tuple[torch.Tensor, AttentionQuantizers]] = {}
         names = self._attentions.get(block.index, ())
         for name in names:

@@ -310,6 +310,17 @@ def use_attention(model: Any, name: str, attention: Callable[..., tuple[torch.Te
     model.set_attn_implementation(name)
 
 
+@contextmanager
+def attention_named(network: Network, name: str) -> Iterator[None]:
+    """Inside the context the model calls the attention of this name, of transformers' interface."""
+    before = network.model.config._attn_implementation
+    network.model.set_attn_implementation(name)
+    try:
+        yield
+    finally:
+        network.model.set_attn_implementation(before)
+
+
 def attentions_of(network: Network, stream: BlockStream) -> dict[int, list[str]]:
     """Returns the full names of the modules that call the attention interface, by block, seen in one tiny forward pass."""
     found: dict[int, list[str]] = {block.index: [] for block in network.blocks}

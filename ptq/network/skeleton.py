@@ -132,6 +132,22 @@ def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
             model.set_attn_implementation(before)
 
 
+def interface_attentions(network: Network) -> dict[int, list[str]]:
+    """Returns the full names of the modules that call transformers' attention interface, by block, of a network on the meta device.
+
+    Raises whatever the model's code raises where it does not run without values.
+    """
+    seen: set[nn.Module] = set()
+    with without_values(network, seen):
+        ids = torch.zeros(1, 2, dtype=torch.long, device="meta")
+        # Without a mask values are looked at: for padding, for sequences packed into one.
+        network.model(input_ids=ids, attention_mask=torch.ones_like(ids), use_cache=False)
+    return {
+        block.index: [name for name, m in block.module.named_modules(prefix=block.name) if m in seen]
+        for block in network.blocks
+    }
+
+
 def _attention_of_shapes(
     module: nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *args: Any, **kwargs: Any
 ) -> tuple[torch.Tensor, None]:

@@ -84,20 +84,29 @@ def context_of(
         UserError: when the scheme quantizes something inside attentions that cannot be reached.
     """
     sums = wants_sums(scheme, steps)
-    inside = bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
     traces = trace_links(network, stream, sums) if traces_of is None else traces_of(sums)
     for line in describe(traces):
         note(line)
-    attentions = attentions_of(network, stream) if inside else {}
+    attentions = attentions_of(network, stream) if reaches_inside(scheme, steps) else {}
     check_attention(scheme, sum(len(names) for names in attentions.values()))
-    rotary: dict[str, str] = {}
-    if scheme.cache is not None and scheme.cache.before_rope:
-        if turning := [name for name, step in steps.items() if KEY in step.acts]:
-            raise UserError(
-                f"scheme.cache.before_rope: true, but steps.{turning[0]} acts on keys after their rotary embeddings: use false"
-            )
-        rotary = rotary_layouts(network, stream, attentions)
+    rotary = rotary_layouts(network, stream, attentions) if holds_unturned_keys(scheme, steps) else {}
     return Context(network, stream, scheme, traces, attentions=attentions, rotary=rotary, note=note)
+
+
+def reaches_inside(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether something acts inside attentions: a format of the scheme, or a step on queries and keys."""
+    return bool(attention_tensors(scheme)) or any(step.acts & {QUERY, KEY} for step in steps.values())
+
+
+def holds_unturned_keys(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether a cache holds keys without their rotary embeddings. Raises `UserError` where a step acts on what these give."""
+    if scheme.cache is None or not scheme.cache.before_rope:
+        return False
+    if turning := [name for name, step in steps.items() if KEY in step.acts]:
+        raise UserError(
+            f"scheme.cache.before_rope: true, but steps.{turning[0]} acts on keys after their rotary embeddings: use false"
+        )
+    return True
 
 
 def looks_at_samples(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:

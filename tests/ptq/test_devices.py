@@ -16,7 +16,7 @@ from tests.tools.virtual_cuda import CUDA
 TWO = ["cpu", str(CUDA)]
 OFFLOADED = {"weights": "offloaded", "prefetch": False, "save": True}
 TURNED = {"rotate": {}, "rtn": {}}
-NAMES = ("nf4", "gptq, original target", "nf4, turned")
+NAMES = ("nf4", "gptq, original target", "nf4, turned", "attention", "cache")
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -59,7 +59,7 @@ def test_the_next_block_is_read_into_its_own_device_while_this_one_computes(tmp_
 
 @pytest.mark.parametrize(("name", "before", "words"), [
     ("nf4", {"rotate": {"seeds": 2}}, "steps.rotate plans for the whole network first"),
-    ("attention", {}, "attentions are looked at"),
+    ("nf4", {"prefix": {}}, "steps.prefix plans for the whole network first"),
 ])  # fmt: skip
 def test_what_sees_the_whole_network_first_is_refused_on_several_devices(tmp_path, tiny_llama, name, before, words):
     scheme, steps = CASES[name]

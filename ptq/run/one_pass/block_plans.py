@@ -54,13 +54,16 @@ class BlockPlans:
         """The samples that pass the blocks for this."""
         return [flow for flow in (self._measured, *self._searched.values()) if flow is not None]
 
-    def plan(self, block: Block) -> None:
-        """Makes the plans for a block that is in memory as it was."""
-        context, stream = self._context, self._context.stream
+    def measure(self, block: Block) -> None:
+        """Takes the statistics of a block that is in memory as it was."""
         if self._measured is not None:
             self._visitor.enter(block)
-            stream.step(self._measured, block)
+            self._context.stream.step(self._measured, block)
             self._visitor.leave(block)
+
+    def plan(self, block: Block) -> None:
+        """Makes the plans for a block that is in memory as it was, and has been measured."""
+        context, stream = self._context, self._context.stream
         context.statistics = after = self._of(block)
         context.steps = {}
         for name, step in self._steps.items():

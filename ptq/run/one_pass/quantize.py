@@ -3,18 +3,22 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from ptq.calibration.rotary import RotaryFinder
 from ptq.config.schema import Recipe
-from ptq.config.scheme import attention_tensors
+from ptq.config.scheme import check_attention
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.evaluation.tasks.harness import Sample
 from ptq.export.base import Exported
+from ptq.network.attention import attention_named, attentions_of, use_simulated_attention
 from ptq.network.block_stream import Flow
 from ptq.network.links import Trace, Tracer, describe
+from ptq.network.skeleton import interface_attentions, skeleton
 from ptq.ranks.world import World, led
 from ptq.report.channel_ranges import save_transformed
 from ptq.run.baseline import Baseline, kept_baseline, known_baseline
@@ -27,7 +31,15 @@ from ptq.run.one_pass.beginning import Beginning
 from ptq.run.one_pass.block_files import Growing, Shards, WholeBlocks, figures_read, files_of
 from ptq.run.one_pass.block_plans import BlockPlans
 from ptq.run.one_pass.visitor import OnePass
-from ptq.run.planning import captures_of_steps, draw_samples, open_samples, plan_all, wants_sums
+from ptq.run.planning import (
+    captures_of_steps,
+    draw_samples,
+    holds_unturned_keys,
+    open_samples,
+    plan_all,
+    reaches_inside,
+    wants_sums,
+)
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
 from ptq.run.statistics_pass import keep_statistics, known_statistics, provenance_of, say_unreached
@@ -66,7 +78,6 @@ def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
         and not any(_plans_before(step) for step in steps.values())
         and _outdated(recipe, steps) is None
         and not _reads_statistics(recipe, steps)
-        and not attention_tensors(recipe.scheme)
     )
 
 
@@ -103,11 +114,8 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
     what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
     if not what and (name := _outdated(recipe, steps)) is not None:
         what = f"steps.{name} needs statistics of the network as the steps before it leave it"
-    if not what and _reads_statistics(recipe, steps):
-        what = "calibration.statistics are of weights that have to be read first"
-    raise UserError(
-        f"execution.devices: {devices}, but {what or 'attentions are looked at in the whole network first'}: use execution.device"
-    )
+    what = what or "calibration.statistics are of weights that have to be read first"
+    raise UserError(f"execution.devices: {devices}, but {what}: use execution.device")
 
 
 def quantize_in_one_pass(
@@ -147,10 +155,12 @@ def quantize_in_one_pass(
                 else None
             )
             traces: dict[int, Trace] = dict(found or {})
-            context = Context(network, stream, recipe.scheme, traces, note=session.journal.note)
+            attentions = _attentions(session, steps)
+            context = Context(network, stream, recipe.scheme, traces, attentions=attentions, note=session.journal.note)
             draw_samples(session, steps, context)
             taken = session.calibration_tokens().ids if begun.measured else None
             measured = None if taken is None else stream.calibration(taken, context.batch_size, shared=True)
+            plain, rotary = _simulated(context, steps)
             plans = BlockPlans(context, by_block, None if begun.measured else statistics, measured)
             plan_all({name: step for name, step in steps.items() if name not in by_block}, context)
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
@@ -159,10 +169,10 @@ def quantize_in_one_pass(
             with stream.hold_outside(turns_stream(steps) is not None):
                 files = files_of(session, steps)
         check = partial(check_turned, recipe, steps, context)
-        one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files, check)
+        one = OnePass(stream, traces, tracer, first, plans, visitor, digest.read, files, check, plain, rotary)
         flows = [flow] if samples is None else [flow, samples.flow]
         beside = [None if samples is None else samples.reference, None if tracer is None else tracer.flow, first]
-        beside += plans.flows
+        beside += [None if rotary is None else rotary.flow, *plans.flows]
         kept = session.kept(
             PASS, _key(session, sources, begun), [*flows, *(f for f in beside if f is not None)], one, files.sum_of
         )
@@ -194,6 +204,46 @@ def quantize_in_one_pass(
         kept.hand_over(network.blocks, folder / QUANTIZED)
         write_outside(stream, stored_type(session.loaded, steps), folder / QUANTIZED)
     return Passed(visitor, flow, baseline)
+
+
+def _attentions(session: Session, steps: Mapping[str, Step]) -> dict[int, list[str]]:
+    """Returns the attentions of each block where something acts inside them, for which no weight is read where the model's code
+    runs without values.
+
+    Raises:
+        UserError: where they cannot be reached.
+    """
+    recipe = session.recipe
+    if not reaches_inside(recipe.scheme, steps):
+        return {}
+    try:
+        found = interface_attentions(skeleton(recipe.model, session.store))
+    except UserError:
+        raise
+    except Exception as error:  # remote code may raise anything
+        session.journal.say(f"attentions: found in a pass of its own: the model does not run without values ({error})")
+        found = attentions_of(session.network, session.stream)
+    check_attention(recipe.scheme, sum(len(names) for names in found.values()))
+    return found
+
+
+def _simulated(
+    context: Context, steps: Mapping[str, Step]
+) -> tuple[Callable[[], AbstractContextManager[None]], RotaryFinder | None]:
+    """Lets the model call simulated attentions from now on, where something acts inside them.
+
+    Returns:
+        A context in which it calls its own; and what finds the layouts of rotary embeddings, where a cache holds keys without them.
+    """
+    unturned = holds_unturned_keys(context.scheme, steps)
+    if not any(context.attentions.values()):
+        return nullcontext, None
+    own: str = context.network.model.config._attn_implementation
+    use_simulated_attention(context.network)
+    rotary = RotaryFinder(context.network, context.stream, context.attentions) if unturned else None
+    if rotary is not None:
+        context.rotary = rotary.found
+    return partial(attention_named, context.network, own), rotary
 
 
 def _finished(

@@ -3,8 +3,10 @@
 import dataclasses
 import pathlib
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Protocol
 
+from ptq.calibration.rotary import RotaryFinder
 from ptq.files.safetensors_file import TensorDigests
 from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.links import Trace, Tracer, trace_of
@@ -40,6 +42,8 @@ class OnePass:
         digests: of the weights that have been read; those of each block are kept with it.
         files: how finished blocks are kept.
         check: raises `UserError` where a block, which has been planned, could not be exported.
+        plain: a context in which the model calls its own attention, where it calls simulated ones otherwise.
+        rotary: finds layouts of rotary embeddings; None where nobody asks for them.
     """
 
     def __init__(
@@ -53,9 +57,12 @@ class OnePass:
         digests: TensorDigests,
         files: BlockFiles,
         check: Callable[[], None],
+        plain: Callable[[], AbstractContextManager[None]] = nullcontext,
+        rotary: RotaryFinder | None = None,
     ):
         self.stream, self.traces, self.tracer, self.baseline = stream, traces, tracer, baseline
         self.plans, self.quantizer, self.digests, self.files, self.check = plans, quantizer, digests, files, check
+        self.plain, self.rotary = plain, rotary
         self._noted = 0
 
     def enter(self, block: Block) -> None:
@@ -64,13 +71,18 @@ class OnePass:
         Raises:
             UserError: where the unquantized block gives NaN or inf, or what is planned for it could not be exported.
         """
-        if self.tracer is not None:
-            self.tracer.enter(block)
-            self.traces[block.index] = self.tracer.traces[block.index]
-            self.stream.step(self.tracer.flow, block)
-        if self.baseline is not None:
-            self.stream.step(self.baseline, block)
-            check_unquantized(self.baseline)
+        with self.plain():
+            if self.tracer is not None:
+                self.tracer.enter(block)
+                self.traces[block.index] = self.tracer.traces[block.index]
+                self.stream.step(self.tracer.flow, block)
+            if self.baseline is not None:
+                self.stream.step(self.baseline, block)
+                check_unquantized(self.baseline)
+            self.plans.measure(block)
+        if self.rotary is not None:
+            self.rotary.enter(block)
+            self.stream.step(self.rotary.flow, block)
         self.plans.plan(block)
         self.check()
         self.quantizer.enter(block)
@@ -86,6 +98,8 @@ class OnePass:
         figures = self.quantizer.figures(block)
         figures["digests"] = [[*place, digest] for place, digest in fresh]
         figures["statistics"] = self.plans.write(block, path)
+        found = {} if self.rotary is None else self.rotary.found
+        figures["rotary"] = {name: layout for name, layout in found.items() if name.startswith(f"{block.name}.")}
         figures["trace"] = None if self.tracer is None else dataclasses.asdict(self.traces[block.index])
         self.files.write(block, path, figures)
 
@@ -96,6 +110,8 @@ class OnePass:
         self.plans.read(block, path, figures["statistics"])
         self.digests.found.update(digests_of(figures))
         self._noted = len(self.digests.found)
+        if self.rotary is not None:
+            self.rotary.found.update(figures["rotary"])
         if self.tracer is not None:
             self.tracer.traces[block.index] = self.traces[block.index] = trace_of(figures["trace"])
 

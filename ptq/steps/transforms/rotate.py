@@ -108,8 +108,8 @@ class Step(Transform):
         acts |= {QUERY, KEY} if "heads" in options.online else set()
         # Of this step and not of all: what its options leave out asks for nothing.
         self.acts = frozenset(acts)  # type: ignore[misc]
-        # A matrix that a seed gives is there before any token is; whose query and key are turned is found in a pass of its own.
-        self.by_block = options.learn is None and options.seeds == 1 and "heads" not in options.online  # type: ignore[misc]
+        # A matrix that a seed gives is there before any token is.
+        self.by_block = options.learn is None and options.seeds == 1  # type: ignore[misc]
 
     def warned(self, scheme: SchemeConfig, acted: frozenset[str]) -> str | None:
         """Says so of a rotation of the whole stream where inputs are NVFP4: measured, docs/results.md ("NVFP4")."""

@@ -6,10 +6,12 @@ import weakref
 import pytest
 import torch
 
+from ptq.config.schema import ModelConfig
 from ptq.models.weights import ResidentWeights
 from ptq.network.attention import CHILD, attentions_of
 from ptq.network.block_stream import BlockStream
 from ptq.network.network import build_network
+from ptq.network.skeleton import interface_attentions, skeleton
 from ptq.testing import random_tiny
 
 CALLERS = {"llama": "self_attn", "opt": "self_attn", "gpt2": "attn", "gpt_neox": "attention", "mixtral": "self_attn"}
@@ -24,6 +26,13 @@ def _found(model):
 def test_the_attentions_of_every_block_are_found_by_name(architecture):
     network, found = _found(random_tiny(architecture))
     assert found == {block.index: [f"{block.name}.{CALLERS[architecture]}"] for block in network.blocks}
+
+
+@pytest.mark.parametrize("architecture", [*CALLERS, "bloom", "falcon"])
+def test_the_same_ones_are_found_without_a_weight(architecture, tmp_path):
+    model = random_tiny(architecture)
+    model.config.save_pretrained(tmp_path)
+    assert interface_attentions(skeleton(ModelConfig(str(tmp_path)), weights=False)) == _found(model)[1]
 
 
 @pytest.mark.parametrize("architecture", ["bloom", "falcon"])

@@ -1,0 +1,123 @@
+"""Formats inside attentions and of the cache, in one pass over the checkpoint: the bits of passes one after another, nothing read twice."""
+
+from collections import Counter
+
+import pytest
+import torch
+
+from ptq.errors import UserError
+from ptq.files.safetensors_file import StoredTensor, read_header
+from ptq.run.experiment import run
+from ptq.testing import random_tiny
+from tests.tools.interrupted import interrupted
+from tests.tools.one_pass import GROUPS, exported, make
+from tests.tools.ranks import in_world, run_ranks
+from tests.tools.same_bits import results, same
+
+WEIGHTS = {"weight": {"bits": 4}}
+CACHE = {
+    "key": {"bits": 2, "granularity": "channel", "symmetric": False, "dynamic": True},
+    "value": {"bits": 3, "granularity": "token", "symmetric": False, "dynamic": True},
+    "cache": {"window": 8, "first": 2, "tokens": 8},
+}
+UNTURNED = {**CACHE, "cache": {**CACHE["cache"], "before_rope": True}}
+DYNAMIC = {"bits": 4, "granularity": "token", "dynamic": True}
+STATIC = {"bits": 8, "granularity": "tensor", "dynamic": False}
+FP8 = {"format": "fp8_e4m3", "granularity": "tensor", "dynamic": False, "bits": 8}
+CASES = {
+    "a cache": ("tiny_llama", WEIGHTS | CACHE, {"rtn": {}}, None),
+    "keys before their rotary embeddings": ("tiny_llama", WEIGHTS | UNTURNED, {"smooth": {}, "gptq": {"target": "residual"}}, None),
+    "turned queries and keys": ("tiny_llama", {**WEIGHTS, **CACHE, "query": DYNAMIC}, {"rotate": {"online": ["down", "heads"]}, "gptq": {}}, None),
+    "inside attentions": ("tiny_opt", WEIGHTS | {"query": DYNAMIC, "attention_probs": {**STATIC, "symmetric": False}, "value": STATIC}, {"gptq": {}}, None),
+    "a mixture with a cache": ("tiny_mixtral", GROUPS | UNTURNED, {"awq": {}, "gptq": {}}, None),
+    "a cache that is exported": ("tiny_llama", {"weight": FP8, "input": FP8, "key": FP8, "value": FP8}, {"rtn": {}}, "compressed-tensors"),
+}  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def every_block(monkeypatch):
+    """Keeps every block, although a tiny one takes less time than its writing."""
+    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
+
+
+@pytest.fixture
+def read(monkeypatch):
+    """How often each tensor of the checkpoint was read, by the place of its bytes."""
+    found, pieces = Counter(), StoredTensor.pieces
+
+    def counted(self, *args):
+        found[self.file.name, self.start, self.end] += 1
+        return pieces(self, *args)
+
+    monkeypatch.setattr(StoredTensor, "pieces", counted)
+    return found
+
+
+def name_at(model, place):
+    name, start, _ = place
+    return next((key for key, stored in read_header(model / name).items() if stored.start <= start < stored.end), "")
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_one_pass_has_the_bits_of_several_and_reads_each_tensor_once(tmp_path, request, monkeypatch, read, case):
+    name, scheme, steps, export = CASES[case]
+    model = request.getfixturevalue(name)
+    save = export is None
+    one = run(make(tmp_path / "one", model, steps, export, scheme, save=save))
+    names = {place: name for place in read if "layers" in (name := name_at(model, place))}
+    assert len(names) > 20 and {read[place] for place in names} == {1}
+    monkeypatch.setattr("ptq.run.experiment.goes_in_one_pass", lambda *args: False)
+    several = run(make(tmp_path / "several", model, steps, export, scheme, save=save))
+    a, b = results(one), results(several)
+    same((*a[:2], a[2] if save else {}), (*b[:2], b[2] if save else {}))
+    if export is not None:
+        found, expected = exported(one, export), exported(several, export)
+        assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
+        assert any("k_scale" in key for key in found[0])
+        assert all(torch.equal(tensor, expected[0][key]) for key, tensor in found[0].items())
+
+
+def test_a_run_killed_in_the_middle_knows_the_layouts_that_it_had_found(tmp_path, tiny_llama, monkeypatch, capsys):
+    case = tiny_llama, {"gptq": {}}, None, WEIGHTS | UNTURNED
+    whole = run(make(tmp_path / "whole", *case, save=True))
+    recipe = make(tmp_path / "killed", *case, save=True)
+    interrupted(monkeypatch, recipe, 2)
+    capsys.readouterr()
+    folder = run(recipe)
+    assert "resumed after block 2 of 4" in capsys.readouterr().out
+    same(results(folder), results(whole))
+
+
+def test_two_ranks_quantize_a_cache_in_one_pass_as_one_does(tmp_path, tiny_llama):
+    case = tiny_llama, {"gptq": {}}, None, WEIGHTS | UNTURNED
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # as torchrun starts ranks
+    try:
+        expected = run(make(tmp_path / "1", *case, save=True, device="cpu"))
+    finally:
+        torch.set_num_threads(before)
+    recipe = make(tmp_path / "2", *case, save=True, device="cpu")
+    ended = run_ranks(2, in_world(lambda world: run(recipe, world=world) and None), tmp_path / "out")
+    assert [e.status for e in ended] == [0, 0], ended
+    (found,) = (tmp_path / "2" / "outputs" / "once").iterdir()
+    same(results(found), results(expected))
+
+
+def test_a_model_that_needs_values_to_run_is_looked_at_in_a_pass_of_its_own(tmp_path, tiny_llama, monkeypatch, capsys):
+    case = tiny_llama, {"rtn": {}}, None, WEIGHTS | CACHE
+    expected = run(make(tmp_path / "1", *case, save=True))
+
+    def refused(network):
+        raise RuntimeError("no values")
+
+    monkeypatch.setattr("ptq.run.one_pass.quantize.interface_attentions", refused)
+    capsys.readouterr()
+    found = run(make(tmp_path / "2", *case, save=True))
+    assert "attentions: found in a pass of its own" in capsys.readouterr().out
+    same(results(found), results(expected))
+
+
+def test_an_attention_that_cannot_be_reached_is_refused_before_a_block_is_read(tmp_path, monkeypatch):
+    random_tiny("falcon").save_pretrained(tmp_path / "model")
+    with pytest.raises(UserError, match=r"scheme\.key: this model's attention does not use transformers'"):
+        run(make(tmp_path, tmp_path / "model", {"rtn": {}}, None, WEIGHTS | CACHE))
