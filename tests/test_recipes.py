@@ -118,7 +118,11 @@ def test_the_best_method_goes_by_the_scheme_and_says_what_it_measured(scheme):
     assert recipe == compose("demo", f"scheme={scheme}", f"method=best/{scheme}")
     assert list(recipe.steps)[-1] in {"rtn", "gptq", "tune"}
     said = catalog.describe(catalog.config_folder() / "method" / "best" / f"{scheme}.yaml")
-    assert re.search(r"\d\.\d{2,4} x", said)
+    assert re.search(r"\d\.\d{2,4} x|KL 0\.\d{4}", said)
+
+
+def test_every_scheme_has_a_best_method():
+    assert BEST == sorted(path.stem for path in (catalog.config_folder() / "scheme").glob("*.yaml"))
 
 
 def test_the_best_method_of_a_recipes_own_defaults_follows_a_scheme_of_the_command_line(tmp_path):
@@ -127,7 +131,9 @@ def test_the_best_method_of_a_recipes_own_defaults_follows_a_scheme_of_the_comma
     path.write_text(text)
     [job] = compose_jobs(path, ["scheme=w4a16_g64"])
     assert job.recipe.steps["gptq"]["target"] == "residual"
+    (tmp_path / "scheme").mkdir()
+    (tmp_path / "scheme" / "mine.yaml").write_text("# Five bits.\nweight: {bits: 5}\n")
     with pytest.raises(
-        UserError, match="method=best: no recipe was measured for scheme=nf4 .*w4a16_g64.*: name a method"
+        UserError, match="method=best: no recipe was measured for scheme=mine .*w4a16_g64.*: name a method"
     ):
-        compose_jobs(path, ["scheme=nf4"])
+        compose_jobs(path, ["scheme=mine"])
