@@ -89,12 +89,10 @@ def test_two_ranks_read_each_tensor_once_and_write_the_export_of_one(tmp_path, r
     assert not list((tmp_path / "2").rglob(RESUME)) and not list((tmp_path / "2" / "outputs").rglob("block-*"))
 
 
-@pytest.mark.parametrize("case", ["searched", "mixture"])
-def test_a_killed_rank_leaves_what_any_number_of_ranks_goes_on_with(tmp_path, request, case):
-    name, steps, export = CASES[case]
-    model = request.getfixturevalue(name)
-    run(recipe_of(tmp_path / "1", model, steps, export))
-    recipe = recipe_of(tmp_path / "2", model, steps, export)
+def test_a_killed_rank_leaves_what_any_number_of_ranks_goes_on_with(tmp_path, tiny_mixtral):
+    _, steps, export = CASES["mixture"]
+    run(recipe_of(tmp_path / "1", tiny_mixtral, steps, export))
+    recipe = recipe_of(tmp_path / "2", tiny_mixtral, steps, export)
     keep = KeptPass.keep
 
     def killed(self, block):
