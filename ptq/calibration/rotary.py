@@ -5,13 +5,15 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ptq.errors import UserError
-from ptq.network.attention import CHILD, AttentionQuantizers, show_tables, use_simulated_attention
+from ptq.network.attention import CHILD, AttentionQuantizers, attention_kept, show_tables, use_simulated_attention
 from ptq.network.block_stream import BlockStream, Flow, Nothing
 from ptq.network.network import Block, Network
 from quantize.transforms.rotary import layout_of
 
 TOKENS = 8
 """Positions that are looked at."""
+WORDS = ("scheme.cache.before_rope: true", "use false")
+"""What asks for the layouts, where a cache does, and what to do where there are none."""
 
 
 @torch.no_grad()
@@ -19,8 +21,7 @@ def rotary_layouts(
     network: Network,
     stream: BlockStream,
     attentions: Mapping[int, Sequence[str]],
-    field: str = "scheme.cache.before_rope: true",
-    instead: str = "use false",
+    words: tuple[str, str] = WORDS,
 ) -> dict[str, str]:
     """Returns the layout of the rotary embeddings of every attention, by full name.
 
@@ -30,25 +31,21 @@ def rotary_layouts(
         network: the model.
         stream: calls its blocks.
         attentions: full names of the attentions of each block.
-        field: what asks for them, for messages.
-        instead: what to do where there are none.
+        words: what asks for them, and what to do where there are none, for messages.
 
     Raises:
         UserError: for an attention that is called without rotary embeddings, or with some that no known layout undoes.
     """
-    before = network.model.config._attn_implementation
-    use_simulated_attention(network)
-    try:
-        finder = RotaryFinder(network, stream, attentions, (field, instead))
+    with attention_kept(network):
+        use_simulated_attention(network)
+        finder = RotaryFinder(network, stream, attentions, words)
         stream.run([finder.flow], finder, "rotary embeddings")
-    finally:
-        network.model.set_attn_implementation(before)
     return finder.found
 
 
 class RotaryFinder(Nothing):
     """The visitor that looks at a block before its `flow` passes through it, while the model calls simulated attentions. Arguments:
-    `rotary_layouts`, whose messages have two `words`.
+    `rotary_layouts`.
     """
 
     def __init__(
@@ -56,7 +53,7 @@ class RotaryFinder(Nothing):
         network: Network,
         stream: BlockStream,
         attentions: Mapping[int, Sequence[str]],
-        words: tuple[str, str] = ("scheme.cache.before_rope: true", "use false"),
+        words: tuple[str, str] = WORDS,
     ):
         self._words = words
         self._network, self._stream, self._attentions = network, stream, attentions
@@ -64,7 +61,6 @@ class RotaryFinder(Nothing):
         self.flow: Flow = stream.open(ids, 1)
         self.found: dict[str, str] = {}
 
-    @torch.no_grad()
     def enter(self, block: Block) -> None:
         """Finds the layouts of the block's attentions. Raises `UserError` as `rotary_layouts`."""
         seen: dict[str, tuple[torch.Tensor, AttentionQuantizers]] = {}

@@ -311,35 +311,41 @@ def use_attention(model: Any, name: str, attention: Callable[..., tuple[torch.Te
 
 
 @contextmanager
-def attention_named(network: Network, name: str) -> Iterator[None]:
-    """Inside the context the model calls the attention of this name, of transformers' interface."""
+def attention_kept(network: Network) -> Iterator[None]:
+    """Behind the context the model calls the attention that it called before, whatever it was given inside."""
     before = network.model.config._attn_implementation
-    network.model.set_attn_implementation(name)
     try:
         yield
     finally:
         network.model.set_attn_implementation(before)
 
 
+@contextmanager
+def attention_named(network: Network, name: str) -> Iterator[None]:
+    """Inside the context the model calls the attention of this name, of transformers' interface."""
+    with attention_kept(network):
+        network.model.set_attn_implementation(name)
+        yield
+
+
 def attentions_of(network: Network, stream: BlockStream) -> dict[int, list[str]]:
     """Returns the full names of the modules that call the attention interface, by block, seen in one tiny forward pass."""
     found: dict[int, list[str]] = {block.index: [] for block in network.blocks}
-    before = network.model.config._attn_implementation
-    use_simulated_attention(network)
     seers = []
-    try:
-        for block in network.blocks:
-            for name, module in block.module.named_modules(prefix=block.name):
-                if not hasattr(module, CHILD):
-                    # Beside the children and not among them: what goes through a list of children is not to meet it.
-                    module.__dict__[CHILD] = _Seer(name, found[block.index])
-                    seers.append(module)
-        ids = torch.arange(1, 5)[None] % network.model.get_input_embeddings().num_embeddings
-        stream.run([stream.open(ids, 1)], Nothing(), "attention")
-    finally:
-        for module in seers:
-            del module.__dict__[CHILD]
-        network.model.set_attn_implementation(before)
+    with attention_kept(network):
+        use_simulated_attention(network)
+        try:
+            for block in network.blocks:
+                for name, module in block.module.named_modules(prefix=block.name):
+                    if not hasattr(module, CHILD):
+                        # Beside the children and not among them: what goes through a list of children is not to meet it.
+                        module.__dict__[CHILD] = _Seer(name, found[block.index])
+                        seers.append(module)
+            ids = torch.arange(1, 5)[None] % network.model.get_input_embeddings().num_embeddings
+            stream.run([stream.open(ids, 1)], Nothing(), "attention")
+        finally:
+            for module in seers:
+                del module.__dict__[CHILD]
     return found
 
 

@@ -17,6 +17,7 @@ from ptq.files.store import Store
 from ptq.models.loading import check
 from ptq.models.locations import locate, quiet
 from ptq.models.weights import shards_of
+from ptq.network.attention import attention_named
 from ptq.network.experts.trace import Routing
 from ptq.network.network import Block, Network, build_network, replaced_forward, uncollected, weight_of
 
@@ -113,23 +114,17 @@ def without_values(network: Network, seen: set[nn.Module]) -> Iterator[None]:
         seen.add(module)
         return _attention_of_shapes(module, *args, **kwargs)
 
-    model = network.model
-    before = model.config._attn_implementation
     transformers.AttentionInterface.register(NAME, attention)
     transformers.AttentionMaskInterface.register(NAME, lambda *args, **kwargs: None)
-    with quiet():
-        try:
-            model.set_attn_implementation(NAME)
-            routed = [
-                (block.module.get_submodule(mixture.routing.module), _experts_of_shapes(block, mixture.routing))
-                for block in network.blocks
-                for mixture in block.mixtures
-                if mixture.routing is not None
-            ]
-            with replaced_forward([module for module, _ in routed], lambda i: routed[i][1]):
-                yield
-        finally:
-            model.set_attn_implementation(before)
+    with quiet(), attention_named(network, NAME):
+        routed = [
+            (block.module.get_submodule(mixture.routing.module), _experts_of_shapes(block, mixture.routing))
+            for block in network.blocks
+            for mixture in block.mixtures
+            if mixture.routing is not None
+        ]
+        with replaced_forward([module for module, _ in routed], lambda i: routed[i][1]):
+            yield
 
 
 def interface_attentions(network: Network) -> dict[int, list[str]]:

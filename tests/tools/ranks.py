@@ -13,8 +13,10 @@ from dataclasses import dataclass
 
 import torch
 
+from ptq.network.network import Block
 from ptq.ranks.torch_world import open_world
 from ptq.ranks.world import World
+from ptq.run.kept.kept_pass import KeptPass
 
 SECONDS = 300.0
 
@@ -60,6 +62,35 @@ def in_world(work: Callable[[World], int | None]) -> Callable[[], int | None]:
     def started() -> int | None:
         with open_world("cpu") as world:
             return work(world)
+
+    return started
+
+
+def as_program(work: Callable[[], int | None]) -> Callable[[], int]:
+    """Returns `work` as the command line does it: a mistake, or a rank that has ended, is a line and an exit status."""
+
+    def started() -> int:
+        import ptq.cli.app as app
+
+        app._dispatch = lambda arguments, program: work() or 0
+        return app.main([])
+
+    return started
+
+
+def killed_after(work: Callable[[], int | None], rank: int, blocks: int) -> Callable[[], int]:
+    """Returns `work` as the command line does it, of which one rank is killed when so many blocks have been quantized."""
+
+    def started() -> int:
+        keep = KeptPass.keep
+
+        def killed(self: KeptPass, block: Block) -> None:
+            keep(self, block)
+            if self.folder.name == "quantize" and os.environ.get("RANK") == str(rank) and block.index == blocks - 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+        KeptPass.keep = killed  # type: ignore[method-assign]
+        return as_program(work)()
 
     return started
 

@@ -1,7 +1,7 @@
 """GPTQ (Frantar et al. 2022) on the quantized stream: each block's Hessians come from what the blocks before it give."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -205,23 +205,27 @@ class _Solving:
                 continue
             key = inputs.of(name, specs), name if name in sums else ""
             if key not in made:
-                module = self.context.module(name)
-                weight, rest = weight_of(module), self._rest_of(name)
-                of = error_of(sums.get(name), rest)
+                module, place = self.context.module(name), sums.get(name)
+                weight, rest = weight_of(module), None if place is None else self._rest_of(name)
                 made[key] = Moments(
-                    stage[0], key[0], flow.ids.shape[1], weight.shape[1], flow.leaf, partial(self._part, name, weight, of),
-                    originals.get(sums.get(name, stage[0])), self._held if self.step.options.held_out else None, weight.device,
-                )  # fmt: skip
-                if name in sums:
-                    relative, bias = self.step.options.relative, getattr(module, "bias", None)
-                    made[key] = replace(
-                        made[key], place=sums[name], weight=weight, bias=bias, rest=rest, relative=relative
-                    )
+                    first=stage[0],
+                    quantizer=key[0],
+                    length=flow.ids.shape[1],
+                    leaf=flow.leaf,
+                    empty=partial(self._part, name, weight, error_of(place, rest)),
+                    original=originals.get(sums.get(name, stage[0])),
+                    held=self._held if self.step.options.held_out else None,
+                    weight=weight,
+                    bias=module.bias if isinstance(module.bias, torch.Tensor) else None,
+                    place=place,
+                    rest=rest,
+                    relative=self.step.options.relative,
+                )
             made[key].names.append(name)
         return list(made.values())
 
     def _rest_of(self, name: str) -> str | None:
-        """Returns the module that reads the sum of a Linear without its output, where that is known: a hook may change the output."""
+        """Returns the module that reads what a Linear's output is added to, where that is known: a hook may change the output."""
         return None if self.context.module(name)._forward_hooks else self.context.rests(self.block).get(name)
 
     def _part(self, name: str, weight: torch.Tensor, of: str) -> Part:

@@ -56,7 +56,7 @@ class Step(Transform):
         if wrong := [token for token in self.options.tokens if not 0 <= token < vocabulary]:
             raise UserError(f"steps.prefix.tokens: {wrong[0]} is no token of {vocabulary}: use 0 to {vocabulary - 1}")
         rotary_layouts(
-            context.network, context.stream, context.attentions, "steps.prefix", "remove it with ~steps.prefix"
+            context.network, context.stream, context.attentions, ("steps.prefix", "remove it with ~steps.prefix")
         )
         flow = context.drawn("steps.prefix", self.options.samples)
         before = _Norms(flow, self.options.threshold)

@@ -17,8 +17,7 @@ from ptq.errors import UserError
 from ptq.ranks.reduction import by_cost, done_by, in_order, in_shares
 from ptq.ranks.world import ALONE, Message, agree, led
 from ptq.run.experiment import collect_statistics, run
-from ptq.run.kept.kept_pass import KeptPass
-from tests.tools.ranks import in_world, run_ranks
+from tests.tools.ranks import as_program, in_world, killed_after, run_ranks
 from tests.tools.same_bits import results, same
 
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent.parent
@@ -140,21 +139,7 @@ def test_a_killed_rank_ends_all_in_one_line_and_another_number_of_ranks_takes_th
     case = CASES["gptq"]
     expected = results(run(make(tmp_path / "1", tiny_llama, *case)))
     recipe = make(tmp_path / "2", tiny_llama, *case)
-    keep, fell = KeptPass.keep, os.environ.get
-
-    def killed(self, block):
-        keep(self, block)
-        if self.folder.name == "quantize" and fell("RANK") == "2":
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        KeptPass.keep = killed
-        import ptq.cli.app as app
-
-        app._dispatch = lambda arguments, program: work_of(recipe)() or 0
-        return main([])
-
-    ended = run_ranks(3, work, tmp_path / "killed")
+    ended = run_ranks(3, killed_after(work_of(recipe), 2, 1), tmp_path / "killed")
     assert [e.status for e in ended] == [2, 2, -signal.SIGKILL]
     for e in ended[:2]:
         assert e.text.count("error: ") == 1 and "another rank has ended" in e.text and "Traceback" not in e.text
@@ -181,14 +166,7 @@ def test_more_ranks_than_shares_and_ranks_of_two_minds_are_refused_before_the_wo
 
 def test_a_mistake_is_told_once(tmp_path, tiny_llama):
     recipe = make(tmp_path, tiny_llama, *CASES["gptq"], calibration={"samples": 8, "length": 1 << 20})
-
-    def work():
-        import ptq.cli.app as app
-
-        app._dispatch = lambda arguments, program: work_of(recipe)() or 0
-        return main([])
-
-    ended = run_ranks(2, work, tmp_path / "out")
+    ended = run_ranks(2, as_program(work_of(recipe)), tmp_path / "out")
     assert [e.status for e in ended] == [2, 2]
     assert "calibration.length" in ended[0].text and ended[1].text == ""
 

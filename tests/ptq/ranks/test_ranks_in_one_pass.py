@@ -1,20 +1,16 @@
 """Several ranks in one pass over a checkpoint: each rank reads a tensor once, and the export has the bytes that one rank writes."""
 
 import dataclasses
-import os
 import signal
-from collections import Counter
 
 import pytest
 import torch
 
-from ptq.cli.app import main
-from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.ranks.world import ALONE
 from ptq.run.experiment import run
-from ptq.run.kept.kept_pass import RESUME, KeptPass
-from tests.tools.one_pass import make
-from tests.tools.ranks import in_world, run_ranks
+from ptq.run.kept.kept_pass import RESUME
+from tests.tools.one_pass import counted_reads, make, name_at
+from tests.tools.ranks import in_world, killed_after, run_ranks
 from tests.tools.same_bits import results
 
 pytest.importorskip("compressed_tensors")
@@ -51,23 +47,14 @@ def files_of(folder):
     return files, results(found.parent)
 
 
-def counting(work, found):
+def counting(work, model):
     """Returns work that fails where this process reads a block's tensor more than once."""
 
     def counted():
-        pieces = StoredTensor.pieces
-
-        def noted(self, *args):
-            found[self.file, self.start] += 1
-            return pieces(self, *args)
-
-        StoredTensor.pieces = noted
+        read = counted_reads(pytest.MonkeyPatch())
         status = work()
-        names = {
-            (file, stored.start): name for file in {f for f, _ in found} for name, stored in read_header(file).items()
-        }
-        read = {place: count for place, count in found.items() if "layers" in names.get(place, "layers of an expert")}
-        assert len(read) > 20 and set(read.values()) == {1}, read
+        blocks = {place: count for place, count in read.items() if "layers" in name_at(model, place)}
+        assert len(blocks) > 20 and set(blocks.values()) == {1}, blocks
         return status
 
     return counted
@@ -82,7 +69,7 @@ def test_two_ranks_read_each_tensor_once_and_write_the_export_of_one(tmp_path, r
         return run(recipe_of(tmp_path / folder, model, steps, export), world=world) and None
 
     work_of("1")
-    work = counting(in_world(lambda world: work_of("2", world)), Counter())
+    work = counting(in_world(lambda world: work_of("2", world)), model)
     ended = run_ranks(2, work, tmp_path / "out")
     assert [e.status for e in ended] == [0, 0], ended
     assert files_of(tmp_path / "2") == files_of(tmp_path / "1")
@@ -93,24 +80,11 @@ def test_a_killed_rank_leaves_what_any_number_of_ranks_goes_on_with(tmp_path, ti
     _, steps, export = CASES["mixture"]
     run(recipe_of(tmp_path / "1", tiny_mixtral, steps, export))
     recipe = recipe_of(tmp_path / "2", tiny_mixtral, steps, export)
-    keep = KeptPass.keep
-
-    def killed(self, block):
-        keep(self, block)
-        if os.environ.get("RANK") == "1" and block.index == 1:
-            os.kill(os.getpid(), signal.SIGKILL)
-
-    def work():
-        KeptPass.keep = killed
-        import ptq.cli.app as app
-
-        app._dispatch = lambda arguments, program: in_world(lambda world: run(recipe, world=world) and None)() or 0
-        return main([])
-
-    ended = run_ranks(2, work, tmp_path / "killed")
+    work = in_world(lambda world: run(recipe, world=world) and None)
+    ended = run_ranks(2, killed_after(work, 1, 2), tmp_path / "killed")
     assert [e.status for e in ended] == [2, -signal.SIGKILL], ended
     assert ended[0].text.count("error: ") == 1 and "another rank has ended" in ended[0].text
-    ended = run_ranks(3, in_world(lambda world: run(recipe, world=world) and None), tmp_path / "again")
+    ended = run_ranks(3, work, tmp_path / "again")
     assert [e.status for e in ended] == [0] * 3, ended
     assert "resumed after block" in ended[0].text
     assert files_of(tmp_path / "2") == files_of(tmp_path / "1")

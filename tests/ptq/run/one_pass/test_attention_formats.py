@@ -1,16 +1,12 @@
 """Formats inside attentions and of the cache, in one pass over the checkpoint: the bits of passes one after another, nothing read twice."""
 
-from collections import Counter
-
 import pytest
 import torch
 
 from ptq.errors import UserError
-from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.run.experiment import run
 from ptq.testing import random_tiny
-from tests.tools.interrupted import interrupted
-from tests.tools.one_pass import GROUPS, exported, make
+from tests.tools.one_pass import GROUPS, ends_with_the_same_bits, exported, make, name_at, same_export
 from tests.tools.ranks import in_world, run_ranks
 from tests.tools.same_bits import results, same
 
@@ -34,30 +30,6 @@ CASES = {
 }  # fmt: skip
 
 
-@pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """How often each tensor of the checkpoint was read, by the place of its bytes."""
-    found, pieces = Counter(), StoredTensor.pieces
-
-    def counted(self, *args):
-        found[self.file.name, self.start, self.end] += 1
-        return pieces(self, *args)
-
-    monkeypatch.setattr(StoredTensor, "pieces", counted)
-    return found
-
-
-def name_at(model, place):
-    name, start, _ = place
-    return next((key for key, stored in read_header(model / name).items() if stored.start <= start < stored.end), "")
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_one_pass_has_the_bits_of_several_and_reads_each_tensor_once(tmp_path, request, monkeypatch, read, case):
     name, scheme, steps, export = CASES[case]
@@ -71,21 +43,14 @@ def test_one_pass_has_the_bits_of_several_and_reads_each_tensor_once(tmp_path, r
     a, b = results(one), results(several)
     same((*a[:2], a[2] if save else {}), (*b[:2], b[2] if save else {}))
     if export is not None:
-        found, expected = exported(one, export), exported(several, export)
-        assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
+        found = exported(one, export)
+        same_export(found, exported(several, export))
         assert any("k_scale" in key for key in found[0])
-        assert all(torch.equal(tensor, expected[0][key]) for key, tensor in found[0].items())
 
 
 def test_a_run_killed_in_the_middle_knows_the_layouts_that_it_had_found(tmp_path, tiny_llama, monkeypatch, capsys):
     case = tiny_llama, {"gptq": {}}, None, WEIGHTS | UNTURNED
-    whole = run(make(tmp_path / "whole", *case, save=True))
-    recipe = make(tmp_path / "killed", *case, save=True)
-    interrupted(monkeypatch, recipe, 2)
-    capsys.readouterr()
-    folder = run(recipe)
-    assert "resumed after block 2 of 4" in capsys.readouterr().out
-    same(results(folder), results(whole))
+    ends_with_the_same_bits(tmp_path, monkeypatch, capsys, *case)
 
 
 def test_two_ranks_quantize_a_cache_in_one_pass_as_one_does(tmp_path, tiny_llama):
@@ -117,7 +82,7 @@ def test_a_model_that_needs_values_to_run_is_looked_at_in_a_pass_of_its_own(tmp_
     same(results(found), results(expected))
 
 
-def test_an_attention_that_cannot_be_reached_is_refused_before_a_block_is_read(tmp_path, monkeypatch):
+def test_an_attention_that_cannot_be_reached_is_refused_before_a_block_is_read(tmp_path):
     random_tiny("falcon").save_pretrained(tmp_path / "model")
     with pytest.raises(UserError, match=r"scheme\.key: this model's attention does not use transformers'"):
         run(make(tmp_path, tmp_path / "model", {"rtn": {}}, None, WEIGHTS | CACHE))

@@ -10,7 +10,7 @@ from ptq.errors import UserError
 from ptq.run.experiment import run
 from ptq.run.kept.kept_pass import RESUME
 from tests.tools.interrupted import interrupted
-from tests.tools.one_pass import GROUPS, exported, make
+from tests.tools.one_pass import GROUPS, ends_with_the_same_bits, exported, make, same_export
 from tests.tools.same_bits import results, same
 from tests.tools.tiny_runs import metrics_of
 
@@ -28,12 +28,6 @@ CASES = {
     "scales before a rotation": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "rotate": {"seed": 3}, "clip": {}, "gptq": {}}, None),
     "searches": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "clip": {}, "gptq": {}}, None),
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
 
 
 def taken(folder):
@@ -60,9 +54,8 @@ def test_what_is_planned_block_by_block_has_the_bits_of_plans_for_the_whole_netw
     a, b = results(one), results(several)
     same((*a[:2], a[2] if save else {}), (*b[:2], b[2] if save else {}))
     if export is not None:
-        found, expected = exported(one, export), exported(several, export)
-        assert found[1] == expected[1] and found[0].keys() == expected[0].keys()
-        assert all(torch.equal(tensor, expected[0][key]) for key, tensor in found[0].items())
+        found = exported(one, export)
+        same_export(found, exported(several, export))
     assert "plan" in metrics_of(several)["seconds"] and "plan" not in metrics_of(one)["seconds"]
     pictures = [folder / "channels.json" for folder in (one, several)]
     assert pictures[0].is_file() == pictures[1].is_file()
@@ -101,13 +94,7 @@ def test_a_run_with_maps_that_is_killed_in_the_middle_ends_with_the_same_bits(
     tmp_path, tiny_llama, monkeypatch, capsys
 ):
     case = tiny_llama, {"wush": {}, "gptq": {}}, None, TOKENS
-    whole = run(make(tmp_path / "whole", *case, save=True))
-    recipe = make(tmp_path / "killed", *case, save=True)
-    interrupted(monkeypatch, recipe, 2)
-    capsys.readouterr()
-    folder = run(recipe)
-    assert "resumed after block 2 of 4" in capsys.readouterr().out
-    same(results(folder), results(whole))
+    ends_with_the_same_bits(tmp_path, monkeypatch, capsys, *case)
 
 
 def test_steps_that_see_the_whole_network_first_are_named_where_blocks_go_over_devices(tmp_path, tiny_llama):

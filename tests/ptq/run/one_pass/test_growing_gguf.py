@@ -11,12 +11,6 @@ from tests.tools.interrupted import interrupted
 from tests.tools.one_pass import make
 
 
-@pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-
-
 def made(folder, model, steps=None, **execution):
     return make(folder, model, steps or {"gptq": {}}, "gguf", **execution)
 

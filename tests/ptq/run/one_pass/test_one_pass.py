@@ -2,7 +2,6 @@
 
 import json
 import os
-from collections import Counter
 
 import pytest
 import torch
@@ -12,29 +11,16 @@ from safetensors.torch import load_file, save_file
 from ptq.cli.app import main
 from ptq.config.building import recipe_from
 from ptq.errors import UserError
-from ptq.files.safetensors_file import StoredTensor, read_header
 from ptq.models.loading import fingerprint_of
 from ptq.run.experiment import run
 from ptq.run.kept.kept_pass import RESUME
 from tests.tools.interrupted import Killed, interrupted
-from tests.tools.one_pass import copied, exported, make
+from tests.tools.one_pass import copied, exported, make, name_at, same_export
 from tests.tools.same_bits import results, same
 
 pytest.importorskip("compressed_tensors")
 
 TARGETED = {"gptq": {"target": "original"}}
-
-
-@pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-
-
-def equal(a, b):
-    assert a[1] == b[1]
-    assert a[0].keys() == b[0].keys()
-    assert all(torch.equal(tensor, b[0][key]) for key, tensor in a[0].items())
 
 
 @pytest.mark.parametrize(("model", "steps", "export"), [
@@ -50,26 +36,13 @@ def test_one_pass_has_the_bits_of_several(tmp_path, request, monkeypatch, model,
     a, b = results(one), results(several)
     assert not a[2] and b[2], "no codes lie beside the shards"
     same((a[0], a[1], {}), (b[0], b[1], {}))
-    equal(exported(one, export), exported(several, export))
+    same_export(exported(one, export), exported(several, export))
     # What both have found is of use to other runs, under the same keys.
     kinds = [
         {p.parent.name for p in (tmp_path / w / "store").glob("*/*/entry.safetensors")} for w in ("one", "several")
     ]
     entries = [{p.parent.name for p in (tmp_path / w / "store").rglob("entry.safetensors")} for w in ("one", "several")]
     assert entries[0] == entries[1] and kinds[0] == kinds[1]
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """How often each tensor of the checkpoint was read, by the place of its bytes."""
-    found, pieces = Counter(), StoredTensor.pieces
-
-    def counted(self, *args):
-        found[self.file.name, self.start, self.end] += 1
-        return pieces(self, *args)
-
-    monkeypatch.setattr(StoredTensor, "pieces", counted)
-    return found
 
 
 @pytest.mark.parametrize("steps", [None, {"rotate": {"online": []}, "gptq": {}}], ids=["plain", "turned"])
@@ -85,11 +58,6 @@ def test_each_tensor_of_the_checkpoint_is_read_once_and_written_once(tmp_path, t
     metrics = json.loads((run(again) / "metrics.json").read_text())
     assert metrics["weight_fingerprint"] == json.loads((folder / "metrics.json").read_text())["weight_fingerprint"]
     assert sum(read.values()) - before <= len(blocks) + 20, "neither links nor baseline are computed again"
-
-
-def name_at(model, place):
-    name, start, _ = place
-    return next((key for key, stored in read_header(model / name).items() if stored.start <= start < stored.end), "")
 
 
 def test_the_export_is_loaded_by_transformers_and_computes_what_was_evaluated(tmp_path, tiny_mixtral):
@@ -117,7 +85,7 @@ def test_a_run_killed_after_any_block_goes_on_there_and_ends_with_the_same_expor
     assert f"resumed after block {blocks} of 3" in capsys.readouterr().out
     done = {p for p in read if any(f"layers.{i}." in name_at(tiny_mixtral, p) for i in range(blocks))}
     assert not done, "what was finished is not read again, for the digest of the weights either"
-    equal(exported(folder), exported(expected))
+    same_export(exported(folder), exported(expected))
     same((*results(folder)[:2], {}), (*results(expected)[:2], {}))
 
 
