@@ -110,7 +110,7 @@ def embedding_gradients(
         try:
             for _, rows in flow.slices():
                 with torch.enable_grad():
-                    hidden = stream.before_blocks(flow.ids[rows])
+                    hidden = stream.record(flow.ids[rows])[0]
                     (gradient,) = torch.autograd.grad(hidden, weight, gradients[rows].to(hidden))
                 seen(gradient.float())
         finally:

@@ -37,9 +37,15 @@ class Samples:
     """
 
     def __init__(
-        self, stream: BlockStream, flow: Flow, reference: Flow | None = None, unquantized: Remembered | None = None
+        self,
+        stream: BlockStream,
+        flow: Flow,
+        reference: Flow | None = None,
+        unquantized: Remembered | None = None,
+        parts: Flow | None = None,
     ):
         self.stream, self.flow, self.reference, self.unquantized = stream, flow, reference, unquantized
+        self._parts = parts or flow
         self._kept: dict[int, torch.Tensor] = {}
         self._paused: StagedPass | None = None
 
@@ -119,9 +125,8 @@ class Samples:
         this block's own on what reaches it now. To be called once a block, before its Linears are replaced.
         """
         if self.reference is not None:
-            return Pairs(
-                self.stream, self.flow, block, self.advance_reference(block, [""])[""].view_as(self.flow.hidden)
-            )
+            targets = self.advance_reference(block, [""])[""].view_as(self.flow.hidden)
+            return Pairs(self.stream, self.flow, block, targets, self._parts)
         targets = self.stream.allocate(tuple(self.flow.hidden.shape), self.flow.hidden)
         with torch.no_grad(), unquantized_attention(block):
             for i, rows in self.stream.own(self.flow):
@@ -129,7 +134,7 @@ class Samples:
                     self.stream.call(self.flow, block, i, self.flow.hidden[rows].to(self.stream.device))
                 )
         self.stream.spread(self.flow, targets)
-        return Pairs(self.stream, self.flow, block, targets)
+        return Pairs(self.stream, self.flow, block, targets, self._parts)
 
     @torch.no_grad()
     def advance_reference(self, block: Block, names: Sequence[str]) -> dict[str, torch.Tensor]:
@@ -209,11 +214,16 @@ class Pair:
 
 
 class Pairs:
-    """What reaches a block and what is to come out of it, batch by batch, in any order, as often as a method wants."""
+    """What reaches a block and what is to come out of it, batch by batch, in any order, as often as a method wants.
 
-    def __init__(self, stream: BlockStream, flow: Flow, block: Block, targets: torch.Tensor):
-        self._stream, self._flow, self._block, self._targets = stream, flow, block, targets
+    Attributes:
+        world: the ranks, all of which have all pairs.
+    """
+
+    def __init__(self, stream: BlockStream, flow: Flow, block: Block, targets: torch.Tensor, parts: Flow):
+        self._stream, self._flow, self._block, self._targets, self._parts = stream, flow, block, targets, parts
         self._slices = list(flow.slices())
+        self.world = stream.world
 
     def __len__(self) -> int:
         return len(self._slices)
@@ -228,15 +238,35 @@ class Pairs:
             seed: of their order; None for the order of the samples.
             only: numbers of the batches to yield, so that some can be held out; None for all.
         """
-        numbers = list(range(len(self)) if only is None else only)
-        if seed is not None:
-            order = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
-            numbers = [numbers[i] for i in order]
-        for number in numbers:
-            index, rows = self._slices[number]
-            hidden = self._flow.hidden[rows].to(self._stream.device)
-            target = self._targets[rows].to(self._stream.device)
-            yield Pair(hidden, target, partial(self._stream.call, self._flow, self._block, index, hidden))
+        for number in self.order(list(range(len(self)) if only is None else only), seed):
+            yield self._pair(self._flow, *self._slices[number])
+
+    @staticmethod
+    def order(numbers: Sequence[int], seed: int | None) -> list[int]:
+        """Returns numbers of batches in the order that a seed gives them; None leaves them."""
+        if seed is None:
+            return list(numbers)
+        drawn = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+        return [numbers[i] for i in drawn]
+
+    def parts(self, number: int) -> range:
+        """Returns the numbers of the parts of that batch, whose gradients ranks share (`ptq.ranks.gradient_sum`)."""
+        rows, size = self._slices[number][1], self._parts.batch_size
+        return range(rows.start // size, -(-min(rows.stop, len(self._flow.ids)) // size))
+
+    def values(self, number: int) -> int:
+        """Returns how many values that batch's output has."""
+        return self._targets[self._slices[number][1]].numel()
+
+    def part(self, number: int) -> Pair:
+        """Returns the pair of one part of a batch."""
+        size = self._parts.batch_size
+        return self._pair(self._parts, number, slice(number * size, (number + 1) * size))
+
+    def _pair(self, flow: Flow, index: int, rows: slice) -> Pair:
+        hidden = self._flow.hidden[rows].to(self._stream.device)
+        target = self._targets[rows].to(self._stream.device)
+        return Pair(hidden, target, partial(self._stream.call, flow, self._block, index, hidden))
 
 
 def _unwatched(block: Block, names: Sequence[str]) -> list[nn.Module]:

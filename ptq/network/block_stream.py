@@ -247,7 +247,7 @@ class BlockStream:
         flow: Flow | None = None
         with self.hold_outside(changed):
             for start in range(0, len(ids), batch_size):
-                first, calls = self._record(ids[start : start + batch_size].to(self.device), positions)
+                first, calls = self.record(ids[start : start + batch_size], positions)
                 if flow is None:
                     shape = (len(ids), *first.shape[1:])
                     flow = Flow(ids, batch_size, self.allocate(shape, first), exact)
@@ -259,10 +259,6 @@ class BlockStream:
         if shared:
             flow.shared = shares(len(ids), batch_size, self.world.size)
         return flow
-
-    def before_blocks(self, ids: torch.Tensor) -> torch.Tensor:
-        """Returns what reaches the first block, (samples, length, channels); what lies outside the blocks is in memory."""
-        return self._record(ids.to(self.device), None)[0]
 
     def calibration(self, ids: torch.Tensor, batch_size: int, shared: bool = False) -> Flow:
         """Runs what comes before the blocks on calibration samples (samples, length), of which experts see what `experts` says.
@@ -394,7 +390,9 @@ class BlockStream:
     def _wrap(self, hidden: torch.Tensor) -> Any:
         return (hidden, None) if self.network.returns_tuple else hidden
 
-    def _record(self, ids: torch.Tensor, positions: torch.Tensor | None) -> tuple[torch.Tensor, list[Call]]:
+    def record(self, ids: torch.Tensor, positions: torch.Tensor | None = None) -> tuple[torch.Tensor, list[Call]]:
+        """Returns what reaches the first block (samples, length, channels), and how the model calls each; `hold_outside` is around it."""
+        ids = ids.to(self.device)
         if self.network.returns_tuple is None:
             # A block returns a tensor or a tuple; the model's code shows which, by what reaches the second block.
             for guess in (False, True):

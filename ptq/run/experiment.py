@@ -85,7 +85,7 @@ def run_recipe(
     if not force and led(world, lambda: _shown_finished(recipe, shared)):
         return Result(run_folder(recipe), None, "the run was finished before")
     check_ranks(recipe, sources_of(steps), world)
-    check_tuner(recipe, steps, world)
+    check_tuner(recipe, steps)
     check_devices(recipe, steps, world)
     led(world, lambda: check_before(recipe, steps, shared))
     with places_of(recipe, steps, world) as places:

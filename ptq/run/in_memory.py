@@ -97,7 +97,7 @@ def quantize(
         quantizer = QuantizeVisitor(context, built, flow)
         stream.run([flow] if context.samples is None else [flow, context.samples.flow], quantizer, "quantize")
         if tuner is not None and targets is not None:
-            plan = tuner[1].tune(context, Tuning(stream.open(tokens, tuner[1].batch_size), targets))
+            plan = tuner[1].tune(context, Tuning(stream.open(tokens, 1), targets))
             put_into_blocks(tuner[1], plan, context)
         stream.change_outside()
         use_packed_cache(model)

@@ -21,9 +21,12 @@ from ptq.network.block_stream import BlockStream
 from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network
 from ptq.network.outside import RoundedOutside
+from ptq.network.stream.parts import in_parts
+from ptq.ranks.gradient_sum import part_of
 from ptq.run.session import Session
 from ptq.run.statistics_pass import statistics_of
 from ptq.steps._step import (
+    GRADIENTS,
     INPUT,
     KEY,
     QUERY,
@@ -284,7 +287,9 @@ def open_samples(
         return Samples(stream, stream.open(ids, batch, changed=False), unquantized=remembered)
     shared = bool(wanted & {SAMPLES, REFERENCE})
     reference = stream.calibration(ids, batch, shared) if REFERENCE in wanted else None
-    return Samples(stream, stream.calibration(ids, batch, shared), reference)
+    flow = stream.calibration(ids, batch, shared)
+    parts = in_parts(stream, flow, part_of(batch)) if GRADIENTS in wanted else None
+    return Samples(stream, flow, reference, parts=parts)
 
 
 def _proved_apart(steps: Mapping[str, Step], context: Context) -> bool:

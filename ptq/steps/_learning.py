@@ -9,10 +9,12 @@ from torch import nn
 from ptq.calibration.samples import Pair, Pairs
 from ptq.errors import UserError
 from ptq.network.network import Block, replace_module, weight_of
+from ptq.ranks.gradient_sum import sum_gradients
+from ptq.ranks.reduction import in_shares
 from ptq.steps._solving import BlockInputs, Solved, quantize_linear, specs_of
 from ptq.steps._step import Context
 from quantize.codecs.base import checked
-from quantize.modules.learned import LearnedLinear
+from quantize.modules.learned import LearnedLinear, weights_held
 from quantize.modules.online import carry_online
 from quantize.solvers.rounding import LearnedWeight
 
@@ -87,6 +89,7 @@ def trainable(
 
 def learn(
     pairs: Pairs,
+    linears: Sequence[LearnedLinear],
     parameters: Sequence[nn.Parameter],
     steps: int,
     held_out: int,
@@ -97,10 +100,12 @@ def learn(
 
     Errors are plain squares, as published (AutoRound, equation 1; OmniQuant, equation 1). Relative to the size of each token's residual
     stream, by which the norms that read it divide, they would give up the token whose massive activation a block makes: later
-    blocks' attentions look at that one more than at any other (docs/results.md, "Learned rounding").
+    blocks' attentions look at that one more than at any other (docs/results.md, "Learned rounding"). Ranks share the parts of a batch, and
+    the held out batches; all end with the bits that one of them alone has.
 
     Args:
         pairs: of the block.
+        linears: the block's, whose weights are learned.
         parameters: leaves that gradients are taken of.
         steps: gradient steps, one batch each.
         held_out: one batch in so many is only looked at, never learned from; at least one is.
@@ -121,9 +126,8 @@ def learn(
                 best, least, at = [p.detach().clone() for p in parameters], error, done
         if done == steps:
             break
-        for pair in pairs.batches(seed + done, rest):
-            with torch.enable_grad():
-                _error(pair).backward()  # type: ignore[no-untyped-call]
+        for number in pairs.order(rest, seed + done):
+            _gradients(pairs, number, linears, parameters)
             update(done)
             done += 1
             if done in looks:
@@ -157,11 +161,31 @@ def _final(linear: LearnedLinear) -> Callable[[torch.Tensor], Solved]:
     return lambda weight: linear.learned.final()
 
 
+def _gradients(pairs: Pairs, number: int, linears: Sequence[LearnedLinear], parameters: Sequence[nn.Parameter]) -> None:
+    """Gives the parameters the gradients of the mean error of one batch."""
+    values = pairs.values(number)
+
+    def backward(part: int) -> None:
+        with torch.enable_grad():
+            (_error(pairs.part(part)) / values).backward()  # type: ignore[no-untyped-call]
+
+    with weights_held(linears) as weights:
+        sum_gradients(pairs.world, [*weights.leaves, *parameters], pairs.parts(number), backward)
+        weights.backward()
+
+
+@torch.no_grad()
 def _held_out(pairs: Pairs, numbers: Sequence[int]) -> float:
-    with torch.no_grad():
-        return sum(float(_error(pair)) for pair in pairs.batches(only=numbers)) / len(numbers)
+    """Returns the mean error of those batches."""
+
+    def errors(share: slice) -> tuple[torch.Tensor]:
+        found = [_error(pair) / pair.target.numel() for pair in pairs.batches(only=numbers[share])]
+        return (torch.stack(found).cpu(),)
+
+    (means,) = in_shares(pairs.world, len(numbers), errors)
+    return float(means.sum()) / len(numbers)
 
 
 def _error(pair: Pair) -> torch.Tensor:
-    """Returns the mean of (output - target)^2."""
-    return (pair.output().float() - pair.target.float()).square().mean()
+    """Returns the sum of (output - target)^2."""
+    return (pair.output().float() - pair.target.float()).square().sum()

@@ -39,6 +39,8 @@ SAMPLES = "samples"
 """Capture: the calibration samples themselves, as they reach each block."""
 REFERENCE = "reference"
 """Capture: the same samples once more, as they reach each block of the unquantized network."""
+GRADIENTS = "gradients"
+"""Capture: the samples in parts of batches too, whose gradients ranks share."""
 
 INPUT, OUTPUT, WEIGHT_INPUT, WEIGHT_OUTPUT, QUERY, KEY, RESIDUAL, CORRECTION = PLACES = (
     "input", "output", "weight_input", "weight_output", "query", "key", "residual", "correction",
@@ -389,7 +391,7 @@ class Tuning:
     """What a tuner learns from.
 
     Attributes:
-        flow: samples as they reach the first block of the quantized network, and how it calls its blocks for each batch.
+        flow: samples, each a batch, as they reach the first block of the quantized network, and how it calls its blocks for each.
         target: the unquantized network's final hidden states of the same samples, (samples, length, channels).
         started: what an interrupted run kept last, or None.
         keep: told what to go on from; called at moments between which little work is lost.
@@ -405,11 +407,6 @@ class Tuner(Step):
     """A step that changes the finished quantized network as a whole. Its `apply` puts what was learned into a block's modules."""
 
     kind: ClassVar[str] = TUNER
-
-    @property
-    def batch_size(self) -> int:
-        """Samples that pass together."""
-        return 1
 
     def passes(self, samples: int) -> tuple[int, int]:
         """Returns how many samples pass forward and backward, and how many forward only, where it is given so many: for forecasts."""

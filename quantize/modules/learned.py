@@ -3,6 +3,8 @@ its codes stand still and its scales are tuned (`TunedLinear`; EfficientQAT, Che
 (`TunedInput`).
 """
 
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -41,6 +43,8 @@ class LearnedLinear(nn.Module):
     ):
         super().__init__()
         self.learned, self.inputs, self.log_scale, self.dtype = learned, inputs, log_scale, dtype
+        self.held: torch.Tensor | None = None
+        """What `learned` gives, where it is held."""
         self.register_buffer("bias", None if bias is None else bias.detach())
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -49,7 +53,42 @@ class LearnedLinear(nn.Module):
             x = x * torch.exp(-self.log_scale).to(x.dtype)
         if self.inputs is not None:
             x = valued(x, self.inputs(x.detach()))
-        return product_in(self.dtype or x.dtype, x, self.learned(), self.bias)
+        weight = self.learned() if self.held is None else self.held
+        return product_in(self.dtype or x.dtype, x, weight, self.bias)
+
+
+class HeldWeights:
+    """Weights that were made once, for several passes.
+
+    Attributes:
+        leaves: them, (out, in) each, float32: what the passes take gradients by.
+    """
+
+    def __init__(self, weights: Sequence[torch.Tensor]):
+        self._weights = list(weights)
+        self.leaves = [weight.detach().requires_grad_() for weight in weights]
+
+    def backward(self) -> None:
+        """Carries the leaves' gradients on to the parameters that the weights were made of, and drops them."""
+        reached = [(w, leaf.grad) for w, leaf in zip(self._weights, self.leaves, strict=True) if leaf.grad is not None]
+        if reached:
+            torch.autograd.backward([w for w, _ in reached], [gradient for _, gradient in reached])
+        for leaf in self.leaves:
+            leaf.grad = None
+
+
+@contextmanager
+def weights_held(linears: Sequence[LearnedLinear]) -> Iterator[HeldWeights]:
+    """Inside the context the Linears' weights are made once, with gradients, and their passes take gradients by these."""
+    with torch.enable_grad():
+        held = HeldWeights([module.learned() for module in linears])
+    for module, leaf in zip(linears, held.leaves, strict=True):
+        module.held = leaf
+    try:
+        yield held
+    finally:
+        for module in linears:
+            module.held = None
 
 
 class TunedInput(nn.Module):

@@ -105,7 +105,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     tuner = next((step for step in steps.values() if isinstance(step, Tuner)), None)
     tuned = {}
     if tuner is not None:
-        tuned["tune"] = weights + flows + baseline + _tuning(sizes, recipe, tuner.batch_size, width, value)
+        tuned["tune"] = weights + flows + baseline + _tuning(sizes, recipe, width, value)
     return MemoryEstimate(
         {
             "load": int(1.25 * whole) if recipe.execution.weights == "resident" else weights,
@@ -244,13 +244,13 @@ def _pass(sizes: Sizes, tokens: int, value: int) -> int:
     return 4 * value * tokens * sizes.widest
 
 
-def _tuning(sizes: Sizes, recipe: Recipe, batch: int, width: int, value: int) -> int:
-    """Returns what tuning holds beside weights and samples: codes and the weights that they stand for, a batch's graph, its samples'
-    states twice, and logits.
+def _tuning(sizes: Sizes, recipe: Recipe, width: int, value: int) -> int:
+    """Returns what tuning holds beside weights and samples: codes and the weights that they stand for, a sample's graph, and all samples'
+    states twice.
     """
     c = recipe.calibration
     codes = (1 + 2 + value) * sum(block.parameters for block in sizes.blocks)
-    graph = 2 * value * batch * c.length * sum(block.channels for block in sizes.blocks)
+    graph = 2 * value * c.length * sum(block.channels for block in sizes.blocks)
     return codes + graph + 2 * value * width * (c.most_tuning_samples or c.samples) * c.length
 
 

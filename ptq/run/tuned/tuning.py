@@ -12,7 +12,7 @@ from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.files.safetensors_file import write_tensors
 from ptq.network.block_stream import Flow, Nothing
-from ptq.ranks.world import World
+from ptq.ranks.world import led
 from ptq.run.kept.block_file import write_block
 from ptq.run.kept.kept_pass import RESUME
 from ptq.run.session import Session
@@ -27,7 +27,7 @@ def tuner_of(steps: Mapping[str, Step]) -> tuple[str, Tuner] | None:
     return next(((name, step) for name, step in steps.items() if isinstance(step, Tuner)), None)
 
 
-def check_tuner(recipe: Recipe, steps: Mapping[str, Step], world: World | None = None) -> None:
+def check_tuner(recipe: Recipe, steps: Mapping[str, Step]) -> None:
     """Raises `UserError` where a tuner cannot have the whole network to itself, or samples are drawn for one that is not there."""
     found, more = tuner_of(steps), recipe.calibration.tuning_samples
     if found is None:
@@ -41,10 +41,6 @@ def check_tuner(recipe: Recipe, steps: Mapping[str, Step], world: World | None =
         raise UserError(
             f"execution.weights: {recipe.execution.weights!r}, but steps.{name} learns on the whole network in memory: use "
             f"resident, or ~steps.{name}"
-        )
-    if world is not None and world.size > 1:
-        raise UserError(
-            f"steps.{name}: learned by one process, but there are {world.size} ranks: start it without torchrun"
         )
 
 
@@ -71,7 +67,7 @@ def targets_of(session: Session) -> torch.Tensor:
                 journal.say("targets: computed before, read from the store")
                 return states
         with journal.phase("targets"):
-            flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size)
+            flow = session.stream.open(tokens.ids, session.recipe.calibration.batch_size, shared=True)
             kept = session.kept("targets", key, [flow], Nothing())
             session.stream.run([flow], Nothing(), "targets", kept)
             if (place := flow.first_nonfinite()) is not None:
@@ -119,11 +115,11 @@ def tune(
     name, tuner = found
     with session.journal.phase("tune"):
         state = _State(session, identity)
-        flow = stream.open(session.tuning_tokens().ids, tuner.batch_size)
+        flow = stream.open(session.tuning_tokens().ids, 1)
         plan = tuner.tune(context, Tuning(flow, targets, state.read(), state.write))
         put_into_blocks(tuner, plan, context)
         context.plans[name] = plan
-        evaluated = stream.open(tokens.ids, session.recipe.evaluation.batch_size, exact=True)
+        evaluated = stream.open(tokens.ids, session.recipe.evaluation.batch_size, exact=True, shared=True)
         stream.run([evaluated], Nothing(), "tune", context.keep("tune", [evaluated], Nothing()))
     return evaluated
 
@@ -135,7 +131,9 @@ def put_into_blocks(tuner: Tuner, plan: StepPlan, context: Context) -> None:
 
 
 def save_blocks(context: Context, folder: pathlib.Path) -> None:
-    """Writes the blocks as they stand, one file each, as a pass that keeps its blocks would."""
+    """Writes the blocks as they stand, one file each, as a pass that keeps its blocks would; rank 0 does."""
+    if not context.stream.world.leads:
+        return
     folder.mkdir(parents=True, exist_ok=True)
     for block in context.network.blocks:
         write_block(block, folder / f"block-{block.index:05d}.safetensors", {})
@@ -150,21 +148,24 @@ class _State:
 
     def read(self) -> dict[str, torch.Tensor] | None:
         """Returns what `write` has written under the same identity, or None."""
-        if self._path is None or not self._path.is_file():
+        path = self._path
+        if path is None or not led(self._session.world, path.is_file):
             return None
-        try:
-            with safe_open(self._path, framework="pt") as file:
-                if (file.metadata() or {}).get("identity") == self._identity:
-                    found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-                    self._session.journal.say("tune: resumed")
-                    return found
-        except (SafetensorError, OSError):
-            pass
+        if led(self._session.world, lambda: self._fits(path)):
+            self._session.journal.say("tune: resumed")
+            return load_file(path)
         self._session.journal.say("tune: what an interrupted run left cannot be taken up: done again")
         return None
 
+    def _fits(self, path: pathlib.Path) -> bool:
+        try:
+            with safe_open(path, framework="pt") as file:
+                return (file.metadata() or {}).get("identity") == self._identity
+        except (SafetensorError, OSError):
+            return False
+
     def write(self, state: Mapping[str, torch.Tensor]) -> None:
-        """Writes the state, whole or not at all."""
-        if self._path is not None:
+        """Writes the state, whole or not at all; rank 0 does."""
+        if self._path is not None and self._session.world.leads:
             self._path.parent.mkdir(parents=True, exist_ok=True)
             write_tensors(self._path, state, {"identity": self._identity})

@@ -9,7 +9,7 @@ from ptq.config.schema import SchemeConfig
 from ptq.network.network import Block
 from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
-from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, Context, Solver, StepPlan
 from quantize.solvers.rounding import LearnedRounding, LearnedWeight, linear_decay, sign_step
 
 TARGETS = ("present", "original")
@@ -44,7 +44,9 @@ class Step(Solver):
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the samples, and what static input ranges need. `UserError` for weights of another format than int."""
         require_integers(scheme, "autoround")
-        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.options.target == "original" else set())
+        return (
+            captures_of(scheme) | {SAMPLES, GRADIENTS} | ({REFERENCE} if self.options.target == "original" else set())
+        )
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
@@ -65,7 +67,8 @@ class Step(Solver):
 
         try:
             if parameters:
-                found = learn(pairs, parameters, self.options.steps, self.options.held_out, update, self.options.seed)
+                o, linears = self.options, list(learned.values())
+                found = learn(pairs, linears, parameters, o.steps, o.held_out, update, o.seed)
                 context.note(
                     f"autoround: {block.name}: held out error {found.before:.3g} -> {found.after:.3g} (step {found.step})"
                 )

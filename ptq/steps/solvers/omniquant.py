@@ -15,7 +15,7 @@ from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
 from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
 from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
-from ptq.steps._step import REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, Context, Solver, StepPlan
 from ptq.steps.transforms.smooth import key_of, rescale
 from quantize.solvers.rounding import LearnedClipping, LearnedWeight
 
@@ -63,7 +63,9 @@ class Step(Solver):
                 "scheme.input.dynamic: false, but steps.omniquant learns scales that change the ranges of inputs: "
                 "use steps.omniquant.scale_rate=0, or dynamic inputs"
             )
-        return captures_of(scheme) | {SAMPLES} | ({REFERENCE} if self.options.target == "original" else set())
+        return (
+            captures_of(scheme) | {SAMPLES, GRADIENTS} | ({REFERENCE} if self.options.target == "original" else set())
+        )
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""
@@ -91,8 +93,8 @@ class Step(Solver):
                     optimizer.step()
                     optimizer.zero_grad(set_to_none=True)
 
-                options = self.options
-                found = learn(pairs, [*clips, *logs], options.steps, options.held_out, update, options.seed)
+                o, linears = self.options, list(learned.values())
+                found = learn(pairs, linears, [*clips, *logs], o.steps, o.held_out, update, o.seed)
                 context.note(
                     f"omniquant: {block.name}: held out error {found.before:.3g} -> {found.after:.3g} (step {found.step})"
                 )

@@ -33,7 +33,7 @@ def first_norms(context: Context, width: int) -> tuple[str, ...]:
         return lambda *call: called.append(name)
 
     with hooked(module.register_forward_hook(note(name)) for name, module in norms.items()):
-        context.stream.before_blocks(torch.zeros(1, 2, dtype=torch.int64))
+        context.stream.record(torch.zeros(1, 2, dtype=torch.int64))
     return tuple(called)
 
 

@@ -5,9 +5,10 @@ A solver looks at one block at a time, and the sum of what blocks lose is never 
 was fitted to. Here gradients pass through the whole quantized network, on samples of their own where there are some.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import nn
@@ -21,6 +22,8 @@ from ptq.network.block_stream import STEPS, BlockStream
 from ptq.network.network import Block, replace_module, replaced_forward
 from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
+from ptq.ranks.gradient_sum import sum_gradients
+from ptq.ranks.reduction import in_shares
 from ptq.steps._learning import PRECISIONS, Learned
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.codecs.registry import codec_of
@@ -86,12 +89,6 @@ class Step(Tuner):
             )
         return frozenset()
 
-    @property
-    def batch_size(self) -> int:
-        """Samples that pass together."""
-        size: int = self.options.batch
-        return size
-
     def passes(self, samples: int) -> tuple[int, int]:
         """Returns how many samples are learned from, each time counted, and how many are looked at."""
         options: Options = self.options
@@ -111,7 +108,7 @@ class Step(Tuner):
             )
         with _tuned(context, options) as tuned, _outside_kept(context.stream):
             parameters = [p for group, _ in tuned.groups(options) for p in group]
-            whole = _Whole(context, tuning, PRECISIONS[options.precision], parameters)
+            whole = _Whole(context, tuning, options, parameters)
             found = _learn(whole, tuned, tuning, options)
             tensors = tuned.tensors()
         context.note(
@@ -212,31 +209,51 @@ def _outside_kept(stream: BlockStream) -> Iterator[None]:
 
 
 class _Whole:
-    """The quantized network beside the unquantized one's final hidden states, a batch at a time."""
+    """The quantized network beside the unquantized one's final hidden states, a sample at a time; ranks share the samples of a batch."""
 
-    def __init__(self, context: Context, tuning: Tuning, dtype: torch.dtype, parameters: list[nn.Parameter]):
-        self._parameters = parameters
-        self._stream, self._flow, self._target, self._dtype = context.stream, tuning.flow, tuning.target, dtype
-        self._rows = [rows for _, rows in tuning.flow.slices()]
+    def __init__(self, context: Context, tuning: Tuning, options: Options, parameters: list[nn.Parameter]):
+        self._parameters, self._batch = parameters, options.batch
+        self._stream, self._flow, self._target = context.stream, tuning.flow, tuning.target
+        self._dtype = PRECISIONS[options.precision]
         self._head = context.network.model.get_output_embeddings()
 
     def __len__(self) -> int:
-        return len(self._rows)
+        return -(-len(self._flow.ids) // self._batch)
 
-    def divergence(self, batch: int, learn: bool) -> float:
-        """Returns the mean over a batch's tokens of the KL divergence; with `learn` the parameters have its gradients."""
-        rows = self._rows[batch]
+    def gradients(self, batch: int) -> None:
+        """Gives the parameters the gradients of the mean over the batch's tokens of the KL divergence."""
+        samples = self._samples(batch)
+        sum_gradients(self._stream.world, self._parameters, samples, partial(self._passed, learn=True))
+        for parameter in self._parameters:
+            if parameter.grad is not None:
+                parameter.grad /= len(samples) * self._flow.ids.shape[1]
+
+    def divergence(self, batches: Sequence[int]) -> float:
+        """Returns the mean over the tokens of some batches of the KL divergence."""
+        samples = [sample for batch in batches for sample in self._samples(batch)]
+
+        def totals(share: slice) -> tuple[torch.Tensor]:
+            return (
+                torch.tensor([self._passed(sample, learn=False) for sample in samples[share]], dtype=torch.float64),
+            )
+
+        (found,) = in_shares(self._stream.world, len(samples), totals)
+        return float(found.sum()) / (len(samples) * self._flow.ids.shape[1])
+
+    def _samples(self, batch: int) -> range:
+        return range(batch * self._batch, min((batch + 1) * self._batch, len(self._flow.ids)))
+
+    def _passed(self, sample: int, learn: bool) -> float:
+        """Returns the sum over a sample's tokens of the KL divergence; with `learn` the parameters have its gradients."""
+        rows = slice(sample, sample + 1)
         with torch.set_grad_enabled(learn), fast_linears():
             # A copy: blocks may write into what they are given.
             hidden = self._flow.hidden[rows].to(self._stream.device, copy=True)
             for block in self._stream.network.blocks:
-                hidden = self._stream.call(self._flow, block, batch, hidden)
+                hidden = self._stream.call(self._flow, block, sample, hidden)
         total, gradient = self._head_gradient(hidden.detach(), self._target[rows], learn)
         if learn:
             hidden.backward(gradient)  # type: ignore[no-untyped-call]
-            for parameter in self._parameters:
-                if parameter.grad is not None:
-                    parameter.grad /= hidden.shape[0] * hidden.shape[1]
         return total
 
     def tell(self, done: int, total: int) -> None:
@@ -244,23 +261,22 @@ class _Whole:
         self._stream.progress(STEPS, done, total)
 
     def _head_gradient(self, hidden: torch.Tensor, target: torch.Tensor, learn: bool) -> tuple[float, torch.Tensor]:
-        """Returns the mean divergence, and by the final hidden states (samples, length, channels) the gradient of its sum: a mean's
-        would be too small for 16-bit floats.
+        """Returns the divergence's sum, and its gradient by a sample's final hidden states (1, length, channels): a mean's would be too small
+        for 16-bit floats.
         """
-        tokens, total, gradient = hidden.shape[0] * hidden.shape[1], 0.0, torch.zeros_like(hidden)
+        total, gradient = 0.0, torch.zeros_like(hidden)
         with self._stream.heads() as (wanted, given), self._multiplied(), fast_linears():
-            for row in range(len(hidden)):
-                for start in range(0, hidden.shape[1], CHUNK):
-                    span = slice(start, min(start + CHUNK, hidden.shape[1]))
-                    aim = wanted(target[row : row + 1, span].to(hidden))
-                    with torch.set_grad_enabled(learn):
-                        x = hidden[row : row + 1, span].detach().requires_grad_(learn)
-                        logits = given(x)
-                    divergence, by_logits = kl_divergence(logits.detach(), aim)
-                    total += float(divergence.sum())
-                    if learn:
-                        gradient[row : row + 1, span] = torch.autograd.grad(logits, x, by_logits)[0]
-        return total / tokens, gradient
+            for start in range(0, hidden.shape[1], CHUNK):
+                span = slice(start, min(start + CHUNK, hidden.shape[1]))
+                aim = wanted(target[:, span].to(hidden))
+                with torch.set_grad_enabled(learn):
+                    x = hidden[:, span].detach().requires_grad_(learn)
+                    logits = given(x)
+                divergence, by_logits = kl_divergence(logits.detach(), aim)
+                total += float(divergence.sum())
+                if learn:
+                    gradient[:, span] = torch.autograd.grad(logits, x, by_logits)[0]
+        return total, gradient
 
     @contextmanager
     def _multiplied(self) -> Iterator[None]:
@@ -284,7 +300,7 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
     state = _State(parameters, optimizer, tuning.started)
     while True:
         if state.done in looks and state.looked < state.done:
-            state.look(sum(whole.divergence(i, False) for i in apart) / len(apart))
+            state.look(whole.divergence(apart))
             tuning.keep(state.tensors())
         if state.done >= options.steps or not parameters:
             break
@@ -292,7 +308,7 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
         order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(options.seed + epoch))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = warmed_cosine(state.done, options.steps, rate)
-        whole.divergence(rest[int(order[place])], True)
+        whole.gradients(rest[int(order[place])])
         optimizer.step()
         optimizer.zero_grad()
         state.done += 1

@@ -9,6 +9,7 @@ from ptq.models.loading import load
 from ptq.models.weights import ResidentWeights
 from ptq.network.block_stream import BlockStream, Nothing
 from ptq.network.network import build_network
+from ptq.network.stream.parts import in_parts
 from ptq.testing import byte_tokenizer, random_tiny
 
 
@@ -50,6 +51,24 @@ def test_the_batch_size_changes_nothing_beyond_rounding(folder):
     _, (one, _) = _final(folder, "resident", "memory", batch_size=1)
     _, (three, _) = _final(folder, "resident", "memory", batch_size=3)
     torch.testing.assert_close(one, three, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "bloom", "falcon", "gpt2", "mixtral"])
+def test_parts_of_a_batch_give_what_the_batch_gives(architecture):
+    network = build_network(random_tiny(architecture))
+    stream = BlockStream(network, ResidentWeights(), torch.device("cpu"))
+    ids = torch.randint(3, 60, (6, 9), generator=torch.Generator().manual_seed(0))
+    flow = stream.calibration(ids, 4)
+    parts = in_parts(stream, flow, 2)
+    assert len(parts.calls) == 3 and in_parts(stream, flow, 4) is flow
+    for block in network.blocks:
+        with torch.no_grad():
+            by_part = [stream.call(parts, block, i, flow.hidden[rows]) for i, rows in parts.slices()]
+            stream.step(flow, block)
+        torch.testing.assert_close(torch.cat(by_part), flow.hidden)
+    assert parts.experts is None or not parts.experts.seen
+    with pytest.raises(ValueError, match="size: 3 does not divide a batch of 4"):
+        in_parts(stream, flow, 3)
 
 
 def test_a_memory_mapped_file_goes_when_the_stream_is_closed(folder):

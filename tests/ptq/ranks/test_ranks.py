@@ -17,6 +17,7 @@ from ptq.errors import UserError
 from ptq.ranks.reduction import by_cost, done_by, in_order, in_shares
 from ptq.ranks.world import ALONE, Message, agree, led
 from ptq.run.experiment import collect_statistics, run
+from ptq.steps.tuners import tune
 from tests.tools.ranks import as_program, in_world, killed_after, run_ranks
 from tests.tools.same_bits import results, same
 
@@ -31,7 +32,9 @@ CASES = {
         {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}},
         {"rtn": {"scales": "block"}},
     ),
-    "learned": ({"weight": {"bits": 3}}, {"autoround": {"steps": 4}}),
+    "learned": ({"weight": {"bits": 3}}, {"autoround": {"steps": 4, "target": "original"}}),
+    "learned scales": ({"weight": {"bits": 3}}, {"omniquant": {"steps": 4}}),
+    "tuned": ({"weight": {"bits": 4}}, {"rtn": {}, "tune": {"steps": 4, "batch": 3}}),
 }
 
 
@@ -121,6 +124,18 @@ def test_ranks_share_the_experts_of_a_mixture_and_offloaded_weights(tmp_path, ti
     same(result_of(tmp_path / "2"), expected)
 
 
+def test_ranks_share_the_gradients_of_a_mixture_that_learns(tmp_path, tiny_mixtral):
+    changes = {
+        "calibration": {"samples": 14, "length": 32, "batch_size": 4, "experts": "at-least-40"},
+        "execution": {"save": True, "weights": "offloaded", "hidden_states": "disk"},
+    }
+    case = {"weight": {"bits": 3}}, {"autoround": {"steps": 3}}
+    expected = results(run(make(tmp_path / "1", tiny_mixtral, *case, **changes)))
+    ended = run_ranks(4, work_of(make(tmp_path / "4", tiny_mixtral, *case, **changes)), tmp_path / "out")
+    assert [e.status for e in ended] == [0] * 4, ended
+    same(result_of(tmp_path / "4"), expected)
+
+
 def test_statistics_of_two_ranks_are_those_of_one(tmp_path, tiny_mixtral):
     def take(folder, world=ALONE):
         recipe = make(tmp_path / folder, tiny_mixtral, *CASES["gptq"])
@@ -147,6 +162,28 @@ def test_a_killed_rank_ends_all_in_one_line_and_another_number_of_ranks_takes_th
     assert [e.status for e in ended] == [0] * 4, ended
     assert "resumed after block 1" in ended[0].text
     same(result_of(tmp_path / "2"), expected)
+
+
+def test_a_rank_that_is_killed_while_scales_are_tuned_leaves_what_one_rank_goes_on_with(tmp_path, tiny_llama):
+    case = CASES["tuned"]
+    expected = results(run(make(tmp_path / "1", tiny_llama, *case)), "identity")
+    recipe = make(tmp_path / "2", tiny_llama, *case)
+
+    def work():
+        look = tune._State.look
+
+        def killed(self, divergence):
+            if self.done == 2 and os.environ["RANK"] == "1":
+                os.kill(os.getpid(), signal.SIGKILL)
+            look(self, divergence)
+
+        tune._State.look = killed
+        return as_program(work_of(recipe))()
+
+    assert [e.status for e in run_ranks(2, work, tmp_path / "killed")] == [2, -signal.SIGKILL]
+    folder = run(recipe)
+    same(results(folder, "identity"), expected)
+    assert "tune: resumed" in (folder / "run.log").read_text()
 
 
 def test_more_ranks_than_shares_and_ranks_of_two_minds_are_refused_before_the_work(tmp_path, tiny_llama):

@@ -48,13 +48,16 @@ def test_the_greatest_phase_holds_weights_hidden_states_and_moments(tmp_path):
     assert set(found.phases) == {"load", "calibration", "baseline", "quantize", "evaluate"}
 
 
-def test_tuning_holds_the_graph_of_a_batch_and_cannot_be_mended_by_offloaded_weights(tmp_path):
+def test_tuning_holds_the_graph_of_a_sample_and_cannot_be_mended_by_offloaded_weights(tmp_path):
     steps = {"gptq": {}, "tune": {"batch": 4}}
     recipe, network, built = prepared(tmp_path, steps)
-    single = estimate(*prepared(tmp_path, {"gptq": {}, "tune": {"batch": 1}})).phases["tune"]
     found = estimate(recipe, network, built)
+    for changed in ({"batch": 1}, {"batch": 16}):
+        assert estimate(*prepared(tmp_path, {"gptq": {}, "tune": changed})).phases == found.phases
+    double = {"samples": recipe.calibration.samples // 2, "length": 2 * recipe.calibration.length}
+    longer = estimate(*prepared(tmp_path, steps, calibration=double)).phases["tune"]
     channels = 8 * (4 * 2 * 1024 + 3 * (1024 + 2816))
-    assert found.phases["tune"] - single == 2 * 4 * 3 * recipe.calibration.length * channels
+    assert longer - found.phases["tune"] == 2 * 4 * recipe.calibration.length * channels
     assert found.worst[0] == "tune" and found.worst[1] > 2 * 4 * network.parameters
     with pytest.raises(UserError, match=r"\(tune\)") as error:
         check_memory(recipe, network, built, PROCESS + found.worst[1] // 2)
