@@ -1,8 +1,8 @@
 """Seconds of a run by one rank with one thread and by two, and whether both end with the same bits.
 
-    python -m experiments.bench.ranks [--samples 32] [--length 512] [--layers 4] [--ranks 2] [--rounds 2]
+    python -m experiments.bench.ranks [--samples 32] [--length 512] [--layers 4] [--ranks 2] [--rounds 2] [overrides]
 
-GPTQ W4A16 and the evaluation of a random OPT with OPT-125M's block, by torchrun in fresh processes. The ratio is of the seconds that
+GPTQ W4A16, or what overrides say (``method=autoround steps.autoround.steps=20``), and the evaluation of a random OPT with OPT-125M's block, by torchrun in fresh processes. The ratio is of the seconds that
 the runs' own phases took (calibration, quantization, evaluation), the least of the rounds: Python's start is the same in both.
 """
 
@@ -40,7 +40,7 @@ def run(ranks: int, folder: pathlib.Path, arguments: argparse.Namespace) -> tupl
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), str(ROOT / "main.py"),
         "--config", "smollm2-135m_w4a16", f"model.path={folder.parent / 'model'}", "model.dtype=float32", "data=docs",
-        "method=gptq", f"calibration.samples={arguments.samples}",
+        *(arguments.overrides or ["method=gptq"]), f"calibration.samples={arguments.samples}",
         f"calibration.length={arguments.length}", f"evaluation.length={arguments.length}", windows, "execution.device=cpu",
         "execution.save=true", f"outputs={folder / 'outputs'}", f"store={folder / 'store'}", "data.allow_overlap=true",
     ]  # fmt: skip
@@ -60,6 +60,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     for name, default in {"samples": 32, "length": 512, "layers": 4, "ranks": 2, "rounds": 2}.items():
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("overrides", nargs="*", help="of the recipe smollm2-135m_w4a16")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:
         folder = pathlib.Path(name)

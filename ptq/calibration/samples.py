@@ -86,9 +86,12 @@ class Samples:
 
     @torch.no_grad()
     def carry(self, block: Block, watchers: Mapping[str, Watcher]) -> None:
-        """As `feed`, for a block that stays as it is: its outputs are kept for the stream, which need not call it again."""
+        """As `feed`, for a block that stays as it is: its outputs are kept for the stream, which need not call it again.
+
+        Of samples that ranks share, the watchers see this rank's batches.
+        """
         self.flow.ahead[block.index] = {
-            i: self._pass(self.flow, block, i, rows, watchers, whole=True) for i, rows in self.flow.slices()
+            i: self._pass(self.flow, block, i, rows, watchers, whole=True) for i, rows in self.stream.own(self.flow)
         }
 
     @contextmanager

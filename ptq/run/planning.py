@@ -248,8 +248,10 @@ def _take_again(context: Context, stale: Statistics) -> Statistics:
     """Returns the statistics of the network as the steps so far leave it, of the samples that the `stale` ones are of."""
     if context.ids is None:
         raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
-    visitor = StatisticsVisitor(context.stream.device)
-    context.show(visitor, context.stream.calibration(context.ids, context.batch_size), "statistics")
+    visitor, stream = StatisticsVisitor(context.stream.device), context.stream
+    flow = stream.calibration(context.ids, context.batch_size, shared=True)
+    flow.passed = lambda block: visitor.reduce(block, stream.world)
+    context.show(visitor, flow, "statistics")
     return visitor.result(stale.provenance)
 
 

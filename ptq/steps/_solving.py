@@ -83,19 +83,22 @@ class BlockInputs:
 
 
 class Rows:
-    """Keeps evenly spaced tokens of what passes, at most about `values` numbers in all of `tokens` tokens."""
+    """Keeps evenly spaced tokens of what passes, at most about `values` numbers in all of `tokens` tokens.
+
+    Which tokens depends on their place among all, so that ranks keep of their batches what one rank keeps of them. Of a tensor that
+    has not all tokens, as an expert's, the first of each batch is kept, and others after it.
+    """
 
     def __init__(self, values: int, tokens: int):
         self._values, self._tokens = values, tokens
         self._kept: list[torch.Tensor] = []
-        self._next = 0
 
     def add(self, x: torch.Tensor, tokens: slice) -> None:
         """Keeps some rows of `x` (..., channels); a watcher of `Samples`."""
         rows = x.reshape(-1, x.shape[-1])
         every = max(1, self._tokens * rows.shape[1] // self._values)
-        self._kept.append(rows[self._next :: every].clone())
-        self._next = (self._next - len(rows)) % every
+        first = -tokens.start % every if len(rows) == tokens.stop - tokens.start else 0
+        self._kept.append(rows[first::every].clone())
 
     @property
     def empty(self) -> bool:

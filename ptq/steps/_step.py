@@ -23,6 +23,7 @@ from ptq.network.block_stream import BlockStream, Flow, Kept, Visitor
 from ptq.network.links import Link, Trace
 from ptq.network.network import Block, Network
 from ptq.network.replaced import put_back
+from ptq.ranks.sample_sum import shares
 from quantize.modules.simulated import QuantLinear
 from quantize.spec.quant_spec import QuantSpec
 
@@ -159,15 +160,20 @@ class Context:
     rescaled: Callable[[str, torch.Tensor], None] = lambda name, scale: None
     replaced: Callable[[str, nn.Module, QuantLinear], None] = lambda name, original, module: None
 
-    def drawn(self, asker: str, count: int | None = None) -> Flow:
+    def drawn(self, asker: str, count: int | None = None, shared: bool = False) -> Flow:
         """Opens the calibration samples, all or the first `count`, for `asker`, a place in the recipe.
+
+        Where they are `shared`, each rank sees its own batches: whole leaves of the sums (`ptq.ranks.sample_sum`).
 
         Raises:
             UserError: when none were drawn.
         """
         if self.ids is None:
             raise _undrawn(asker)
-        return self.stream.open(self.ids[:count], self.batch_size)
+        flow = self.stream.open(self.ids[:count], self.batch_size)
+        if shared:
+            flow.shared = shares(len(flow.ids), self.batch_size, self.stream.world.size, flow.leaf)
+        return flow
 
     def samples_of(self, asker: str) -> Samples:
         """Returns the calibration samples as they reach the present block. Raises `UserError` when none were drawn."""

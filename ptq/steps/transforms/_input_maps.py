@@ -14,7 +14,9 @@ from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block, weight_of
-from ptq.ranks.sample_sum import by_sample
+from ptq.ranks.reduction import by_cost, done_by, merged, total_of
+from ptq.ranks.sample_sum import SampleSum, by_sample
+from ptq.ranks.world import Message, World
 from ptq.steps._solving import Rows, specs_of
 from ptq.steps._step import INPUT, WEIGHT_INPUT, Context, StepPlan, Transform
 from quantize.modules.online import OnlineShared, attach_input, online_input
@@ -79,8 +81,8 @@ class InputMaps(Transform):
         return StepPlan(search.tensors, stale=True)
 
     def looks_at(self, context: Context) -> Flow:
-        """All calibration samples: the moments are theirs."""
-        return context.drawn(f"steps.{self.title}")
+        """All calibration samples, shared by the ranks: the moments are theirs."""
+        return context.drawn(f"steps.{self.title}", shared=True)
 
     def plan_block(self, block: Block, context: Context, flow: Flow | None) -> StepPlan:
         """Chooses the maps of the block's inputs."""
@@ -140,26 +142,37 @@ class _Search:
         self.tensors: dict[str, torch.Tensor] = {}
 
     def enter(self, block: Block) -> None:
-        """Lets the samples pass once, then chooses."""
+        """Lets the samples pass once, then chooses: each rank some of the maps."""
         read = [names for stage in self.context.stages(block) for names in _alike(self.context, stage)]
         taken = [names for names in read if online_input(self.context.module(names[0])) is not None]
         for names in taken:
             self.context.note(f"{self.step.title}: {names[0]} left alone: another step acts on its input online")
         read = [names for names in read if names not in taken]
         weights = {names: [weight_of(self.context.module(name)) for name in names] for names in read}
-        moments = {names: Hessian(w[0].shape[1], w[0].device) for names, w in weights.items()}
-        rows = {names: Rows(KEPT_VALUES, self.samples.tokens) for names in read}
-        watchers = {names[0]: partial(_see, moments[names], rows[names]) for names in read}
+        seen = [_Seen(w[0], self.samples) for w in weights.values()]
+        watchers = {names[0]: tensor.see for names, tensor in zip(read, seen, strict=True)}
         if watchers:
             # Outputs that are kept spare the stream a second pass; where hidden states are on disk nothing may be kept of all samples.
-            in_memory = self.samples.stream.hidden_states == "memory"
-            (self.samples.carry if in_memory else self.samples.feed)(block, watchers)
-        for names in read:
-            if rows[names].empty:
-                self.context.note(f"{self.step.title}: {names[0]} left alone: no calibration token reaches it")
-                continue
+            if self.samples.stream.hidden_states == "memory":
+                self.samples.carry(block, watchers)
+            else:
+                self.samples.feed(block, watchers, shared=True)
+        world = self.samples.stream.world
+        owners = by_cost([float(tensor.width) ** 3 for tensor in seen], world.size)
+        for tensor, owner in zip(seen, owners, strict=True):
+            tensor.reduce(world, owner)
+
+        def work(number: int) -> Message:
+            names, tensor = read[number], seen[number]
+            if tensor.hessian is None or not len(tensor.rows):
+                return Message(f"{self.step.title}: {names[0]} left alone: no calibration token reaches it")
             weight = torch.cat([w.detach().float() for w in weights[names]])
-            self._choose(names, rows[names].kept().float(), moments[names].matrix / 2, weight)
+            return self._chosen(names, tensor.rows.float(), tensor.hessian.matrix / 2, weight)
+
+        for message in done_by(world, owners, work):
+            if message.facts is not None:
+                self.context.note(message.facts)
+            self.tensors |= {key: tensor.to(self.context.stream.device) for key, tensor in message.tensors.items()}
 
     def leave(self, block: Block) -> None:
         """Does nothing."""
@@ -173,23 +186,52 @@ class _Search:
         """Takes up what `write` has written."""
         self.tensors |= StepPlan.load(path, self.context.stream.device).tensors
 
-    def _choose(self, names: tuple[str, ...], rows: torch.Tensor, hessian: torch.Tensor, weight: torch.Tensor) -> None:
+    def _chosen(
+        self, names: tuple[str, ...], rows: torch.Tensor, hessian: torch.Tensor, weight: torch.Tensor
+    ) -> Message:
+        """Returns the map's tensors, and what the log says of it."""
         specs = specs_of(self.context, names[0])
         if specs.input is None:
-            return
+            return Message()
         try:
             cost = RoundingCost.of(rows, hessian, weight, specs.input, specs.weight)
             made, words = self.step.choose(Reading(names, hessian, weight, specs.input, cost))
         except ValueError as error:
-            self.context.note(f"{self.step.title}: {names[0]} left alone: {error}")
+            return Message(f"{self.step.title}: {names[0]} left alone: {error}")
+        return Message(f"{self.step.title}: {', '.join(names)}: {words}", tensors_of(names[0], made))
+
+
+class _Seen:
+    """What passes of a tensor that Linears read: second moments, and some rows.
+
+    Attributes:
+        width: its channels.
+        hessian: 2 X^T X / tokens of all ranks' samples, where `reduce` has put it; None where no token has passed.
+        rows: those that were kept (tokens, channels), likewise.
+    """
+
+    def __init__(self, weight: torch.Tensor, samples: Samples):
+        self.width, self._device, self._length = weight.shape[1], weight.device, samples.flow.ids.shape[1]
+        empty = partial(Hessian, self.width, self._device)
+        self._moments: SampleSum[Hessian] = SampleSum(samples.flow.leaf, empty, merged, Hessian.clear)
+        self._rows = Rows(KEPT_VALUES, samples.tokens)
+        self.hessian: Hessian | None = None
+        self.rows = torch.zeros(0, self.width, device=self._device)
+
+    def see(self, x: torch.Tensor, tokens: slice) -> None:
+        """Adds a batch, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
+        if not x.numel():
             return
-        self.context.note(f"{self.step.title}: {', '.join(names)}: {words}")
-        self.tensors |= tensors_of(names[0], made)
+        flat = x.reshape(-1, x.shape[-1])
+        for sample, rows in by_sample(x, slice(tokens.start // self._length, tokens.stop // self._length)):
+            self._moments.of(sample).update(flat[rows])
+        self._rows.add(x, tokens)
 
-
-def _see(moments: Hessian, rows: Rows, x: torch.Tensor, tokens: slice) -> None:
-    """Adds a batch, a sample at a time, so that sums do not depend on the batch size; a `Watcher`."""
-    flat = x.reshape(-1, x.shape[-1])
-    for _, sample in by_sample(x, slice(0, len(x))):
-        moments.update(flat[sample])
-    rows.add(x, tokens)
+    def reduce(self, world: World, to: int) -> None:
+        """Adds up what all ranks have seen, on rank `to`."""
+        self.hessian = total_of(world, self._moments, Hessian.from_state, self._device, to)
+        own = self.rows if self._rows.empty else self._rows.kept()
+        found = [
+            message.tensors["rows"].to(self._device) for message in world.gather(Message(tensors={"rows": own}), to)
+        ]
+        self.rows = torch.cat(found) if found else self.rows

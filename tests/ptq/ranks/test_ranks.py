@@ -32,6 +32,18 @@ CASES = {
         {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}},
         {"rtn": {"scales": "block"}},
     ),
+    "maps": (
+        {"weight": {"bits": 4}, "input": {"bits": 4, "granularity": "token", "symmetric": False, "dynamic": True}},
+        {"wush": {}, "gptq": {}},
+    ),
+    "statistics behind maps": (
+        {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}},
+        {"wush": {}, "rtn": {}},
+    ),
+    "learned maps": (
+        {"weight": {"bits": 4}, "input": {"bits": 4, "granularity": "token", "symmetric": False, "dynamic": True}},
+        {"affine": {"steps": 4}, "clip": {}, "rtn": {}},
+    ),
     "learned": ({"weight": {"bits": 3}}, {"autoround": {"steps": 4, "target": "original"}}),
     "learned scales": ({"weight": {"bits": 3}}, {"omniquant": {"steps": 4}}),
     "tuned": ({"weight": {"bits": 4}}, {"rtn": {}, "tune": {"steps": 4, "batch": 3}}),
