@@ -17,7 +17,7 @@ from ptq.config.scheme import attention_tensors, check_attention, tensor_specs
 from ptq.errors import UserError
 from ptq.files.source_digest import module_digest
 from ptq.network.attention import attentions_of, use_simulated_attention
-from ptq.network.block_stream import BlockStream
+from ptq.network.block_stream import BlockStream, Flow
 from ptq.network.links import Trace, describe, trace_links
 from ptq.network.network import Network
 from ptq.network.outside import RoundedOutside
@@ -246,13 +246,39 @@ def add_plan(context: Context, name: str, step: Step, plan: StepPlan) -> None:
 
 def _take_again(context: Context, stale: Statistics) -> Statistics:
     """Returns the statistics of the network as the steps so far leave it, of the samples that the `stale` ones are of."""
+    visitor, flow = shared_statistics(context)
+    context.show(visitor, flow, "statistics")
+    return visitor.result(stale.provenance)
+
+
+def shared_statistics(context: Context) -> tuple[StatisticsVisitor, Flow]:
+    """Returns what takes statistics of the calibration samples as the steps so far leave the network, and these, shared by the ranks."""
     if context.ids is None:
         raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
     visitor, stream = StatisticsVisitor(context.stream.device), context.stream
     flow = stream.calibration(context.ids, context.batch_size, shared=True)
     flow.passed = lambda block: visitor.reduce(block, stream.world)
-    context.show(visitor, flow, "statistics")
-    return visitor.result(stale.provenance)
+    return visitor, flow
+
+
+def taken_again(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:
+    """Returns the steps, by name, for which statistics are taken again: those before, which plan block by block, have outdated them."""
+    return _outdated(scheme, steps)[0]
+
+
+def outdated_at_last(scheme: SchemeConfig, steps: Mapping[str, Step]) -> bool:
+    """Whether such steps have outdated the statistics, and no step behind them needs them."""
+    return _outdated(scheme, steps)[1]
+
+
+def _outdated(scheme: SchemeConfig, steps: Mapping[str, Step]) -> tuple[list[str], bool]:
+    again, outdated = [], False
+    for name, step in steps.items():
+        if outdated and STATISTICS in step.captures(scheme):
+            again.append(name)
+            outdated = False
+        outdated = outdated or step.outdates
+    return again, outdated
 
 
 def check_steps(scheme: SchemeConfig, steps: Mapping[str, Step]) -> None:

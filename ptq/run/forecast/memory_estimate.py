@@ -14,6 +14,7 @@ from ptq.network.experts.abreast import most_bytes
 from ptq.network.network import Network, weight_of
 from ptq.ranks.sample_sum import sums_held
 from ptq.run.one_pass.quantize import goes_in_one_pass
+from ptq.run.planning import taken_again
 from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
 
 PROCESS = 700 << 20
@@ -94,7 +95,7 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
     carried = calibration if wanted & {SAMPLES, REFERENCE} else c.batch_size * c.length if transforms else 0
     flows = hidden * (evaluation + carried * (2 if REFERENCE in wanted else 1))
     if goes_in_one_pass(recipe, steps) and STATISTICS in wanted:
-        flows += hidden * calibration  # statistics are taken on the way
+        flows += hidden * calibration * (1 + len(taken_again(recipe.scheme, steps)))  # statistics are taken on the way
     logits = 4 * 3 * e.chunk * vocabulary
     baseline = 4 * width * evaluation
     quantize = weights + flows + baseline + max(blocks, default=0)

@@ -75,10 +75,12 @@ def work_of(
     width = int(network.model.config.get_text_config().hidden_size) * value * len(network.blocks)
     spill = width if on_disk else 0
     quantized = _stored(recipe, network)
-    work = {"load": Work(read=0 if once else checkpoint)}
+    # A file of statistics says of which weights it is: these are read for their digest.
+    given = STATISTICS in wanted and recipe.calibration.statistics is not None
+    work = {"load": Work(read=0 if once and not given else checkpoint)}
     if beside:
         work["links"] = Work(read=beside)
-    if STATISTICS in wanted and recipe.calibration.statistics is None:
+    if STATISTICS in wanted and not given:
         work["calibration"] = Work(a_token * calibrated, 0, beside + spill * calibrated, spill * calibrated)
     work["baseline"] = Work((a_token + head_token) * evaluated, 0, beside + spill * evaluated, spill * evaluated)
     carried = calibrated if wanted & {SAMPLES, REFERENCE} else 0

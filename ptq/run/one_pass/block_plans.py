@@ -14,7 +14,7 @@ from ptq.files.atomic import write_atomic
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
 from ptq.run.kept.kept_pass import sum_of_file
-from ptq.run.planning import add_plan
+from ptq.run.planning import add_plan, shared_statistics, taken_again
 from ptq.steps._step import TRANSFORM, Context, Step, StepPlan
 
 
@@ -22,11 +22,11 @@ class BlockPlans:
     """Takes the statistics of each block, where it is asked to, and lets the steps that plan block by block plan it, in order.
 
     What they do outside the blocks is planned at once: samples that are opened from here on enter the first block as all of them
-    leave it.
+    leave it. Where a step needs statistics behind one that outdates them, they are taken of the block again as the steps between leave it.
 
     Args:
         context: what the steps see; its statistics are the block's from here on.
-        steps: those of the run that plan block by block, by name.
+        steps: those of the run, by name, of which some plan block by block.
         known: statistics of the whole network, where it is known; else None.
         measured: the calibration samples in the unquantized network, of which statistics are taken, shared among ranks; None where they
             are known or not wanted.
@@ -38,8 +38,14 @@ class BlockPlans:
         self._context, self._steps, self._known, self._measured = context, dict(steps), known, measured
         self._searched: dict[str, Flow | None] = {}
         self._outside: dict[str, StepPlan] = {}
+        self._again: dict[str, tuple[StatisticsVisitor, Flow]] = {}
+        again = taken_again(context.scheme, self._steps)
         for name, step in self._steps.items():
-            # What one searches on enters the first block as those before it leave it.
+            # What one searches on, or is measured for it, enters the first block as those before it leave it.
+            if name in again:
+                self._again[name] = shared_statistics(context)
+            if not step.by_block:
+                continue
             self._searched[name] = step.looks_at(context)
             self._outside[name] = step.plan_outside(context)
             add_plan(context, name, step, self._outside[name])
@@ -52,7 +58,8 @@ class BlockPlans:
     @property
     def flows(self) -> list[Flow]:
         """The samples that pass the blocks for this."""
-        return [flow for flow in (self._measured, *self._searched.values()) if flow is not None]
+        again = [flow for _, flow in self._again.values()]
+        return [flow for flow in (self._measured, *self._searched.values()) if flow is not None] + again
 
     def measure(self, block: Block) -> None:
         """Takes the statistics of a block that is in memory as it was."""
@@ -67,6 +74,10 @@ class BlockPlans:
         context.statistics = after = self._of(block)
         context.steps = {}
         for name, step in self._steps.items():
+            if name in self._again:
+                context.statistics = after = self._measured_again(name, block)
+            if not step.by_block:
+                continue
             flow, context.outside = self._searched[name], self._outside[name]
             with context.transformed(block):
                 plan = step.plan_block(block, context, flow)
@@ -80,6 +91,14 @@ class BlockPlans:
             context.statistics = None if plan.stale else plan.statistics or context.statistics
         if after is not None:
             self._after[block.name] = after
+
+    def _measured_again(self, name: str, block: Block) -> Statistics:
+        visitor, flow = self._again[name]
+        with self._context.transformed(block):
+            visitor.enter(block)
+            self._context.stream.step(flow, block)
+            visitor.leave(block)
+        return visitor.of_block(block)
 
     def result(self, provenance: Provenance) -> tuple[Statistics, Statistics] | None:
         """Returns the statistics of the network, and what the plans make of them; None where some are not there."""

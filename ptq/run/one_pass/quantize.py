@@ -36,13 +36,14 @@ from ptq.run.planning import (
     draw_samples,
     holds_unturned_keys,
     open_samples,
+    outdated_at_last,
     plan_all,
     reaches_inside,
     wants_sums,
 )
 from ptq.run.quantize_visitor import QuantizeVisitor, check_quantized
 from ptq.run.session import Session, identity_of
-from ptq.run.statistics_pass import keep_statistics, known_statistics, provenance_of, say_unreached
+from ptq.run.statistics_pass import keep_statistics, known_statistics, provenance_of, say_unreached, statistics_of
 from ptq.steps._step import SOLVER, STATISTICS, Context, Step
 from quantize.kernels.choice import describe as describe_kernels
 
@@ -76,29 +77,12 @@ def goes_in_one_pass(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
         recipe.execution.weights == "offloaded"
         and bool(steps)
         and not any(_plans_before(step) for step in steps.values())
-        and _outdated(recipe, steps) is None
-        and not _reads_statistics(recipe, steps)
     )
 
 
 def _plans_before(step: Step) -> bool:
     """Whether the step has to see the network before its first block is finished."""
     return not step.by_block and (step.kind != SOLVER or type(step).plan is not Step.plan)
-
-
-def _outdated(recipe: Recipe, steps: Mapping[str, Step]) -> str | None:
-    """Returns the step whose statistics have to be taken again, behind one that outdates them; None where there is none."""
-    outdated = False
-    for name, step in steps.items():
-        if outdated and STATISTICS in step.captures(recipe.scheme):
-            return name
-        outdated = outdated or step.outdates
-    return None
-
-
-def _reads_statistics(recipe: Recipe, steps: Mapping[str, Step]) -> bool:
-    """Whether statistics come from a file, which says of which weights: these have to be read for their digest first."""
-    return recipe.calibration.statistics is not None and STATISTICS in captures_of_steps(recipe.scheme, steps)
 
 
 def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> None:
@@ -110,11 +94,8 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
         )
     if not devices or goes_in_one_pass(recipe, steps):
         return
-    planning = (name for name, step in steps.items() if _plans_before(step))
-    what = next((f"steps.{name} plans for the whole network first" for name in planning), "")
-    if not what and (name := _outdated(recipe, steps)) is not None:
-        what = f"steps.{name} needs statistics of the network as the steps before it leave it"
-    what = what or "calibration.statistics are of weights that have to be read first"
+    planning = [name for name, step in steps.items() if _plans_before(step)]
+    what = f"steps.{planning[0]} plans for the whole network first" if planning else "weights are not offloaded"
     raise UserError(f"execution.devices: {devices}, but {what}: use execution.device")
 
 
@@ -138,12 +119,16 @@ def quantize_in_one_pass(
     """
     recipe, stream, network = session.recipe, session.stream, session.network
     digest, sums = session.loaded.digest, wants_sums(recipe.scheme, steps)
+    measures = STATISTICS in captures_of_steps(recipe.scheme, steps)
+    statistics = None
+    if measures and recipe.calibration.statistics is not None:
+        # A file says of which weights its statistics are: where their digest is not known yet, they are read for it first.
+        statistics = statistics_of(session)[0]
     known = led(session.world, lambda: digest.known() is not None)
     found = session.known_traces(sums) if known else None
     baseline = known_baseline(session, tokens) if known else None
-    measures = STATISTICS in captures_of_steps(recipe.scheme, steps)
-    statistics = known_statistics(session) if known and measures else None
-    by_block = {name: step for name, step in steps.items() if step.by_block}
+    if statistics is None and known and measures:
+        statistics = known_statistics(session)
     with session.journal.phase(PASS):
         with stream.hold_outside(changed=False):
             now = Beginning(digest.state, found is None, baseline is None, measures and statistics is None)
@@ -161,8 +146,8 @@ def quantize_in_one_pass(
             taken = session.calibration_tokens().ids if begun.measured else None
             measured = None if taken is None else stream.calibration(taken, context.batch_size, shared=True)
             plain, rotary = _simulated(context, steps)
-            plans = BlockPlans(context, by_block, None if begun.measured else statistics, measured)
-            plan_all({name: step for name, step in steps.items() if name not in by_block}, context)
+            plans = BlockPlans(context, steps, None if begun.measured else statistics, measured)
+            plan_all({name: step for name, step in steps.items() if not step.by_block}, context)
             flow = stream.open(tokens.ids, recipe.evaluation.batch_size, exact=True, shared=True)
             context.samples = samples = open_samples(steps, context)
             visitor = QuantizeVisitor(context, steps, flow, choice_of(session))
@@ -188,8 +173,9 @@ def quantize_in_one_pass(
         if tracer is not None and found is None:
             session.keep_traces(tracer.traces, sums)
     if measures:
-        # Of statistics that a step outdates nothing is known after it.
-        picture = None if any(step.outdates for step in by_block.values()) else folder / "channels.png"
+        # Of statistics that a step outdates, and that are not taken again, nothing is known after it.
+        lost = outdated_at_last(recipe.scheme, steps)
+        picture = None if lost else folder / "channels.png"
         _keep_statistics(session, plans, begun.measured, picture)
     if baseline is None:
         raise ValueError("a pass without a baseline has none to be compared with")

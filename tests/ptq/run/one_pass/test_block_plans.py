@@ -1,16 +1,17 @@
 """Steps that plan block by block: in one pass they decide what they decide in passes one after another, to the last bit."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from ptq.calibration.statistics import Statistics
 from ptq.errors import UserError
-from ptq.run.experiment import run
+from ptq.run.experiment import collect_statistics, run
 from ptq.run.kept.kept_pass import RESUME
 from tests.tools.interrupted import interrupted
-from tests.tools.one_pass import GROUPS, ends_with_the_same_bits, exported, make, same_export
+from tests.tools.one_pass import GROUPS, ends_with_the_same_bits, exported, make, name_at, same_export
 from tests.tools.same_bits import results, same
 from tests.tools.tiny_runs import metrics_of
 
@@ -26,6 +27,9 @@ CASES = {
     "a rotation of a mixture": ("tiny_mixtral", GROUPS, {"rotate": {"online": []}, "rtn": {}}, "compressed-tensors"),
     "a rotation of LayerNorms": ("tiny_opt", TOKENS, {"rotate": {"online": ["out"]}, "rtn": {}}, None),
     "scales before a rotation": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "rotate": {"seed": 3}, "clip": {}, "gptq": {}}, None),
+    "static ranges behind maps": ("tiny_llama", STATIC, {"wush": {"block": 16}, "rtn": {}}, None),
+    "scales behind a rotation, static ranges": ("tiny_llama", STATIC, {"rotate": {}, "smooth": {}, "gptq": {}}, None),
+    "static ranges behind a rotation of a mixture": ("tiny_mixtral", STATIC, {"rotate": {"online": []}, "rtn": {}}, "compressed-tensors"),
     "searches": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "clip": {}, "gptq": {}}, None),
 }  # fmt: skip
 
@@ -61,8 +65,28 @@ def test_what_is_planned_block_by_block_has_the_bits_of_plans_for_the_whole_netw
     assert pictures[0].is_file() == pictures[1].is_file()
     assert not pictures[0].is_file() or json.loads(pictures[0].read_text()) == json.loads(pictures[1].read_text())
     kept = taken(tmp_path / "one"), taken(tmp_path / "several")
-    assert len(kept[0]) == len(kept[1]) == bool({"smooth", "awq"} & steps.keys()), "all else goes by moments of its own"
+    goes_by_them = bool({"smooth", "awq"} & steps.keys()) or scheme == STATIC
+    assert len(kept[0]) == len(kept[1]) == goes_by_them, "all else goes by moments of its own"
     assert all(alike(*pair) for pair in zip(*kept, strict=True))
+
+
+@pytest.mark.parametrize("known", [False, True], ids=["another store", "the store that knows the weights"])
+def test_statistics_from_a_file_go_in_one_pass_too(tmp_path, tiny_llama, monkeypatch, read, known):
+    file = tmp_path / "statistics.safetensors"
+    place = "one" if known else "elsewhere"
+    collect_statistics(make(tmp_path / place, tiny_llama, {"smooth": {}, "rtn": {}}, None, STATIC), file)
+
+    def recipe(folder):
+        made = make(tmp_path / folder, tiny_llama, {"smooth": {}, "rtn": {}}, None, STATIC, save=True)
+        return replace(made, calibration=replace(made.calibration, statistics=str(file)))
+
+    read.clear()
+    one = run(recipe("one"))
+    often = {count for place, count in read.items() if "layers" in name_at(tiny_llama, place)}
+    assert often == ({1} if known else {2}), "where the digest is not known the weights are read for it"
+    assert "plan" not in metrics_of(one)["seconds"]
+    monkeypatch.setattr("ptq.run.experiment.goes_in_one_pass", lambda *args: False)
+    same(results(one), results(run(recipe("several"))))
 
 
 @pytest.mark.parametrize("damaged", [False, True])
@@ -97,19 +121,16 @@ def test_a_run_with_maps_that_is_killed_in_the_middle_ends_with_the_same_bits(
     ends_with_the_same_bits(tmp_path, monkeypatch, capsys, *case)
 
 
+def test_a_run_that_takes_statistics_again_behind_a_rotation_and_is_killed_ends_with_the_same_bits(
+    tmp_path, tiny_llama, monkeypatch, capsys
+):
+    case = tiny_llama, {"rotate": {"online": []}, "smooth": {}, "rtn": {}}, None, STATIC
+    ends_with_the_same_bits(tmp_path, monkeypatch, capsys, *case)
+
+
 def test_steps_that_see_the_whole_network_first_are_named_where_blocks_go_over_devices(tmp_path, tiny_llama):
     devices = {"devices": ["cpu", "cpu"]}
     with pytest.raises(UserError, match=r"execution\.devices: cpu, cpu, but steps\.rotate plans for the whole network"):
         run(make(tmp_path, tiny_llama, {"rotate": {"seeds": 2}, "gptq": {}}, None, **devices))
     folder = run(make(tmp_path, tiny_llama, {"awq": {}, "rtn": {}}, "gptq", **devices))
     assert exported(folder, "gptq")[0]
-
-
-def test_maps_before_a_step_that_needs_statistics_are_planned_for_the_whole_network(tmp_path, tiny_llama):
-    static = {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}}
-    steps = {"wush": {"block": 16}, "rtn": {}}
-    with pytest.raises(
-        UserError, match=r"execution\.devices: .* but steps\.rtn needs statistics of the network as the"
-    ):
-        run(make(tmp_path, tiny_llama, steps, None, static, devices=["cpu", "cpu"]))
-    assert run(make(tmp_path, tiny_llama, steps, None, static)).is_dir()
