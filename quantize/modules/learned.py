@@ -58,30 +58,36 @@ class LearnedLinear(nn.Module):
 
 
 class HeldWeights:
-    """Weights that were made once, for several passes.
+    """Weights that Linears learn, made once for several passes.
 
     Attributes:
         leaves: them, (out, in) each, float32: what the passes take gradients by.
     """
 
-    def __init__(self, weights: Sequence[torch.Tensor]):
-        self._weights = list(weights)
-        self.leaves = [weight.detach().requires_grad_() for weight in weights]
+    def __init__(self, linears: Sequence[LearnedLinear]):
+        self._linears = list(linears)
+        with torch.no_grad():
+            self.leaves = [module.learned() for module in linears]
+        for leaf in self.leaves:
+            leaf.requires_grad_()
 
     def backward(self) -> None:
-        """Carries the leaves' gradients on to the parameters that the weights were made of, and drops them."""
-        reached = [(w, leaf.grad) for w, leaf in zip(self._weights, self.leaves, strict=True) if leaf.grad is not None]
-        if reached:
-            torch.autograd.backward([w for w, _ in reached], [gradient for _, gradient in reached])
-        for leaf in self.leaves:
-            leaf.grad = None
+        """Carries the leaves' gradients on to the parameters that the weights are made of, and drops them.
+
+        A weight at a time, which is made again for it: what is kept for the derivatives of all of them would take several times
+        their memory.
+        """
+        for module, leaf in zip(self._linears, self.leaves, strict=True):
+            if leaf.grad is not None:
+                with torch.enable_grad():
+                    module.learned().backward(leaf.grad)
+                leaf.grad = None
 
 
 @contextmanager
 def weights_held(linears: Sequence[LearnedLinear]) -> Iterator[HeldWeights]:
-    """Inside the context the Linears' weights are made once, with gradients, and their passes take gradients by these."""
-    with torch.enable_grad():
-        held = HeldWeights([module.learned() for module in linears])
+    """Inside the context the Linears' weights are made once, and their passes take gradients by these."""
+    held = HeldWeights(linears)
     for module, leaf in zip(linears, held.leaves, strict=True):
         module.held = leaf
     try:

@@ -12,10 +12,11 @@ from ptq.errors import UserError
 from ptq.models.memory.memory_limits import memory_limit
 from ptq.network.experts.abreast import most_bytes
 from ptq.network.network import Network, weight_of
+from ptq.ranks.gradient_sum import part_of
 from ptq.ranks.sample_sum import sums_held
 from ptq.run.one_pass.quantize import goes_in_one_pass
 from ptq.run.planning import taken_again
-from ptq.steps._step import REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
+from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, STATISTICS, TRANSFORM, Step, Tuner
 
 PROCESS = 700 << 20
 """What Python, torch and transformers hold before any model."""
@@ -103,6 +104,8 @@ def estimate(recipe: Recipe, network: Network, steps: Mapping[str, Step], sizes:
         quantize += max(
             (_solving(b, recipe, carried, value, REFERENCE in wanted, in_memory) for b in sizes.blocks), default=0
         )
+    if GRADIENTS in wanted:
+        quantize += _learning(recipe) * max((block.parameters for block in sizes.blocks), default=0)
     tuner = next((step for step in steps.values() if isinstance(step, Tuner)), None)
     tuned = {}
     if tuner is not None:
@@ -253,6 +256,14 @@ def _tuning(sizes: Sizes, recipe: Recipe, width: int, value: int) -> int:
     codes = (1 + 2 + value) * sum(block.parameters for block in sizes.blocks)
     graph = 2 * value * c.length * sum(block.channels for block in sizes.blocks)
     return codes + graph + 2 * value * width * (c.most_tuning_samples or c.samples) * c.length
+
+
+def _learning(recipe: Recipe) -> int:
+    """Returns what a solver that learns holds for each of a block's weights, in float32: itself, what is learned of it and the best of
+    that so far, the weight that it stands for, and the sums of gradients of a batch's parts.
+    """
+    batch = recipe.calibration.batch_size
+    return 4 * (4 + sums_held(max(2, batch // part_of(batch))))
 
 
 def _solving(block: _BlockSizes, recipe: Recipe, tokens: int, value: int, reference: bool, in_memory: bool) -> int:

@@ -64,6 +64,15 @@ def test_tuning_holds_the_graph_of_a_sample_and_cannot_be_mended_by_offloaded_we
     assert "offloaded" not in str(error.value)
 
 
+def test_a_solver_that_learns_holds_a_blocks_weights_several_times(tmp_path):
+    rounded, learned = (estimate(*prepared(tmp_path, {name: {}})).phases["quantize"] for name in ("gptq", "autoround"))
+    _, network, _ = prepared(tmp_path, {"gptq": {}})
+    block = sum(p.numel() for p in network.blocks[0].module.parameters())
+    assert learned - rounded == 4 * 7 * block, (
+        "batches of four samples have four parts: three sums of gradients at once"
+    )
+
+
 def test_a_sensitivity_holds_what_reaches_every_block_and_is_refused_with_what_would_make_it_fit(tmp_path):
     recipe, network, _ = prepared(tmp_path, {"rtn": {}}, calibration={"batch_size": 1})
     few, many = (estimate_sensitivity(recipe, network, formats) for formats in (2, 5))
