@@ -4,6 +4,7 @@ import gc
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -110,12 +111,12 @@ class Network:
         names = {block.name for block in self.blocks}
         return [name for name in _leaves(self.model) if not any(name == b or name.startswith(f"{b}.") for b in names)]
 
-    @property
+    @cached_property
     def linears(self) -> dict[str, nn.Module]:
         """Every Linear of every block by full name."""
         return {name: module for block in self.blocks for name, module in block.linears.items()}
 
-    @property
+    @cached_property
     def shapes(self) -> dict[str, tuple[int, int]]:
         """(out, in) of every Linear of every block by full name."""
         shapes = {name: weight_of(module).shape for name, module in self.linears.items()}

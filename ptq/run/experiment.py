@@ -21,6 +21,7 @@ from ptq.files.store import Store, store_of
 from ptq.models.locations import locate
 from ptq.models.shared import Shared
 from ptq.network.block_stream import Flow
+from ptq.network.network import uncollected
 from ptq.network.skeleton import skeleton
 from ptq.ranks.reduction import in_shares
 from ptq.ranks.world import ALONE, World, led
@@ -368,6 +369,7 @@ def _collect_statistics(
     return path
 
 
+@uncollected()
 def dry_run(recipe: Recipe) -> None:
     """Says what a run would take, and checks everything that can be checked without running.
 
