@@ -101,16 +101,17 @@ class Samples:
         """Gives the stages in order, those together that need nothing of one another, for a solver that replaces their Linears
         before it asks for the next.
 
-        With resident weights and hidden states in memory the samples pass once for all stages, which come one by one, and their
-        outputs are kept for the stream. Otherwise every `feed` is a pass of its own, and only the hidden states are held: the
-        experts of a mixture come together.
+        With hidden states in memory the samples pass once for all stages, which come one by one, and their outputs are kept for the
+        stream; not so through a mixture whose experts are brought into memory one by one. Otherwise every `feed` is a pass of its own,
+        and only the hidden states are held: the experts of a mixture come together.
 
         Args:
             block: the present block, weights in memory.
             stages: full names of the Linears that read one tensor, in the order of their calls.
             remember: full names of modules whose inputs may be watched when the batches have passed them.
         """
-        if not (self.stream.weights.resident and self.stream.hidden_states == "memory" and stages):
+        whole = self.stream.weights.resident or not block.mixtures
+        if not (whole and self.stream.hidden_states == "memory" and stages):
             yield iter(abreast(block, stages, sums_held(len(self.flow.hidden))))
             return
         with StagedPass(self.stream, self.flow, block, stages, remember) as paused:

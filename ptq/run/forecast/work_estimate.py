@@ -88,7 +88,8 @@ def work_of(
     solving = Work()
     if carried:
         # Without the fast path every stage of a block is a pass of its own, and the last carries the samples on.
-        passes += max((_stages(block) for block in network.blocks), default=0) if offloaded or on_disk else 0
+        apart = [block for block in network.blocks if on_disk or (offloaded and block.mixtures)]
+        passes += max((_stages(block) for block in apart), default=0)
         solving = _solving(network, recipe, passed.chosen, carried)
     moved = spill * (evaluated + carried * passes)
     saved = quantized if recipe.execution.save or (recipe.export is not None and offloaded) else 0
