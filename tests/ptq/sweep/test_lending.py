@@ -54,7 +54,7 @@ CASES = {
         "evaluation.confidence=0.9,0.8",
         "execution.weights=offloaded",
         "~steps.gptq",
-        "+steps.rotate={}",
+        "+steps.rotate={seeds: 2}",
         "+steps.gptq={}",
     ],
     "head": ["+scheme.head={bits: 8},{bits: 4}"],
