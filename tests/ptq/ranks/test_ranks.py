@@ -34,7 +34,7 @@ CASES = {
     ),
     "maps": (
         {"weight": {"bits": 4}, "input": {"bits": 4, "granularity": "token", "symmetric": False, "dynamic": True}},
-        {"wush": {}, "gptq": {}},
+        {"wush": {}, "rtn": {}},
     ),
     "statistics behind maps": (
         {"weight": {"bits": 4}, "input": {"bits": 8, "granularity": "tensor", "dynamic": False}},

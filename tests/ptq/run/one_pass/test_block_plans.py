@@ -27,7 +27,6 @@ CASES = {
     "a rotation of a mixture": ("tiny_mixtral", GROUPS, {"rotate": {"online": []}, "rtn": {}}, "compressed-tensors"),
     "a rotation of LayerNorms": ("tiny_opt", TOKENS, {"rotate": {"online": ["out"]}, "rtn": {}}, None),
     "scales before a rotation": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "rotate": {"seed": 3}, "clip": {}, "gptq": {}}, None),
-    "static ranges behind maps": ("tiny_llama", STATIC, {"wush": {"block": 16}, "rtn": {}}, None),
     "scales behind a rotation, static ranges": ("tiny_llama", STATIC, {"rotate": {}, "smooth": {}, "gptq": {}}, None),
     "static ranges behind a rotation of a mixture": ("tiny_mixtral", STATIC, {"rotate": {"online": []}, "rtn": {}}, "compressed-tensors"),
     "searches": ("tiny_llama", TOKENS, {"smooth": {"search": True, "candidates": [0.4, 0.6]}, "clip": {}, "gptq": {}}, None),
