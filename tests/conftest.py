@@ -111,6 +111,21 @@ def _trained(kind: str, outliers: float | None = None) -> pathlib.Path:
         return tiny_model(kind, CACHE, outliers=outliers)
 
 
+@pytest.fixture
+def one_thread() -> Iterator[None]:
+    """As torchrun starts ranks: the number of threads is part of an identity, and may change a product's last bit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def every_block(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keeps every block, although a tiny one takes less time than its writing."""
+    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
+
+
 @pytest.fixture(scope="session")
 def tiny_opt() -> pathlib.Path:
     """Folder of a trained byte-level OPT."""

@@ -2,8 +2,9 @@
 
     python -m experiments.bench.ranks [--samples 32] [--length 512] [--layers 4] [--ranks 2] [--rounds 2] [overrides]
 
-GPTQ W4A16, or what overrides say (``method=autoround steps.autoround.steps=20``), and the evaluation of a random OPT with OPT-125M's block, by torchrun in fresh processes. The ratio is of the seconds that
-the runs' own phases took (calibration, quantization, evaluation), the least of the rounds: Python's start is the same in both.
+GPTQ W4A16, or what overrides say (``method=autoround steps.autoround.steps=20``), and the evaluation of a random OPT with OPT-125M's block,
+by torchrun in fresh processes. The ratio is of the seconds that the runs' own phases took (calibration, quantization, evaluation), the
+least of the rounds: Python's start is the same in both.
 """
 
 import argparse

@@ -242,16 +242,9 @@ class Pairs:
             seed: of their order; None for the order of the samples.
             only: numbers of the batches to yield, so that some can be held out; None for all.
         """
-        for number in self.order(list(range(len(self)) if only is None else only), seed):
+        numbers = range(len(self)) if only is None else only
+        for number in numbers if seed is None else shuffled(numbers, seed):
             yield self._pair(self._flow, *self._slices[number])
-
-    @staticmethod
-    def order(numbers: Sequence[int], seed: int | None) -> list[int]:
-        """Returns numbers of batches in the order that a seed gives them; None leaves them."""
-        if seed is None:
-            return list(numbers)
-        drawn = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
-        return [numbers[i] for i in drawn]
 
     def parts(self, number: int) -> range:
         """Returns the numbers of the parts of that batch, whose gradients ranks share (`ptq.ranks.gradient_sum`)."""
@@ -271,6 +264,12 @@ class Pairs:
         hidden = self._flow.hidden[rows].to(self._stream.device)
         target = self._targets[rows].to(self._stream.device)
         return Pair(hidden, target, partial(self._stream.call, flow, self._block, index, hidden))
+
+
+def shuffled(numbers: Sequence[int], seed: int) -> list[int]:
+    """Returns numbers of batches in the order that a seed gives them."""
+    drawn = torch.randperm(len(numbers), generator=torch.Generator().manual_seed(seed)).tolist()
+    return [numbers[i] for i in drawn]
 
 
 def _unwatched(block: Block, names: Sequence[str]) -> list[nn.Module]:

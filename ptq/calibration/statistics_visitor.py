@@ -8,7 +8,7 @@ from torch import nn
 
 from ptq.calibration.statistics import UNDER_WAY, ChannelStatistics, Provenance, Statistics, WeightStatistics
 from ptq.errors import UserError
-from ptq.network.block_stream import passing
+from ptq.network.block_stream import BlockStream, Flow, passing
 from ptq.network.network import Block, weight_of
 from ptq.ranks.sample_sum import SampleSum, by_sample
 from ptq.ranks.world import Message, World
@@ -130,6 +130,13 @@ class StatisticsVisitor:
                 self._sums[name].of(sample).update(rows[of])
 
         return hook
+
+
+def shared_statistics(stream: BlockStream, ids: torch.Tensor, batch_size: int) -> tuple[StatisticsVisitor, Flow]:
+    """Returns what takes statistics of calibration samples, ids (samples, length), and these as they pass, shared by the ranks."""
+    visitor, flow = StatisticsVisitor(stream.device), stream.calibration(ids, batch_size, shared=True)
+    flow.passed = lambda block: visitor.reduce(block, stream.world)
+    return visitor, flow
 
 
 def _sum(leaf: int, channels: int, device: torch.device | str) -> SampleSum[ChannelStatistics]:

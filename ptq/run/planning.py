@@ -11,7 +11,7 @@ from safetensors import SafetensorError
 from ptq.calibration.rotary import rotary_layouts
 from ptq.calibration.samples import Remembered, Samples
 from ptq.calibration.statistics import Statistics
-from ptq.calibration.statistics_visitor import StatisticsVisitor
+from ptq.calibration.statistics_visitor import StatisticsVisitor, shared_statistics
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, check_attention, tensor_specs
 from ptq.errors import UserError
@@ -246,19 +246,16 @@ def add_plan(context: Context, name: str, step: Step, plan: StepPlan) -> None:
 
 def _take_again(context: Context, stale: Statistics) -> Statistics:
     """Returns the statistics of the network as the steps so far leave it, of the samples that the `stale` ones are of."""
-    visitor, flow = shared_statistics(context)
+    visitor, flow = statistics_again(context)
     context.show(visitor, flow, "statistics")
     return visitor.result(stale.provenance)
 
 
-def shared_statistics(context: Context) -> tuple[StatisticsVisitor, Flow]:
+def statistics_again(context: Context) -> tuple[StatisticsVisitor, Flow]:
     """Returns what takes statistics of the calibration samples as the steps so far leave the network, and these, shared by the ranks."""
     if context.ids is None:
         raise UserError("calibration: the statistics are stale and there are no samples to take them from again")
-    visitor, stream = StatisticsVisitor(context.stream.device), context.stream
-    flow = stream.calibration(context.ids, context.batch_size, shared=True)
-    flow.passed = lambda block: visitor.reduce(block, stream.world)
-    return visitor, flow
+    return shared_statistics(context.stream, context.ids, context.batch_size)
 
 
 def taken_again(scheme: SchemeConfig, steps: Mapping[str, Step]) -> list[str]:

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import ptq
 from ptq.calibration.statistics import Provenance, Statistics
-from ptq.calibration.statistics_visitor import StatisticsVisitor
+from ptq.calibration.statistics_visitor import shared_statistics
 from ptq.data.sampling import Tokens
 from ptq.errors import UserError
 from ptq.run.session import Session
@@ -65,9 +65,7 @@ def key_of(session: Session, tokens: Tokens) -> dict[str, object]:
 def take_statistics(session: Session, tokens: Tokens, key: Mapping[str, object]) -> Statistics:
     """Runs the calibration tokens through the network and gathers statistics of every Linear; `key` says what of."""
     with session.journal.phase("calibration"):
-        flow = session.stream.calibration(tokens.ids, session.recipe.calibration.batch_size, shared=True)
-        visitor = StatisticsVisitor(session.stream.device)
-        flow.passed = lambda block: visitor.reduce(block, session.world)
+        visitor, flow = shared_statistics(session.stream, tokens.ids, session.recipe.calibration.batch_size)
         session.stream.run([flow], visitor, "calibration", session.kept("calibration", key, [flow], visitor))
     statistics = visitor.result(provenance_of(session, tokens))
     say_unreached(session, statistics)

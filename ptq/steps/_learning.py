@@ -6,13 +6,14 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from ptq.calibration.samples import Pair, Pairs
+from ptq.calibration.samples import Pair, Pairs, shuffled
+from ptq.config.schema import SchemeConfig
 from ptq.errors import UserError
 from ptq.network.network import Block, replace_module, weight_of
 from ptq.ranks.gradient_sum import sum_gradients
 from ptq.ranks.reduction import in_shares
-from ptq.steps._solving import BlockInputs, Solved, quantize_linear, specs_of
-from ptq.steps._step import Context
+from ptq.steps._solving import BlockInputs, Solved, captures_of, quantize_linear, specs_of
+from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, Context
 from quantize.codecs.base import checked
 from quantize.modules.learned import LearnedLinear, weights_held
 from quantize.modules.online import carry_online
@@ -40,6 +41,11 @@ def check_pairs(step: str, samples: int, batch_size: int) -> None:
             f"calibration.samples: {samples} in batches of {batch_size} leave steps.{step} nothing to hold out while it "
             f"learns: use {LEAST_PAIRS * batch_size} samples or more, or calibration.batch_size=1"
         )
+
+
+def captures_to_learn(scheme: SchemeConfig, target: str) -> frozenset[str]:
+    """Returns what a solver needs that learns from pairs with this target: `SAMPLES`, `GRADIENTS`, and what static input ranges need."""
+    return captures_of(scheme) | {SAMPLES, GRADIENTS} | ({REFERENCE} if target == "original" else set())
 
 
 @torch.no_grad()
@@ -112,9 +118,7 @@ def learn(
         update: called after the gradients of step number 0, 1, ... are there; changes the parameters and drops the gradients.
         seed: of the order of the batches.
     """
-    every = min(held_out, len(pairs))
-    apart = [i for i in range(len(pairs)) if i % every == every - 1]
-    rest = [i for i in range(len(pairs)) if i not in apart]
+    apart, rest = held_apart(len(pairs), held_out)
     looks = {0, *(round(steps * k / LOOKS) for k in range(1, LOOKS + 1))}
     best, before, at = [p.detach().clone() for p in parameters], 0.0, 0
     least, done = float("inf"), 0
@@ -126,7 +130,7 @@ def learn(
                 best, least, at = [p.detach().clone() for p in parameters], error, done
         if done == steps:
             break
-        for number in pairs.order(rest, seed + done):
+        for number in shuffled(rest, seed + done):
             _gradients(pairs, number, linears, parameters)
             update(done)
             done += 1
@@ -136,6 +140,13 @@ def learn(
         for parameter, value in zip(parameters, best, strict=True):
             parameter.copy_(value)
     return Learned(before, least, at)
+
+
+def held_apart(batches: int, held_out: int) -> tuple[list[int], list[int]]:
+    """Returns the numbers of the batches that are only looked at, one in `held_out` and at least one, and of those that are learned from."""
+    every = min(held_out, batches)
+    apart = [i for i in range(batches) if i % every == every - 1]
+    return apart, [i for i in range(batches) if i % every != every - 1]
 
 
 LOOKS = 8

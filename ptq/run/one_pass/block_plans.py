@@ -14,7 +14,7 @@ from ptq.files.atomic import write_atomic
 from ptq.network.block_stream import Flow
 from ptq.network.network import Block
 from ptq.run.kept.kept_pass import sum_of_file
-from ptq.run.planning import add_plan, shared_statistics, taken_again
+from ptq.run.planning import add_plan, statistics_again, taken_again
 from ptq.steps._step import TRANSFORM, Context, Step, StepPlan
 
 
@@ -28,14 +28,20 @@ class BlockPlans:
         context: what the steps see; its statistics are the block's from here on.
         steps: those of the run, by name, of which some plan block by block.
         known: statistics of the whole network, where it is known; else None.
-        measured: the calibration samples in the unquantized network, of which statistics are taken, shared among ranks; None where they
-            are known or not wanted.
+        measured: what takes them, and the calibration samples in the unquantized network (`shared_statistics`); None where they are known
+            or not wanted.
     """
 
     def __init__(
-        self, context: Context, steps: Mapping[str, Step], known: Statistics | None = None, measured: Flow | None = None
+        self,
+        context: Context,
+        steps: Mapping[str, Step],
+        known: Statistics | None = None,
+        measured: tuple[StatisticsVisitor, Flow] | None = None,
     ):
-        self._context, self._steps, self._known, self._measured = context, dict(steps), known, measured
+        self._context, self._steps, self._known = context, dict(steps), known
+        self._visitor = StatisticsVisitor(context.stream.device) if measured is None else measured[0]
+        self._measured = None if measured is None else measured[1]
         self._searched: dict[str, Flow | None] = {}
         self._outside: dict[str, StepPlan] = {}
         self._again: dict[str, tuple[StatisticsVisitor, Flow]] = {}
@@ -43,15 +49,12 @@ class BlockPlans:
         for name, step in self._steps.items():
             # What one searches on, or is measured for it, enters the first block as those before it leave it.
             if name in again:
-                self._again[name] = shared_statistics(context)
+                self._again[name] = statistics_again(context)
             if not step.by_block:
                 continue
             self._searched[name] = step.looks_at(context)
             self._outside[name] = step.plan_outside(context)
             add_plan(context, name, step, self._outside[name])
-        self._visitor = StatisticsVisitor(context.stream.device)
-        if measured is not None:
-            measured.passed = lambda block: self._visitor.reduce(block, context.stream.world)
         self._after: dict[str, Statistics] = {}
         self._lost = False
 

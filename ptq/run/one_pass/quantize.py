@@ -9,6 +9,7 @@ from functools import partial
 from typing import Any
 
 from ptq.calibration.rotary import RotaryFinder
+from ptq.calibration.statistics_visitor import shared_statistics
 from ptq.config.schema import Recipe
 from ptq.config.scheme import check_attention
 from ptq.data.sampling import Tokens
@@ -94,8 +95,10 @@ def check_devices(recipe: Recipe, steps: Mapping[str, Step], world: World) -> No
         )
     if not devices or goes_in_one_pass(recipe, steps):
         return
-    planning = [name for name, step in steps.items() if _plans_before(step)]
-    what = f"steps.{planning[0]} plans for the whole network first" if planning else "weights are not offloaded"
+    planning = (name for name, step in steps.items() if _plans_before(step))
+    what = next(
+        (f"steps.{name} plans for the whole network first" for name in planning), "no block is quantized one by one"
+    )
     raise UserError(f"execution.devices: {devices}, but {what}: use execution.device")
 
 
@@ -144,7 +147,7 @@ def quantize_in_one_pass(
             context = Context(network, stream, recipe.scheme, traces, attentions=attentions, note=session.journal.note)
             draw_samples(session, steps, context)
             taken = session.calibration_tokens().ids if begun.measured else None
-            measured = None if taken is None else stream.calibration(taken, context.batch_size, shared=True)
+            measured = None if taken is None else shared_statistics(stream, taken, context.batch_size)
             plain, rotary = _simulated(context, steps)
             plans = BlockPlans(context, steps, None if begun.measured else statistics, measured)
             plan_all({name: step for name, step in steps.items() if not step.by_block}, context)

@@ -7,9 +7,9 @@ import torch
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
 from ptq.network.network import Block
-from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
-from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
-from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps._learning import PRECISIONS, captures_to_learn, check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._solving import BlockInputs, labels_of, require_integers, specs_of
+from ptq.steps._step import Context, Solver, StepPlan
 from quantize.solvers.rounding import LearnedRounding, LearnedWeight, linear_decay, sign_step
 
 TARGETS = ("present", "original")
@@ -44,9 +44,7 @@ class Step(Solver):
     def captures(self, scheme: SchemeConfig) -> frozenset[str]:
         """Needs the samples, and what static input ranges need. `UserError` for weights of another format than int."""
         require_integers(scheme, "autoround")
-        return (
-            captures_of(scheme) | {SAMPLES, GRADIENTS} | ({REFERENCE} if self.options.target == "original" else set())
-        )
+        return captures_to_learn(scheme, self.options.target)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""

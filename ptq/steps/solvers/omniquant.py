@@ -13,9 +13,9 @@ from ptq.config.scheme import tensor_specs
 from ptq.errors import UserError
 from ptq.network.network import Block, weight_of
 from ptq.network.norms import gain_offset
-from ptq.steps._learning import PRECISIONS, check_pairs, learn, quantize_learned, restored, trainable
-from ptq.steps._solving import BlockInputs, captures_of, labels_of, require_integers, specs_of
-from ptq.steps._step import GRADIENTS, REFERENCE, SAMPLES, Context, Solver, StepPlan
+from ptq.steps._learning import PRECISIONS, captures_to_learn, check_pairs, learn, quantize_learned, restored, trainable
+from ptq.steps._solving import BlockInputs, labels_of, require_integers, specs_of
+from ptq.steps._step import Context, Solver, StepPlan
 from ptq.steps.transforms.smooth import key_of, rescale
 from quantize.solvers.rounding import LearnedClipping, LearnedWeight
 
@@ -63,9 +63,7 @@ class Step(Solver):
                 "scheme.input.dynamic: false, but steps.omniquant learns scales that change the ranges of inputs: "
                 "use steps.omniquant.scale_rate=0, or dynamic inputs"
             )
-        return (
-            captures_of(scheme) | {SAMPLES, GRADIENTS} | ({REFERENCE} if self.options.target == "original" else set())
-        )
+        return captures_to_learn(scheme, self.options.target)
 
     def apply(self, block: Block, plan: StepPlan, context: Context) -> None:
         """Quantizes the block's Linears in place, as the scheme says."""

@@ -149,7 +149,7 @@ class _Search:
             self.context.note(f"{self.step.title}: {names[0]} left alone: another step acts on its input online")
         read = [names for names in read if names not in taken]
         weights = {names: [weight_of(self.context.module(name)) for name in names] for names in read}
-        seen = [_Seen(w[0], self.samples) for w in weights.values()]
+        seen = [_Moments(w[0], self.samples) for w in weights.values()]
         watchers = {names[0]: tensor.see for names, tensor in zip(read, seen, strict=True)}
         if watchers:
             # Outputs that are kept spare the stream a second pass; where hidden states are on disk nothing may be kept of all samples.
@@ -201,7 +201,7 @@ class _Search:
         return Message(f"{self.step.title}: {', '.join(names)}: {words}", tensors_of(names[0], made))
 
 
-class _Seen:
+class _Moments:
     """What passes of a tensor that Linears read: second moments, and some rows.
 
     Attributes:

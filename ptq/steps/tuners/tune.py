@@ -14,6 +14,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrize
 
+from ptq.calibration.samples import shuffled
 from ptq.config.options import option, seed_option
 from ptq.config.schema import SchemeConfig
 from ptq.config.scheme import attention_tensors, tensor_specs
@@ -24,7 +25,7 @@ from ptq.network.norms import gain_offset
 from ptq.network.outside import OutsideState, set_weight
 from ptq.ranks.gradient_sum import sum_gradients
 from ptq.ranks.reduction import in_shares
-from ptq.steps._learning import PRECISIONS, Learned
+from ptq.steps._learning import PRECISIONS, Learned, held_apart
 from ptq.steps._step import Context, StepPlan, Tuner, Tuning
 from quantize.codecs.registry import codec_of
 from quantize.error import kl_divergence
@@ -92,7 +93,7 @@ class Step(Tuner):
     def passes(self, samples: int) -> tuple[int, int]:
         """Returns how many samples are learned from, each time counted, and how many are looked at."""
         options: Options = self.options
-        apart, _ = _apart(-(-samples // options.batch), options.held_out)
+        apart, _ = held_apart(-(-samples // options.batch), options.held_out)
         return options.steps * options.batch, (1 + min(LOOKS, options.steps)) * len(apart) * options.batch
 
     def tune(self, context: Context, tuning: Tuning) -> StepPlan:
@@ -294,7 +295,7 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
     groups = tuned.groups(options)
     parameters = [p for group, _ in groups for p in group]
     rates = [rate for _, rate in groups]
-    apart, rest = _apart(len(whole), options.held_out)
+    apart, rest = held_apart(len(whole), options.held_out)
     optimizer = torch.optim.Adam([{"params": group, "lr": rate} for group, rate in groups], betas=BETAS)
     looks = {0, *(round(options.steps * k / LOOKS) for k in range(1, LOOKS + 1))}
     state = _State(parameters, optimizer, tuning.started)
@@ -305,22 +306,14 @@ def _learn(whole: _Whole, tuned: _Tuned, tuning: Tuning, options: Options) -> Le
         if state.done >= options.steps or not parameters:
             break
         epoch, place = divmod(state.done, len(rest))
-        order = torch.randperm(len(rest), generator=torch.Generator().manual_seed(options.seed + epoch))
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             group["lr"] = warmed_cosine(state.done, options.steps, rate)
-        whole.gradients(rest[int(order[place])])
+        whole.gradients(shuffled(rest, options.seed + epoch)[place])
         optimizer.step()
         optimizer.zero_grad()
         state.done += 1
         whole.tell(state.done, options.steps)
     return state.best()
-
-
-def _apart(batches: int, held_out: int) -> tuple[list[int], list[int]]:
-    """Returns the numbers of the batches that are only looked at, and of those that are learned from."""
-    every = min(held_out, batches)
-    apart = [i for i in range(batches) if i % every == every - 1]
-    return apart, [i for i in range(batches) if i % every != every - 1]
 
 
 class _State:

@@ -81,9 +81,8 @@ def test_one_block_lies_ahead_and_goes_when_another_is_wanted(tiny_llama):
 @pytest.mark.parametrize("prefetch", [True, False])
 @pytest.mark.parametrize("how", ["cut", "gone"])
 def test_a_file_that_breaks_on_the_way_is_named_and_the_mended_run_goes_on(
-    tmp_path, tiny_llama, monkeypatch, prefetch, how
+    tmp_path, tiny_llama, monkeypatch, every_block, prefetch, how
 ):
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
     import shutil
 
     from ptq.run.kept.kept_pass import KeptPass

@@ -8,13 +8,7 @@ from ptq.ranks.gradient_sum import PARTS, part_of, sum_gradients
 from ptq.ranks.world import ALONE
 from tests.tools.ranks import in_world, run_ranks
 
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+pytestmark = pytest.mark.usefixtures("one_thread")
 
 
 def parameters_and_samples(count):

@@ -21,6 +21,8 @@ from ptq.steps.tuners import tune
 from tests.tools.ranks import as_program, in_world, killed_after, run_ranks
 from tests.tools.same_bits import results, same
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 ROOT = pathlib.Path(__file__).resolve().parent.parent.parent.parent
 CASES = {
     "gptq": ({"weight": {"bits": 4}}, {"gptq": {}}),
@@ -48,20 +50,6 @@ CASES = {
     "learned scales": ({"weight": {"bits": 3}}, {"omniquant": {"steps": 4}}),
     "tuned": ({"weight": {"bits": 4}}, {"rtn": {}, "tune": {"steps": 4, "batch": 3}}),
 }
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """As torchrun starts ranks: the number of threads is part of an identity."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture
-def every_block(monkeypatch):
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
 
 
 def make(folder, model, scheme, steps, **changes):

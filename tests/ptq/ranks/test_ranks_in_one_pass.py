@@ -4,7 +4,6 @@ import dataclasses
 import signal
 
 import pytest
-import torch
 
 from ptq.ranks.world import ALONE
 from ptq.run.experiment import run
@@ -14,22 +13,13 @@ from tests.tools.ranks import in_world, killed_after, run_ranks
 from tests.tools.same_bits import results
 
 pytest.importorskip("compressed_tensors")
+pytestmark = pytest.mark.usefixtures("one_thread", "every_block")
 
 CASES = {
     "searched": ("tiny_llama", {"smooth": {}, "gptq": {"target": "residual", "held_out": 4}}, "compressed-tensors"),
     "turned": ("tiny_llama", {"rotate": {"online": []}, "gptq": {}}, "gguf"),
     "mixture": ("tiny_mixtral", {"awq": {}, "gptq": {}}, "gguf"),
 }
-
-
-@pytest.fixture(autouse=True)
-def as_torchrun_starts_ranks(monkeypatch):
-    """One thread each, which is part of an identity; and every block is kept, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def recipe_of(folder, model, steps, export):

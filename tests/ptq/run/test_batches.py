@@ -9,17 +9,10 @@ from safetensors.torch import load_file
 from ptq.config.building import recipe_from
 from ptq.run.experiment import run
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 TENSOR = {"bits": 4, "granularity": "tensor", "dynamic": True}
 STATIC = {"bits": 8, "granularity": "tensor", "symmetric": False}
-
-
-@pytest.fixture(autouse=True)
-def one_thread():
-    """Threads may change a product's last bit; batches may not."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 def ran(tmp_path, model, batch, scheme, steps):

@@ -39,10 +39,7 @@ CASES = {
 GROUPS = {"weight": {"bits": 4, "granularity": "group", "group_size": 32}}
 
 
-@pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
+pytestmark = pytest.mark.usefixtures("every_block")
 
 
 class Killed(BaseException):

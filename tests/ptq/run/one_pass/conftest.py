@@ -6,9 +6,8 @@ from tests.tools.one_pass import counted_reads
 
 
 @pytest.fixture(autouse=True)
-def every_block(monkeypatch):
-    """Keeps every block, although a tiny one takes less time than its writing."""
-    monkeypatch.setattr("ptq.run.kept.kept_pass.WORST_SHARE", 1e9)
+def kept(every_block):
+    """Every block of every run."""
 
 
 @pytest.fixture

@@ -1,7 +1,6 @@
 """Formats inside attentions and of the cache, in one pass over the checkpoint: the bits of passes one after another, nothing read twice."""
 
 import pytest
-import torch
 
 from ptq.errors import UserError
 from ptq.run.experiment import run
@@ -53,14 +52,9 @@ def test_a_run_killed_in_the_middle_knows_the_layouts_that_it_had_found(tmp_path
     ends_with_the_same_bits(tmp_path, monkeypatch, capsys, *case)
 
 
-def test_two_ranks_quantize_a_cache_in_one_pass_as_one_does(tmp_path, tiny_llama):
+def test_two_ranks_quantize_a_cache_in_one_pass_as_one_does(tmp_path, tiny_llama, one_thread):
     case = tiny_llama, {"gptq": {}}, None, WEIGHTS | UNTURNED
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)  # as torchrun starts ranks
-    try:
-        expected = run(make(tmp_path / "1", *case, save=True, device="cpu"))
-    finally:
-        torch.set_num_threads(before)
+    expected = run(make(tmp_path / "1", *case, save=True, device="cpu"))
     recipe = make(tmp_path / "2", *case, save=True, device="cpu")
     ended = run_ranks(2, in_world(lambda world: run(recipe, world=world) and None), tmp_path / "out")
     assert [e.status for e in ended] == [0, 0], ended
